@@ -1,0 +1,70 @@
+// quantize_kv4 and append_kv4: asymmetric 4-bit keys and values, bit-exact to the reference.
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "numbers.h"
+
+namespace w2a4::cpu {
+namespace {
+
+// Smallest and largest of x; both NaN if one of x is, as torch's amin and amax.
+W2A4_INLINE void range(const float* x, int64_t n, float& low, float& high) {
+  low = high = x[0];
+  int32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+    const int32_t magnitude = bits<int32_t>(x[i]) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+  }
+  if (most > 0x7f800000) low = high = std::numeric_limits<float>::quiet_NaN();
+}
+
+W2A4_INLINE void quantize_head(const float* x, int64_t n, float clip, uint8_t* codes, F16* params) {
+  float low, high;
+  range(x, n, low, high);
+  const float middle = (low + high) * 0.5f, half = (high - low) * 0.5f * clip;
+  from_float((half + half) / 15.0f, params[0]);
+  from_float(middle - half, params[1]);
+  const float scale = to_float(params[0]), zero = to_float(params[1]);
+  if (scale == 0.0f) {
+    std::memset(codes, 0, n / 2);
+    return;
+  }
+  int32_t code[2];
+  for (int64_t j = 0; j < n / 2; ++j) {
+    for (int half_byte = 0; half_byte < 2; ++half_byte) {
+      float value = (x[2 * j + half_byte] - zero) / scale;
+      value = value > 0.0f ? value : 0.0f;  // also for NaN
+      value = value < 15.0f ? value : 15.0f;
+      code[half_byte] = static_cast<int32_t>(round_even(value));
+    }
+    codes[j] = static_cast<uint8_t>(code[0] | code[1] << 4);
+  }
+}
+
+template <class Arch>
+W2A4_INLINE void quantize_heads(const QuantizeKV4Params& p, int64_t begin, int64_t end) {
+  std::vector<float> x(p.head_dim);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t token = i % p.tokens, head = i / p.tokens % p.heads,
+                  batch = i / p.tokens / p.heads;
+    const auto offset = [&](const Strided4& t, int64_t row) {
+      return batch * t.batch + head * t.head + row * t.token;
+    };
+    load(p.x.data, p.dtype, offset(p.x, token), p.head_dim, x.data());
+    quantize_head(x.data(), p.head_dim, p.clip,
+                  static_cast<uint8_t*>(p.codes.data) + offset(p.codes, p.start + token),
+                  static_cast<F16*>(p.params.data) + offset(p.params, p.start + token));
+  }
+}
+W2A4_DISPATCH(quantize_heads, QuantizeKV4Params)
+
+}  // namespace
+
+void quantize_kv4(const QuantizeKV4Params& p) {
+  parallel(p.batch * p.heads * p.tokens, 1 + 16384 / p.head_dim, p, quantize_heads_dispatch);
+}
+
+}  // namespace w2a4::cpu

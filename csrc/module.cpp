@@ -1,0 +1,22 @@
+// The Python module w2a4._C: importing it registers the ops, and it says what was built.
+#include <Python.h>
+#include <torch/headeronly/version.h>
+
+#if defined(__clang__)
+#define W2A4_COMPILER "clang " __clang_version__
+#else
+#define W2A4_COMPILER "gcc " __VERSION__
+#endif
+
+extern "C" PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module != nullptr) {
+    PyModule_AddStringConstant(module, "build_info",
+                               "w2a4._C: CPU kernels, abi3, built with torch " TORCH_VERSION
+                               " headers, " W2A4_COMPILER "; CUDA kernels: not built (" W2A4_NO_CUDA
+                               ")");
+  }
+  return module;
+}

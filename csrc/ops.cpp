@@ -1,0 +1,34 @@
+// The op table: schemas, and which entry point serves which device.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(w2a4, m) {
+  m.def("hadamard(Tensor x, Tensor? had_k, int block_size, bool transpose=False) -> Tensor");
+  m.def("quantize_a4(Tensor x, Tensor clip, int group_size=-1) -> (Tensor, Tensor)");
+  m.def(
+      "linear_w2a4(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor levels, Tensor scale, "
+      "Tensor? bias, int group_size, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "linear_w4a4(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor scale, Tensor? bias, "
+      "int group_size, ScalarType out_dtype) -> Tensor");
+  m.def("linear_w8(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
+  m.def("quantize_kv4(Tensor x, float clip) -> (Tensor, Tensor)");
+  m.def(
+      "append_kv4(Tensor x, Tensor(a!) codes, Tensor(b!) params, SymInt start, float clip) -> ()");
+  m.def(
+      "attention_kv4(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, "
+      "SymInt length, Tensor? mask, bool causal, float scaling, Tensor? k_sink=None, "
+      "Tensor? v_sink=None) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(w2a4, CPU, m) {
+  m.impl("hadamard", TORCH_BOX(&w2a4::hadamard));
+  m.impl("quantize_a4", TORCH_BOX(&w2a4::quantize_a4));
+  m.impl("linear_w2a4", TORCH_BOX(&w2a4::linear_w2a4));
+  m.impl("linear_w4a4", TORCH_BOX(&w2a4::linear_w4a4));
+  m.impl("linear_w8", TORCH_BOX(&w2a4::linear_w8));
+  m.impl("quantize_kv4", TORCH_BOX(&w2a4::quantize_kv4));
+  m.impl("append_kv4", TORCH_BOX(&w2a4::append_kv4));
+  m.impl("attention_kv4", TORCH_BOX(&w2a4::attention_kv4));
+}

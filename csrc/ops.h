@@ -1,0 +1,40 @@
+// Entry points of the ops: check the arguments, allocate the result, launch the kernel.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace w2a4 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor hadamard(const Tensor& x, const std::optional<Tensor>& had_k, int64_t block_size,
+                bool transpose);
+
+std::tuple<Tensor, Tensor> quantize_a4(const Tensor& x, const Tensor& clip, int64_t group_size);
+
+Tensor linear_w2a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
+                   const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& bias,
+                   int64_t group_size, ScalarType out_dtype);
+
+Tensor linear_w4a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
+                   const Tensor& scale, const std::optional<Tensor>& bias, int64_t group_size,
+                   ScalarType out_dtype);
+
+Tensor linear_w8(const Tensor& x, const Tensor& weight, const Tensor& scale,
+                 const std::optional<Tensor>& bias);
+
+std::tuple<Tensor, Tensor> quantize_kv4(const Tensor& x, double clip);
+
+void append_kv4(const Tensor& x, const Tensor& codes, const Tensor& params, int64_t start,
+                double clip);
+
+Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
+                     const Tensor& v_codes, const Tensor& v_params, int64_t length,
+                     const std::optional<Tensor>& mask, bool causal, double scaling,
+                     const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink);
+
+}  // namespace w2a4

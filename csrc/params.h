@@ -1,0 +1,92 @@
+// Parameters of each op: what passes the checks is put in one of these, and kernels read nothing
+// else. Every pointer carries its shape. Bit layouts are drawn in w2a4/packing.py.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+
+namespace w2a4 {
+
+using torch::headeronly::ScalarType;
+
+struct HadamardParams {
+  const void* x;        // [rows, n], of dtype
+  void* y;              // [rows, n], of dtype
+  const int8_t* had_k;  // [k, k] of +-1, or null for k = 1
+  ScalarType dtype;     // float64, float32, float16 or bfloat16
+  int64_t rows, n;
+  int64_t block_size;  // k * 2**m, divides n
+  int64_t k;
+  bool transpose;
+};
+
+struct QuantizeA4Params {
+  const void* x;      // [tokens, features], of dtype
+  const float* clip;  // [1]
+  uint8_t* codes;     // [tokens, ceil(features / 2)], signed nibbles
+  float* scale;       // [tokens, features / group_size]
+  ScalarType dtype;
+  int64_t tokens, features;
+  int64_t group_size;
+};
+
+struct LinearA4Params {
+  const uint8_t* a_codes;  // [tokens, ceil(in / 2)], signed nibbles
+  const float* a_scale;    // [tokens, in / act_group]
+  const uint8_t* weight;   // [out, ceil(in * weight_bits / 8)]
+  const int8_t* levels;    // [out, in / group_size, 4]; null if weight_bits is 4
+  const uint16_t* scale;   // [out, in / group_size], float16 bits
+  const void* bias;        // [out], of bias_dtype, or null
+  void* y;                 // [tokens, out], of out_dtype
+  ScalarType bias_dtype, out_dtype;
+  int64_t tokens, out_features, in_features;
+  int64_t group_size;  // one of group_size and act_group divides the other
+  int64_t act_group;
+  int64_t block;  // the smaller of the two: inputs of one exact integer sum
+  int weight_bits;
+};
+
+struct LinearW8Params {
+  const void* x;          // [tokens, in], of dtype
+  const int8_t* weight;   // [out, in]
+  const uint16_t* scale;  // [out], float16 bits
+  const void* bias;       // [out], of bias_dtype, or null
+  void* y;                // [tokens, out], of dtype
+  ScalarType dtype, bias_dtype;
+  int64_t tokens, out_features, in_features;
+};
+
+// A tensor read through strides, all in elements; its last dimension is contiguous.
+struct Strided4 {
+  void* data;
+  int64_t batch, head, token;
+};
+
+struct QuantizeKV4Params {
+  Strided4 x;       // [batch, heads, tokens, head_dim], of dtype
+  Strided4 codes;   // uint8 [batch, heads, >= start + tokens, head_dim / 2], unsigned nibbles
+  Strided4 params;  // float16 [batch, heads, >= start + tokens, 2]: scale, zero-point
+  ScalarType dtype;
+  int64_t batch, heads, tokens, head_dim;
+  int64_t start;  // token of codes and params that x's first token is written to
+  float clip;
+};
+
+struct AttentionKV4Params {
+  Strided4 q;                   // [batch, q_heads, q_tokens, head_dim], of dtype
+  Strided4 k_codes, v_codes;    // uint8 [batch, kv_heads, >= length, head_dim / 2]
+  Strided4 k_params, v_params;  // float16 [batch, kv_heads, >= length, 2]
+  Strided4 k_sink, v_sink;      // [batch, kv_heads, >= sinks, head_dim], of *_sink_dtype
+  const bool* mask;             // [batch, q_heads, q_tokens, length] by mask_*, or null
+  int64_t mask_batch, mask_head, mask_q, mask_key;  // strides, 0 where the mask is broadcast
+  void* y;  // [batch, q_tokens, q_heads, head_dim], of dtype
+  ScalarType dtype, k_sink_dtype, v_sink_dtype;
+  int64_t batch, q_heads, kv_heads, q_tokens, head_dim;
+  int64_t length;
+  int64_t sinks;  // the first keys, read from k_sink and v_sink
+  bool causal;
+  float scaling;
+};
+
+}  // namespace w2a4

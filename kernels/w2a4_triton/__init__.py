@@ -1,0 +1,1 @@
+"""Triton kernels of w2a4; imported as `w2a4.triton_kernels`."""

@@ -1,0 +1,148 @@
+"""What was built and how it is laid out; real installations are too slow for a test."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = None
+
+
+@pytest.fixture(scope="module")
+def backend():
+    spec = importlib.util.spec_from_file_location("w2a4_build", ROOT / "build_backend/w2a4_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fake_torch(tmp_path, monkeypatch):
+    """Makes a site-packages folder with a torch of this version, and the only one that is searched."""
+
+    def make(version):
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch/version.py").write_text(f"__version__ = '{version}'\n")
+        monkeypatch.setenv("W2A4_TORCH", str(tmp_path))
+
+    return make
+
+
+def extension_path():
+    path = next((ROOT / "w2a4").glob("_C*.so"), None)
+    if path is None:
+        pytest.skip("w2a4._C is not built in place")
+    return path
+
+
+def test_kernels_is_not_a_package():
+    assert not (ROOT / "kernels/__init__.py").exists(), "it would shadow Hugging Face's package `kernels`"
+    assert (ROOT / "kernels/w2a4_triton/__init__.py").exists()
+
+
+def test_transformers_imports_from_the_repo_root():
+    code = "import transformers.models.llama.modeling_llama as m; print(m.LlamaForCausalLM.__name__)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "LlamaForCausalLM" in run.stdout, run.stderr
+
+
+def test_extension_needs_no_private_torch_symbol():
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    path = extension_path()
+    symbols = subprocess.run(["nm", "-D", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+    undefined = re.findall(r"^\s+U (.+)$", symbols, re.MULTILINE)
+    private = [name for name in undefined if re.search(r"\b(c10|at|torch)::", name)]
+    assert not private, f"not of the stable ABI: {private}"
+    defined = re.findall(r"^[0-9a-f]+ T (.+)$", symbols, re.MULTILINE)
+    assert defined == ["PyInit__C"], "only the module's entry point may be exported"
+    assert path.name == "_C.abi3.so"
+
+
+def test_build_info_is_one_line_that_says_why_there_is_no_cuda():
+    from w2a4 import ops
+
+    assert "\n" not in ops.build_info() and ops.build_info().startswith("w2a4._C: ")
+
+
+@pytest.mark.skipif(tomllib is None, reason="tomllib needs Python 3.11")
+def test_every_package_is_listed():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    listed = set(config["packages"]) - set(config["package-dir"])
+    on_disk = {".".join(f.parent.relative_to(ROOT).parts) for f in (ROOT / "w2a4").glob("**/__init__.py")}
+    assert listed == on_disk
+
+
+@pytest.mark.skipif(tomllib is None, reason="tomllib needs Python 3.11")
+def test_torch_has_no_version_bound():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "torch" in config["project"]["dependencies"], "a bound would let pip replace an installed torch"
+    assert not [r for r in config["build-system"]["requires"] if r.startswith("torch")]
+
+
+def test_backend_builds_against_the_torch_that_is_there(backend, fake_torch, tmp_path):
+    fake_torch("2.11.0+cu130")
+    assert backend.find_torch() == tmp_path / "torch"
+    assert backend._torch_requirement() == []
+
+
+def test_backend_asks_for_torch_only_if_there_is_none(backend, monkeypatch):
+    monkeypatch.delenv("W2A4_TORCH", raising=False)
+    monkeypatch.setattr(backend.sys, "path", [])
+    monkeypatch.setattr(backend, "_target_site_packages", lambda: [])
+    assert backend._torch_requirement() == ["torch>=2.11"]
+    monkeypatch.setenv("W2A4_BUILD_EXT", "0")
+    assert backend._torch_requirement() == []
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cu117"])
+def test_backend_refuses_an_old_torch_in_one_line(backend, fake_torch, version):
+    fake_torch(version)
+    with pytest.raises(SystemExit, match=re.escape(version) + r".*too old.*2\.11") as error:
+        backend.find_torch()
+    assert "\n" not in str(error.value)
+
+
+def test_backend_finds_torch_of_the_target_environment_under_isolation(backend, monkeypatch):
+    monkeypatch.delenv("W2A4_TORCH", raising=False)
+    monkeypatch.setattr(backend.sys, "path", [])
+    import torch
+
+    assert backend.find_torch() == Path(torch.__file__).parent
+
+
+def test_missing_extension_falls_back_to_the_reference():
+    code = """
+import sys, types, warnings
+sys.modules["w2a4"] = package = types.ModuleType("w2a4")  # ops only: the whole package imports transformers
+package.__path__ = ["w2a4"]
+sys.modules["w2a4._C"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    from w2a4 import ops, reference
+messages = [str(w.message) for w in caught if "w2a4._C" in str(w.message)]
+assert len(messages) == 1 and "build" in messages[0], messages
+x = torch.randn(3, 64)
+assert torch.equal(ops.hadamard(x, None, 64), reference.hadamard(x, None, 64))
+codes, scale = ops.quantize_a4(x.requires_grad_(), torch.tensor([0.9]))
+ops.hadamard(x, None, 64).sum().backward()
+cache, params = torch.zeros(1, 1, 4, 8, dtype=torch.uint8), torch.zeros(1, 1, 4, 2, dtype=torch.float16)
+ops.append_kv4(torch.randn(1, 1, 2, 16), cache, params, 1, 0.95)
+assert params[0, 0, 1:3, 0].all() and not params[0, 0, 0].any()
+assert ops.build_info().startswith("w2a4._C: not built")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,173 @@
+"""The 4-bit KV cache and its attention: decoding with the cache is the full forward, token for token."""
+
+import pytest
+import torch
+from packed import SHAPE, packed_model, prompt
+from transformers import DynamicCache
+
+import w2a4
+from w2a4.integrations.attention import KVSettings, PackedKV, w2a4_attention
+from w2a4.integrations.kv_cache import KV4Layer
+from w2a4.rotation.online import OnlineRotation
+
+RECIPES = [dict(), dict(weight_bits=4), {"rotation.r3": "none"}, {"rotation.r3": "random_hadamard", "kv_clip": 0.9}]
+
+
+def full_logits(model, ids, **kwargs):
+    with torch.inference_mode():
+        return model(ids, use_cache=False, **kwargs).logits
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_decoding_with_the_cache_is_the_full_forward(recipe):
+    model, ids = packed_model(**recipe), prompt(2, 70)
+    full = full_logits(model, ids)
+    cache = w2a4.KV4Cache.for_model(model)
+    with torch.inference_mode():
+        steps = [model(ids[:, :5], past_key_values=cache).logits]
+        steps += [model(ids[:, 5:8], past_key_values=cache).logits]
+        steps += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(8, 70)]
+    # Codes and integer sums are the same on both ways; only lm_head's matmul may round otherwise.
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=0, atol=2e-6 * float(full.abs().max()))
+    assert cache.get_seq_length() == 70
+
+
+def test_sink_tokens_are_kept_and_used():
+    model, ids = packed_model(sink_tokens=4), prompt(1, 12)
+    cache = w2a4.KV4Cache.for_model(model)
+    with torch.inference_mode():
+        steps = [model(ids[:, :3], past_key_values=cache).logits]
+        steps += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(3, 12)]
+    full = full_logits(model, ids)
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=0, atol=2e-6 * float(full.abs().max()))
+    assert cache.layers[0].keys.sink.shape == (1, 1, 4, SHAPE["head_dim"])
+    assert (full - full_logits(packed_model(), ids)).abs().max() > 1e-3
+
+
+def greedy(model, ids, steps):
+    """Greedy decoding by whole forwards, without any cache."""
+    for _ in range(steps):
+        ids = torch.cat([ids, full_logits(model, ids)[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+def test_generate_greedy_uses_the_packed_cache_by_default():
+    model, ids = packed_model(), prompt()
+    out = model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, w2a4.KV4Cache)
+    assert torch.equal(out.sequences, greedy(model, ids, 20))
+
+
+def test_generate_with_a_cache_of_ones_own():
+    model, ids = packed_model(), prompt()
+    cache = w2a4.KV4Cache.for_model(model)
+    out = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, past_key_values=cache)
+    assert torch.equal(out, greedy(model, ids, 6)) and cache.get_seq_length() == ids.shape[1] + 5
+
+
+def test_generate_sampling_is_reproducible():
+    model, ids = packed_model(), prompt()
+    outs = []
+    for use_cache in (True, True, False):
+        torch.manual_seed(1)
+        outs.append(model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=True, use_cache=use_cache))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_generate_beam_reorders_the_cache():
+    model, ids = packed_model(), prompt(2)
+    kwargs = dict(max_new_tokens=10, min_new_tokens=10, num_beams=4, do_sample=False)
+    assert torch.equal(model.generate(ids, **kwargs), model.generate(ids, use_cache=False, **kwargs))
+
+
+def test_generate_left_padded_batch_equals_each_alone():
+    model = packed_model()
+    prompts = [prompt(1, n, seed=n) for n in (4, 11, 7)]
+    width = 11
+    ids = torch.cat([torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (width - p.shape[1], 0)) for p in prompts])
+    kwargs = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+    batch = model.generate(ids, attention_mask=mask, **kwargs)
+    for row, alone in zip(batch, prompts, strict=True):
+        assert torch.equal(row[width:], model.generate(alone, **kwargs)[0, alone.shape[1] :])
+
+
+def test_right_padded_forward_equals_each_alone():
+    model = packed_model()
+    ids = torch.cat([prompt(1, 9, seed=1), torch.nn.functional.pad(prompt(1, 5, seed=2), (0, 4))])
+    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    both = full_logits(model, ids, attention_mask=mask)
+    alone = full_logits(model, prompt(1, 5, seed=2))
+    torch.testing.assert_close(both[1:, :5], alone, rtol=0, atol=2e-6 * float(alone.abs().max()))
+
+
+def test_a_filled_16_bit_cache_still_sees_4_bits():
+    """A cache another library filled is not replaced; its contents are quantised on the way in."""
+    model, ids = packed_model(), prompt(1, 10)
+    cache = DynamicCache()
+    with torch.inference_mode():
+        for layer, attn in enumerate(m.self_attn for m in model.model.layers):
+            cache.update(torch.zeros(1, 1, 0, attn.head_dim), torch.zeros(1, 1, 0, attn.head_dim), layer)
+        steps = [model.model(ids[:, i : i + 1], past_key_values=cache).last_hidden_state for i in range(10)]
+        whole = model.model(ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-5)
+
+
+def test_cache_grows_crops_and_counts_its_bytes():
+    settings = KVSettings(4, 0.95, 0, OnlineRotation("hadamard", 32, name="r3"))
+    layer = KV4Layer(settings)
+    x = torch.randn(2, 3, 200, 32)
+    for part in x.split([1, 63, 1, 135], 2):
+        keys, values = layer.update(part, part)
+    assert isinstance(keys, PackedKV) and layer.get_seq_length() == 200
+    # head_dim / 2 bytes of codes and 4 of parameters a token, head and side: 4.5 bits at head_dim 64.
+    assert layer.nbytes() == 2 * 3 * 200 * 2 * (16 + 4)
+    whole = KV4Layer(settings)
+    whole.update(x, x)
+    assert torch.equal(layer.keys.codes[:, :, :200], whole.keys.codes)
+    assert torch.equal(layer.values.params[:, :, :200], whole.values.params)
+    layer.crop(-50)
+    assert layer.get_seq_length() == 150 and layer.keys.length == 150
+    layer.crop(100)
+    assert layer.get_seq_length() == 100
+    layer.batch_repeat_interleave(2)
+    assert layer.keys.codes.shape[0] == 4
+    layer.batch_select_indices(torch.tensor([0, 2]))
+    assert torch.equal(layer.keys.codes[1, :, :100], whole.keys.codes[1, :, :100])
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.get_mask_sizes(3) == (3, 0)
+
+
+def test_attention_without_cache_packs_the_same_codes():
+    model = packed_model()
+    attn = model.model.layers[0].self_attn
+    q, k, v = torch.randn(1, 3, 6, 32), torch.randn(1, 1, 6, 32), torch.randn(1, 1, 6, 32)
+    layer = KV4Layer(attn.kv_settings)
+    packed = w2a4_attention(attn, q, *layer.update(k, v), None)[0]
+    assert torch.equal(packed, w2a4_attention(attn, q, k, v, None)[0])
+
+
+def test_gradients_flow_where_they_are_wanted():
+    """Training sees the fake-quantised keys and values; forward is the packed forward."""
+    model = packed_model()
+    attn = model.model.layers[0].self_attn
+    q, k, v = (torch.randn(1, h, 6, 32, requires_grad=True) for h in (3, 1, 1))
+    out, _ = w2a4_attention(attn, q, k, v, None)
+    out.square().sum().backward()
+    assert all(x.grad is not None and torch.isfinite(x.grad).all() and x.grad.abs().max() > 0 for x in (q, k, v))
+    with torch.no_grad():
+        packed, _ = w2a4_attention(attn, q, k, v, None)
+    torch.testing.assert_close(out.detach(), packed, rtol=1e-5, atol=1e-5)
+
+
+def test_additive_masks_are_translated_or_refused():
+    model = packed_model()
+    attn = model.model.layers[0].self_attn
+    q, k, v = torch.randn(1, 3, 4, 32), torch.randn(1, 1, 4, 32), torch.randn(1, 1, 4, 32)
+    causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    additive = torch.zeros(1, 1, 4, 4).masked_fill(~causal, torch.finfo(torch.float32).min)
+    expected = w2a4_attention(attn, q, k, v, None)[0]
+    assert torch.equal(w2a4_attention(attn, q, k, v, causal)[0], expected)
+    assert torch.equal(w2a4_attention(attn, q, k, v, additive)[0], expected)
+    with pytest.raises(ValueError, match="finite biases"):
+        w2a4_attention(attn, q, k, v, additive + 0.5)

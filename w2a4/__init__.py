@@ -1,0 +1,42 @@
+"""LLaMA with 2-bit non-uniform weights, 4-bit activations and a 4-bit KV cache.
+
+Importing the package registers the `w2a4` quantiser, attention and mask with transformers, so that
+`AutoModelForCausalLM.from_pretrained` reads packed checkpoints.
+"""
+
+from importlib.metadata import version
+
+from .config import Recipe, RotationConfig
+from .errors import CalibrationError, CheckpointError, RecipeError, RotationError, W2A4Error
+from .integrations import hf
+from .integrations.hf import W2A4Config
+from .integrations.kv_cache import KV4Cache
+from .layers import W2A4Linear, W4A4Linear, W8Embedding, W8Linear, replace_linears
+from .pipeline import load_model, quantize, rotate, save
+from .report import Report
+
+__version__ = version("w2a4")
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "KV4Cache",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "RotationConfig",
+    "RotationError",
+    "W2A4Config",
+    "W2A4Error",
+    "W2A4Linear",
+    "W4A4Linear",
+    "W8Embedding",
+    "W8Linear",
+    "load_model",
+    "quantize",
+    "replace_linears",
+    "rotate",
+    "save",
+]
+
+hf.register()

@@ -1,0 +1,168 @@
+"""Quantising decoder layers one after another, each on the inputs the quantised prefix gives it.
+
+Two streams of hidden states run through the model side by side: `full`, the rotated model at full
+precision, and `quantized`, the packed layers done so far. Within a layer the linears are fitted in
+the order data reaches them (q/k/v, o, gate/up, down), each group on inputs that already passed the
+packed linears before it. Only one layer's full-precision copy is alive at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .config import Recipe
+from .fitting.gptq import GPTQOptions, fit_gptq
+from .fitting.moments import Moments
+from .fitting.rtn import fit_rtn
+from .integrations.attention import KVSettings
+from .integrations.hf import act_group_size, decoder_linears
+from .layers import PACKED_LINEARS, _PackedLinear
+from .reference import dequantize_a4
+from .rotation.online import OnlineRotation
+
+#: Clips that `act_clip: search` tries.
+ACT_CLIPS = tuple(round(0.6 + 0.05 * step, 2) for step in range(9))
+
+#: Linears that share their input, in the order data reaches them.
+STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass
+class Streams:
+    """Hidden states before the next layer, one `[sequences, tokens, hidden]` tensor a batch."""
+
+    full: list[Tensor]
+    quantized: list[Tensor]
+
+
+class LayerQuantizer:
+    """Quantises one decoder layer in place.
+
+    Args:
+        layer: a LlamaDecoderLayer whose linears are float (down_proj may be a RotatedLinear).
+        recipe: see `Recipe`.
+        settings: of the KV cache of the quantised model.
+        position_embeddings: cos and sin for one batch.
+    """
+
+    def __init__(self, layer: nn.Module, recipe: Recipe, settings: KVSettings, position_embeddings):
+        self.layer, self.recipe, self.position_embeddings = layer, recipe, position_embeddings
+        self.reference = copy.deepcopy(layer)
+        self.settings, self.full_settings = settings, KVSettings(rotation=settings.rotation)
+        self.errors: dict[str, float] = {}
+
+    def run(self, streams: Streams, progress: Callable[[str], None] = lambda name: None) -> dict[str, float]:
+        """Quantise, and move both streams behind the layer.
+
+        Returns:
+            relative output error of each linear's fit, by name.
+        """
+        inputs = self._map(streams, lambda layer, x: layer.input_layernorm(x))
+        self._fit(STAGES[0], inputs, progress)
+        context = self._map(inputs, self._attend)
+        self._fit(STAGES[1], context, progress)
+        self._add(streams, self._map(context, lambda layer, x: layer.self_attn.o_proj(x)))
+        inputs = self._map(streams, lambda layer, x: layer.post_attention_layernorm(x))
+        self._fit(STAGES[2], inputs, progress)
+        inner = self._map(inputs, lambda layer, x: layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+        self._fit(STAGES[3], inner, progress)
+        self._add(streams, self._map(inner, lambda layer, x: layer.mlp.down_proj(x)))
+        return self.errors
+
+    def packed(self) -> list[tuple[str, nn.Module]]:
+        """The layer's packed linears, by their names inside it."""
+        return [(n, m) for n, m in self.layer.named_modules() if isinstance(m, _PackedLinear)]
+
+    def _map(self, streams: Streams, fn: Callable[[nn.Module, Tensor], Tensor]) -> Streams:
+        return Streams(
+            [fn(self.reference, x) for x in streams.full],
+            [fn(self.layer, x) for x in streams.quantized],
+        )
+
+    @staticmethod
+    def _add(streams: Streams, update: Streams) -> None:
+        """The residual connection."""
+        streams.full = [x + y for x, y in zip(streams.full, update.full, strict=True)]
+        streams.quantized = [x + y for x, y in zip(streams.quantized, update.quantized, strict=True)]
+
+    def _attend(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What o_proj sees."""
+        seen: list[Tensor] = []
+        handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            layer.self_attn(
+                hidden_states=x,
+                position_embeddings=self.position_embeddings,
+                attention_mask=None,
+                kv_settings=self.settings if layer is self.layer else self.full_settings,
+            )
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def _fit(self, names: tuple[str, ...], inputs: Streams, progress: Callable[[str], None]) -> None:
+        """Quantise the linears that share `inputs`, stacked into one matrix."""
+        recipe, linears = self.recipe, decoder_linears(self.layer)
+        group = [linears[name] for name in names]
+        rotation: OnlineRotation | None = getattr(group[0], "rotation", None)
+        rotate = rotation.apply if rotation is not None else (lambda x: x)
+        act_group = act_group_size(recipe, names[0], self.layer.self_attn.head_dim)
+        inputs = Streams([rotate(x) for x in inputs.full], [rotate(x) for x in inputs.quantized])
+        clip = self._act_clip(inputs.quantized, act_group)
+        weight = torch.cat([linear.weight.detach().float() for linear in group])
+        if recipe.weight_method == "rtn":
+            fitted = fit_rtn(weight, recipe.weight_bits, recipe.group_size)
+            error = None
+        else:
+            moments = Moments(weight.shape[1], recipe.gptq_target == "full", weight.device)
+            for full, quantized in zip(inputs.full, inputs.quantized, strict=True):
+                moments.add(self._as_seen(quantized, clip, act_group), full)
+            options = GPTQOptions(recipe.gptq_damp, recipe.gptq_block, recipe.gptq_act_order, recipe.gptq_refine)
+            fitted, error = fit_gptq(
+                weight, moments.hessian, recipe.weight_bits, recipe.group_size, options, moments.cross
+            )
+        start = 0
+        for name, linear in zip(names, group, strict=True):
+            part = fitted.rows(start, start + linear.out_features)
+            start += linear.out_features
+            self._replace(name, linear, part, clip, act_group, rotation)
+            self.errors[name] = error if error is not None else _weight_error(linear.weight, part)
+            progress(name)
+
+    def _replace(self, name: str, linear: nn.Linear, fitted, clip: float, act_group: int, rotation) -> None:
+        packed = PACKED_LINEARS[self.recipe.weight_bits].from_linear(
+            linear, fitted=fitted, act_bits=self.recipe.act_bits, act_clip=clip,
+            act_group_size=act_group, rotation=rotation,
+        )  # fmt: skip
+        parent = self.layer.mlp if hasattr(self.layer.mlp, name) else self.layer.self_attn
+        setattr(parent, name, packed)
+
+    def _as_seen(self, x: Tensor, clip: float, act_group: int) -> Tensor:
+        """Activations after quantisation, as the packed linear will see them."""
+        if self.recipe.act_bits == 16:
+            return x
+        codes, scale = ops.quantize_a4(x, torch.tensor([clip], device=x.device), act_group)
+        return dequantize_a4(codes, scale, x.shape[-1])
+
+    def _act_clip(self, batches: list[Tensor], act_group: int) -> float:
+        """The recipe's clip, or the one of least relative squared error, mean over tokens."""
+        if self.recipe.act_clip != "search" or self.recipe.act_bits == 16:
+            return self.recipe.act_clip if self.recipe.act_clip != "search" else 1.0
+        sample = torch.cat([x.flatten(0, -2)[:: max(1, len(batches))] for x in batches]).float()
+        energy = sample.square().sum(-1).clamp_min(1e-30)
+
+        def error(clip: float) -> float:
+            return float(((self._as_seen(sample, clip, act_group) - sample).square().sum(-1) / energy).mean())
+
+        return min(ACT_CLIPS, key=error)
+
+
+def _weight_error(weight: Tensor, fitted) -> float:
+    weight = weight.detach().float()
+    return float((fitted.dequantize() - weight).square().sum() / weight.square().sum().clamp_min(1e-30))

@@ -1,0 +1,253 @@
+"""Recipes and checkpoint metadata: frozen dataclasses that read and write YAML.
+
+A `Recipe` says how a model is to be quantised; `RotationConfig` is its rotation part. Both are
+plain data: they travel in `recipe.yaml` and in the `quantization_config` of `config.json`, and
+every field can be overridden (`w2a4 quantize --set rotation.r4=none`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .errors import RecipeError
+
+RotationKind = Literal["none", "hadamard", "random_hadamard", "random", "learned"]
+OnlineKind = Literal["none", "hadamard", "random_hadamard", "random"]
+
+#: Group sizes `auto` tries, in this order; the first that divides `in_features` is taken.
+AUTO_GROUP_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class RotationConfig:
+    """Which rotation goes where (METHOD: R1 residual stream, R2 value heads, R3 q/k, R4 down_proj).
+
+    Attributes:
+        r1: rotation of the residual stream, `hidden_size` wide, folded into the weights.
+        r2: rotation of each value head, `head_dim` wide, one a layer, folded into v_proj and o_proj.
+        r3: online rotation of queries and keys after RoPE, `head_dim` wide.
+        r4: online rotation of down_proj's input, `intermediate_size` wide, its inverse folded.
+        seed: from it every random rotation is drawn, independent of torch's global generator.
+        learned: safetensors file with `R1` and `R2.<layer>`, needed by `learned`.
+    """
+
+    r1: RotationKind = "random_hadamard"
+    r2: RotationKind = "random_hadamard"
+    r3: OnlineKind = "hadamard"
+    r4: OnlineKind = "hadamard"
+    seed: int = 0
+    learned: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if "learned" in (self.r1, self.r2) and self.learned is None:
+            raise RecipeError(
+                f"r1={self.r1!r}, r2={self.r2!r}: a learned rotation needs its file; "
+                "set learned=PATH to a safetensors file with the tensors R1 and R2.<layer>"
+            )
+
+    @property
+    def is_identity(self) -> bool:
+        """True if nothing is rotated, offline or online."""
+        return {self.r1, self.r2, self.r3, self.r4} == {"none"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantised. Frozen; derive another with `recipe.override(key=value)`.
+
+    Attributes:
+        name: shown in reports and model cards.
+        rotation: see `RotationConfig`.
+        weight_bits: 2 (four int8 levels and one fp16 scale a group), 4 (symmetric) or 16 (kept).
+        weight_method: `rtn` (MSE clip at 4 bits, Lloyd-Max at 2) or `gptq`.
+        group_size: inputs that share one scale; -1 is the whole row; `auto` the first of
+            128, 64, 32 that divides, else -1.
+        act_bits: 4 (per token, dynamic, symmetric) or 16 (kept).
+        act_clip: the scale is `act_clip * max|x| / 7`; `search` takes, for each linear, the clip of
+            least squared error on the calibration text.
+        o_proj_act: `head` gives each attention head of o_proj's input its own scale, `token` one
+            for the whole token (R2 rotates inside a head only, so heads differ in size).
+        kv_bits: 4 (asymmetric, a scale and a zero-point a token and head) or 16 (kept).
+        kv_clip: the range is shrunk by this factor around its middle.
+        sink_tokens: the first cache entries kept in 16 bits.
+        head_bits, embed_bits: 8 (per row) or 16 (kept).
+        gptq_damp: added to the Hessian's diagonal, as a fraction of its mean.
+        gptq_block: columns quantised before the rest is updated.
+        gptq_act_order: quantise the columns of large Hessian diagonal first.
+        gptq_refine: rounds of coordinate descent (and level refits) after the GPTQ pass.
+        gptq_target: `full` fits the full-precision layer's output, `quantized` the layer's own
+            output on the quantised prefix's inputs (plain GPTQ).
+        calib_samples, calib_seqlen: calibration windows and tokens in each.
+    """
+
+    name: str = "custom"
+    rotation: RotationConfig = field(default_factory=RotationConfig)
+    weight_bits: Literal[2, 4, 16] = 2
+    weight_method: Literal["rtn", "gptq"] = "gptq"
+    group_size: int | Literal["auto"] = "auto"
+    act_bits: Literal[4, 16] = 4
+    act_clip: float | Literal["search"] = "search"
+    o_proj_act: Literal["head", "token"] = "head"
+    kv_bits: Literal[4, 16] = 4
+    kv_clip: float = 0.95
+    sink_tokens: int = 0
+    head_bits: Literal[8, 16] = 8
+    embed_bits: Literal[8, 16] = 8
+    gptq_damp: float = 0.01
+    gptq_block: int = 128
+    gptq_act_order: bool = True
+    gptq_refine: int = 3
+    gptq_target: Literal["full", "quantized"] = "full"
+    calib_samples: int = 32
+    calib_seqlen: int = 512
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if isinstance(self.group_size, int) and self.group_size != -1 and self.group_size < 4:
+            raise RecipeError(f"group_size={self.group_size}: give -1, 'auto' or a number >= 4")
+        for key in ("act_clip", "kv_clip"):
+            value = getattr(self, key)
+            if value != "search" and not 0 < value <= 1:
+                raise RecipeError(f"{key}={value}: give a number in (0, 1]")
+        for key, least in {
+            "sink_tokens": 0, "gptq_block": 1, "gptq_refine": 0, "calib_samples": 1, "calib_seqlen": 2
+        }.items():
+            if getattr(self, key) < least:
+                raise RecipeError(f"{key}={getattr(self, key)}: give a number >= {least}")
+        if self.weight_bits == 16 and self.act_bits == 4:
+            raise RecipeError(
+                "weight_bits=16 with act_bits=4: activations are quantised where weights are; set both to 16 or neither"
+            )
+        if not 0 < self.gptq_damp < 1:
+            raise RecipeError(f"gptq_damp={self.gptq_damp}: give a number in (0, 1)")
+
+    def override(self, **changes: Any) -> Recipe:
+        """A copy with fields replaced; nested ones as `{"rotation.r4": "none"}`."""
+        data = self.to_dict()
+        for key, value in changes.items():
+            target, *rest = data, *key.split(".")
+            for part in rest[:-1]:
+                target = target.get(part) if isinstance(target, dict) else None
+            if not isinstance(target, dict) or rest[-1] not in target:
+                raise RecipeError(f"unknown recipe key {key!r}; known keys: {', '.join(_keys(type(self)))}")
+            target[rest[-1]] = value
+        return Recipe.from_dict(data)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Recipe:
+        """Inverse of `to_dict`. Raises RecipeError for an unknown key or a value out of range."""
+        return _from_dict(cls, data)
+
+    def to_yaml(self, path: str | Path) -> None:
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        try:
+            data = yaml.safe_load(Path(path).read_text())
+        except FileNotFoundError:
+            raise RecipeError(f"recipe file {str(path)!r} does not exist") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe file {str(path)!r} is not YAML: {error}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"recipe file {str(path)!r} holds {type(data).__name__}, not a mapping of keys")
+        return cls.from_dict(data)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Recipe:
+        """A named recipe (`w4a4kv4`, `w2a4kv4`) or a YAML file."""
+        if str(name_or_path) in RECIPES:
+            return RECIPES[str(name_or_path)]
+        if str(name_or_path).endswith((".yaml", ".yml")) or Path(name_or_path).is_file():
+            return cls.from_yaml(name_or_path)
+        raise RecipeError(
+            f"unknown recipe {str(name_or_path)!r}; named recipes: {', '.join(RECIPES)}; or give a .yaml file"
+        )
+
+
+def resolve_group_size(in_features: int, group_size: int | str) -> int:
+    """Inputs a group really has: `auto` and -1 become numbers, and a number must divide.
+
+    >>> resolve_group_size(576, "auto"), resolve_group_size(1536, "auto"), resolve_group_size(90, -1)
+    (64, 128, 90)
+    """
+    if group_size == "auto":
+        return next((g for g in AUTO_GROUP_SIZES if in_features % g == 0), in_features)
+    if group_size == -1:
+        return in_features
+    if in_features % group_size:
+        fits = [g for g in (256, *AUTO_GROUP_SIZES) if in_features % g == 0]
+        raise RecipeError(
+            f"group_size={group_size} does not divide in_features={in_features}; "
+            f"use one of {[*fits, -1]} (-1 is the whole row) or 'auto'"
+        )
+    return group_size
+
+
+def _keys(cls: type, prefix: str = "") -> list[str]:
+    hints = typing.get_type_hints(cls)
+    out = []
+    for f in dataclasses.fields(cls):
+        nested = hints[f.name]
+        out += _keys(nested, f"{prefix}{f.name}.") if dataclasses.is_dataclass(nested) else [prefix + f.name]
+    return out
+
+
+def _from_dict(cls: type, data: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise RecipeError(f"unknown recipe key {unknown[0]!r}; known keys: {', '.join(_keys(cls))}")
+    values = {}
+    for key, value in data.items():
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise RecipeError(f"{key}={value!r}: give a mapping of {', '.join(_keys(hints[key]))}")
+            value = _from_dict(hints[key], value)
+        values[key] = value
+    return cls(**values)
+
+
+def _check_fields(config: Any) -> None:
+    """Every field against its annotation; an int given for a float is taken as one."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(config, name, float(value))
+        elif not _matches(value, hint):
+            raise RecipeError(f"{name}={value!r}: give {_describe(hint)}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return any(value == option and type(value) is type(option) for option in typing.get_args(hint))
+    if typing.get_args(hint):
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if hint is int and isinstance(value, bool):
+        return False
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
+    if typing.get_args(hint):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    return {"NoneType": "nothing"}.get(hint.__name__, f"a value of type {hint.__name__}")
+
+
+#: Named recipes, for `Recipe.load` and the command line.
+RECIPES = {
+    "w4a4kv4": Recipe(name="w4a4kv4", weight_bits=4),
+    "w2a4kv4": Recipe(name="w2a4kv4", weight_bits=2),
+}

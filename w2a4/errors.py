@@ -1,0 +1,21 @@
+"""Exceptions a user can act on. The command line prints them without a traceback."""
+
+
+class W2A4Error(ValueError):
+    """A user's mistake or a damaged input: the message quotes the value and says what to do."""
+
+
+class RotationError(W2A4Error):
+    """A model that cannot be rotated, or a rotation that is not one."""
+
+
+class RecipeError(W2A4Error):
+    """An unknown recipe, an unknown key, or a value out of range."""
+
+
+class CheckpointError(W2A4Error):
+    """A checkpoint that is missing, truncated, corrupted or of another format version."""
+
+
+class CalibrationError(W2A4Error):
+    """Calibration text that is empty or too short."""

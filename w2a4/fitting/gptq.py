@@ -1,0 +1,228 @@
+"""GPTQ for uniform and codebook grids, with level refits and coordinate descent after it.
+
+The problem of one matrix, given calibration inputs: find codes (and levels) so that the layer's
+output changes least,
+
+    minimise  tr( (W* - W_hat) H (W* - W_hat)^T ),    H = sum over tokens of x_q^T x_q,
+
+x_q the inputs the quantised model will really see (rotated, 4-bit, behind a quantised prefix). W* is
+the weight itself, or (`target`) the least-squares weight that maps x_q to the full-precision
+layer's output on full-precision inputs x: W* = W C H^-1, C = sum of x^T x_q. Column by column, each
+rounding error is pushed into the columns not yet rounded (Frantar et al., arXiv 2210.17323); the
+codes are then polished by exact coordinate descent, and levels and scales by least squares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import resolve_group_size
+from .lloyd import round_levels
+from .rtn import fit_grid
+from .weight import QuantizedWeight, fp16_scale
+
+
+@dataclass(frozen=True)
+class GPTQOptions:
+    """See the fields of the same meaning in `config.Recipe` (`gptq_*`)."""
+
+    damp: float = 0.01
+    block: int = 128
+    act_order: bool = True
+    refine: int = 3
+
+
+def fit_gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    group_size: int | str,
+    options: GPTQOptions | None = None,
+    cross: Tensor | None = None,
+) -> tuple[QuantizedWeight, float]:
+    """Quantise a weight matrix against the second moments of its inputs.
+
+    Args:
+        weight: floating `[out, in]`.
+        hessian: float32 `[in, in]`, sum of `x_q^T x_q`.
+        bits: 2 or 4.
+        group_size: divides `in`; -1 or `auto` as in `config.resolve_group_size`.
+        cross: float32 `[in, in]`, sum of `x^T x_q`, to aim at the full-precision output; or None.
+
+    Returns:
+        the weight, and its relative output error `tr(E H E^T) / tr(W* H W*^T)`.
+
+    Raises:
+        ValueError: the Hessian is not finite.
+    """
+    options = options or GPTQOptions()
+    group_size = resolve_group_size(weight.shape[1], group_size)
+    weight = weight.float()
+    hessian, target = _condition(weight, hessian, cross, options.damp)
+    grid = _Grid(*fit_grid(target.unflatten(1, (-1, group_size)), bits, hessian.diagonal()), group_size)
+    order = torch.argsort(hessian.diagonal(), descending=True) if options.act_order else None
+    codes = _sweep(target, hessian, grid, order, options.block)
+    for _ in range(options.refine):
+        _polish(target, hessian, codes, grid)
+    fitted = grid.weight(codes)
+    difference = target - fitted.dequantize()
+    energy = ((target @ hessian) * target).sum().clamp_min(1e-30)
+    return fitted, float(((difference @ hessian) * difference).sum() / energy)
+
+
+def _condition(weight: Tensor, hessian: Tensor, cross: Tensor | None, damp: float) -> tuple[Tensor, Tensor]:
+    """Damped Hessian and the weight to aim at."""
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("the calibration inputs hold NaN or Inf; check the model's weights and the calibration text")
+    ridge = torch.eye(hessian.shape[0], device=hessian.device) * (damp * hessian.diagonal().mean()).clamp_min(1e-8)
+    damped = hessian + ridge
+    if cross is None:
+        return damped, weight
+    # The same ridge on both sides shrinks the correction, not the weight.
+    factor = torch.linalg.cholesky(damped.double())
+    correction = torch.cholesky_solve((weight.double() @ (cross - hessian).double()).T, factor).T
+    return damped, weight + correction.float()
+
+
+class _Grid:
+    """The grids of all groups and rows, transposed: what one input column needs is contiguous.
+
+    Attributes:
+        scale: float32 `[groups, out]`, each a float16 number.
+        levels: int8 `[groups, 4, out]`, or None for a uniform grid.
+    """
+
+    def __init__(self, scale: Tensor, levels: Tensor | None, group_size: int):
+        self.group_size = group_size
+        self.scale = scale.float().T.contiguous()
+        self.levels = None if levels is None else levels.permute(1, 2, 0).contiguous()
+
+    def points(self, group: int) -> Tensor:
+        """Grid values float32 `[4, out]` of a group, ascending."""
+        return self.levels[group].float() * self.scale[group]
+
+    def values(self, codes: Tensor, group: int) -> Tensor:
+        """Float32 values of codes `[n, out]`."""
+        if self.levels is None:
+            return codes * self.scale[group]
+        return self.points(group).gather(0, codes.long())
+
+    def nearest(self, values: Tensor, group: int) -> Tensor:
+        """Codes int8 nearest to `values` `[out]`."""
+        if self.levels is None:
+            return (values / self.scale[group]).round_().clamp_(-8, 7).to(torch.int8)
+        points = self.points(group)
+        return (values > (points[1:] + points[:-1]) / 2).sum(0).to(torch.int8)
+
+    def weight(self, codes: Tensor) -> QuantizedWeight:
+        """The weight of codes `[in, out]`."""
+        levels = None if self.levels is None else self.levels.permute(2, 0, 1).contiguous()
+        return QuantizedWeight(codes.T.contiguous(), self.scale.T.contiguous().half(), levels, self.group_size)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For loops over single columns: starting and joining threads would cost more than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _sweep(target: Tensor, hessian: Tensor, grid: _Grid, order: Tensor | None, block: int) -> Tensor:
+    """One GPTQ pass; codes int8 `[in, out]`. Grids are fixed, so any column order is allowed."""
+    columns = target.shape[1]
+    order = torch.arange(columns, device=target.device) if order is None else order
+    work = target.T[order].contiguous()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order].double()))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    codes = torch.empty(work.shape, dtype=torch.int8, device=target.device)
+    position, pivots = order.tolist(), upper.diagonal().tolist()
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        errors = torch.empty(stop - start, target.shape[0], device=target.device)
+        with _one_thread():
+            for j in range(start, stop):
+                column, group = position[j], position[j] // grid.group_size
+                codes[column] = grid.nearest(work[j], group)
+                error = (work[j] - grid.values(codes[column, None], group)[0]) / pivots[j]
+                work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+                errors[j - start] = error
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return codes
+
+
+def _polish(target: Tensor, hessian: Tensor, codes: Tensor, grid: _Grid, block: int = 64) -> None:
+    """One round over the groups, in place: refit the group's grid, then descend over its codes.
+
+    Both steps are exact minimisations with everything else fixed, so the objective never rises.
+    """
+    size = grid.group_size
+    current = grid.weight(codes).dequantize().T.contiguous()
+    gradient = hessian @ (target.T - current)
+    for group in range(grid.scale.shape[0]):
+        columns = slice(group * size, (group + 1) * size)
+        _refit_grid(hessian[columns, columns], gradient[columns], current[columns], codes[columns], grid, group)
+        change = grid.values(codes[columns], group) - current[columns]
+        gradient[columns.start :].addmm_(hessian[columns.start :, columns], change, alpha=-1)
+        current[columns] += change
+        for start in range(columns.start, columns.stop, block):
+            stop = min(start + block, columns.stop)
+            moves = _descend(hessian, gradient, current, codes, grid, group, start, stop)
+            gradient[stop:].addmm_(hessian[stop:, start:stop], moves, alpha=-1)
+
+
+def _descend(
+    hessian: Tensor, gradient: Tensor, current: Tensor, codes: Tensor, grid: _Grid, group: int, start: int, stop: int
+) -> Tensor:
+    """Coordinate descent over the codes of columns start..stop-1; returns how far the values moved."""
+    moves = torch.empty(stop - start, codes.shape[1], device=codes.device)
+    local, pivots = gradient[start:stop], hessian.diagonal()[start:stop].tolist()
+    with _one_thread():
+        for j in range(start, stop):
+            codes[j] = grid.nearest(current[j] + gradient[j] / pivots[j - start], group)
+            value = grid.values(codes[j, None], group)[0]
+            moves[j - start] = value - current[j]
+            current[j] = value
+            local.addr_(hessian[start:stop, j], moves[j - start], alpha=-1)
+    return moves
+
+
+def _refit_grid(hessian: Tensor, gradient: Tensor, current: Tensor, codes: Tensor, grid: _Grid, group: int) -> None:
+    """Least-squares levels (or scale) of one group for its codes; kept by the rows they serve better.
+
+    With B the matrix `[group_size, n]` that maps a row's n numbers (four levels, or one scale) to its
+    values, they solve (B^T H B) numbers = B^T (H current + gradient).
+    """
+    if grid.levels is None:
+        basis, old = codes.float()[None], grid.scale[group][None]
+    else:
+        basis = torch.stack([(codes == k).float() for k in range(4)])
+        old = grid.points(group)
+    projected = (hessian @ basis.permute(1, 0, 2).flatten(1)).view(len(codes), len(basis), -1)
+    by_row = basis.permute(2, 0, 1).contiguous()
+    normal = by_row @ projected.permute(2, 0, 1)
+    right = by_row @ (hessian @ current + gradient).T[..., None]
+    # A weak pull to the old number settles those that no weight uses.
+    pull = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    normal.diagonal(dim1=1, dim2=2).add_(pull[:, None])
+    solved = torch.linalg.solve(normal, right + (pull * old).T[..., None])[..., 0]
+    if grid.levels is None:
+        levels, scale = None, fp16_scale(solved[:, 0]).float()
+        new = codes * scale
+    else:
+        levels, scale = round_levels(solved)
+        levels, scale = levels.T, scale.float()
+        new = (levels.float() * scale).gather(0, codes.long())
+    change = new - current
+    better = (change * (hessian @ change - 2 * gradient)).sum(0) < 0
+    grid.scale[group] = torch.where(better, scale, grid.scale[group])
+    if levels is not None:
+        grid.levels[group] = torch.where(better, levels, grid.levels[group])

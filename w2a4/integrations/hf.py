@@ -1,0 +1,250 @@
+"""transformers: the quantisation plug-in, and what a model needs to run and to save itself.
+
+`import w2a4` registers the quantiser, so `AutoModelForCausalLM.from_pretrained(directory)` rebuilds a
+packed model: the skeleton is swapped on the meta device (`prepare_skeleton`), the tensors are loaded
+as they are, and every one is validated. `install` gives a model, freshly quantised or loaded, the
+attention function, the KV4 cache as its default cache, and a `save_pretrained` that writes the
+recipe, the report and the model card too.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config import Recipe
+from ..errors import CheckpointError
+from ..layers import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
+from ..report import Report, model_card
+from ..rotation.fuse import RotatedLinear
+from ..rotation.online import OnlineRotation
+from . import attention
+from .checkpoint import FORMAT_VERSION, atomic_directory, check_headers
+from .kv_cache import KV4Cache
+
+METHOD = "w2a4"
+
+
+class W2A4Config(QuantizationConfigMixin):
+    """The `quantization_config` of a checkpoint: plain data, enough to rebuild the model.
+
+    Attributes:
+        recipe: `Recipe.to_dict()`; weight_bits 16 for a model that was rotated only.
+        rotation: how the model was rotated, with `online` = {"r3": …, "r4": …} to rebuild the
+            online rotations from (`OnlineRotation.from_dict`); empty if it was not.
+        provenance: free: source model, versions.
+    """
+
+    def __init__(
+        self,
+        recipe: dict[str, Any] | None = None,
+        rotation: dict[str, Any] | None = None,
+        provenance: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        w2a4_version: str | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint format {format_version!r} is newer than {FORMAT_VERSION}, which "
+                f"w2a4 {version('w2a4')} reads; upgrade w2a4"
+            )
+        kwargs.pop("quant_method", None)
+        if kwargs:
+            raise CheckpointError(f"quantization_config has unknown keys {sorted(kwargs)}")
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.w2a4_version = w2a4_version or version("w2a4")
+        self.recipe = Recipe.from_dict(recipe or {}).to_dict()
+        self.rotation = rotation or {}
+        self.provenance = provenance or {}
+
+    def online(self, name: str) -> OnlineRotation | None:
+        """The online rotation `r3` or `r4`, or None."""
+        data = self.rotation.get("online", {}).get(name)
+        return None if not data or data["kind"] == "none" else OnlineRotation.from_dict(data)
+
+    @property
+    def parsed_recipe(self) -> Recipe:
+        return Recipe.from_dict(self.recipe)
+
+
+class W2A4Quantizer(HfQuantizer):
+    """Loads packed checkpoints. Quantising is `w2a4.quantize`, not `from_pretrained`."""
+
+    requires_calibration = True
+    requires_parameters_quantization = False
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        prepare_skeleton(model, self.quantization_config)
+        if checkpoint_files:
+            check_headers(checkpoint_files, model.state_dict())
+
+    def update_expected_keys(self, model, expected_keys: list[str], loaded_keys: list[str]) -> list[str]:
+        """transformers 4.57: names are known here, and floats are cast to one dtype unless it is None."""
+        missing = sorted(set(expected_keys) - set(loaded_keys))
+        if missing:
+            raise CheckpointError(f"{missing[0]} is missing from the checkpoint; a shard is missing or of another model")
+        self._dtype = model.config._pre_quantization_dtype
+        model.config._pre_quantization_dtype = None
+        return expected_keys
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        dtype = getattr(self, "_dtype", None)
+        if dtype is not None:
+            model.config._pre_quantization_dtype = dtype
+            _cast_unpacked(model, dtype)
+        for name, module in model.named_modules():
+            if isinstance(module, _PackedModule):
+                module.validate(name)
+        install(model, self.quantization_config)
+        return model
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.quantization_config.parsed_recipe.weight_bits == 16
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Register quantiser, attention and mask with transformers; harmless when done before."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(W2A4Config)
+        register_quantizer(METHOD)(W2A4Quantizer)
+    attention.register()
+
+
+def _cast_unpacked(model: nn.Module, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        for name, value in module.named_parameters(recurse=False):
+            packed = isinstance(module, _PackedModule) and name in module._format
+            if value.is_floating_point() and not packed and value.dtype != dtype:
+                setattr(module, name, nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad))
+
+
+def act_group_size(recipe: Recipe, name: str, head_dim: int) -> int:
+    """Activations that share a scale at the input of linear `name` (`o_proj`, `down_proj`, …)."""
+    return head_dim if name == "o_proj" and recipe.o_proj_act == "head" else -1
+
+
+def decoder_linears(layer: nn.Module) -> dict[str, nn.Module]:
+    """The seven linears of a LLaMA decoder layer, by the last part of their names."""
+    attn, mlp = layer.self_attn, layer.mlp
+    names = {attn: ("q_proj", "k_proj", "v_proj", "o_proj"), mlp: ("gate_proj", "up_proj", "down_proj")}
+    return {name: getattr(parent, name) for parent, part in names.items() for name in part}
+
+
+def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
+    """Swap a meta-device LLaMA's linears and embeddings for empty packed ones."""
+    recipe, r4 = config.parsed_recipe, config.online("r4")
+    dtype = model.model.norm.weight.dtype
+    model.config.tie_word_embeddings = False
+    with torch.device("meta"):
+        for layer in model.model.layers:
+            for name, old in decoder_linears(layer).items():
+                parent = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
+                setattr(parent, name, _empty_linear(old, name, recipe, r4, layer.self_attn.head_dim, dtype))
+        if recipe.embed_bits == 8:
+            old = model.model.embed_tokens
+            model.model.embed_tokens = W8Embedding(*old.weight.shape, old.padding_idx, dtype=dtype)
+        if recipe.head_bits == 8:
+            model.lm_head = W8Linear(model.lm_head.in_features, model.lm_head.out_features)
+
+
+def _empty_linear(old: nn.Linear, name: str, recipe: Recipe, r4, head_dim: int, dtype: torch.dtype) -> nn.Module:
+    rotation = r4 if name == "down_proj" else None
+    shape = (old.in_features, old.out_features, old.bias is not None)
+    if recipe.weight_bits == 16:
+        return old if rotation is None else RotatedLinear(*shape, rotation=rotation, dtype=dtype)
+    return PACKED_LINEARS[recipe.weight_bits](
+        *shape, recipe.group_size, act_bits=recipe.act_bits, rotation=rotation,
+        act_group_size=act_group_size(recipe, name, head_dim), dtype=dtype,
+    )  # fmt: skip
+
+
+def kv_settings(config: W2A4Config) -> attention.KVSettings:
+    recipe = config.parsed_recipe
+    return attention.KVSettings(recipe.kv_bits, recipe.kv_clip, recipe.sink_tokens, config.online("r3"))
+
+
+def install(model: nn.Module, config: W2A4Config, report: Report | None = None) -> None:
+    """Give a rotated or quantised LLaMA its attention, cache and `save_pretrained`."""
+    model.config.quantization_config = config
+    model.config.tie_word_embeddings = False
+    settings = kv_settings(config)
+    for layer in model.model.layers:
+        layer.self_attn.kv_settings = settings
+    model.set_attn_implementation(attention.NAME)
+    if config.parsed_recipe.weight_bits < 16:
+        model.is_quantized = True
+    if not isinstance(model, PackedModelMixin):
+        model.__class__ = _packed_class(type(model))
+        model.register_forward_pre_hook(_default_cache, with_kwargs=True)
+    model.w2a4_report = report or _report_beside(getattr(model.config, "_name_or_path", ""))
+
+
+def _report_beside(source: str) -> Report | None:
+    """The report of the checkpoint a model was loaded from, to travel with it when it is saved again."""
+    path = Path(source or ".") / "report.json"
+    return Report.from_json(path) if source and path.is_file() else None
+
+
+def _default_cache(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    """Forward pre-hook: where the model would make a 16-bit cache, or got an empty one, use KV4Cache."""
+    cache = kwargs.get("past_key_values")
+    settings = model.model.layers[0].self_attn.kv_settings
+    if settings.kv_bits == 16 and settings.rotation is None:
+        return None
+    use_cache = kwargs.get("use_cache")
+    use_cache = model.config.use_cache if use_cache is None else use_cache
+    fresh = type(cache) is DynamicCache and cache.get_seq_length() == 0
+    if settings.kv_bits == 4 and (fresh or (cache is None and use_cache and not model.training)):
+        kwargs["past_key_values"] = KV4Cache(settings, len(model.model.layers))
+        return args, kwargs
+    return None
+
+
+class PackedModelMixin:
+    """What a rotated or quantised model does differently from its transformers class."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of activations; the first parameter may be a code or a scale."""
+        return self.model.norm.weight.dtype
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
+        """As transformers', but whole or not at all, with recipe.yaml, report.json and a model card."""
+        if push_to_hub:
+            raise ValueError("save first, then upload the directory: push_to_hub=True is not supported here")
+        config: W2A4Config = self.config.quantization_config
+        with atomic_directory(save_directory) as directory:
+            super().save_pretrained(directory, *args, **kwargs)
+            config.parsed_recipe.to_yaml(directory / "recipe.yaml")
+            report = self.w2a4_report or Report(source=config.provenance.get("source", "unknown"), recipe=config.recipe)
+            report.to_json(directory / "report.json")
+            (directory / "README.md").write_text(model_card(report))
+
+
+@functools.cache
+def _packed_class(cls: type) -> type:
+    """The class under its own name, so that `architectures` in config.json stays plain."""
+    return type(cls.__name__, (PackedModelMixin, cls), {"__module__": cls.__module__})

@@ -1,0 +1,140 @@
+"""`KV4Cache`: keys (rotated, after RoPE) and values in 4 bits, for transformers' cache interface."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .. import ops
+from .attention import KVSettings, PackedKV
+
+#: Tokens a new layer holds before it first grows; it then doubles.
+INITIAL_CAPACITY = 64
+
+
+class KV4Layer(CacheLayerMixin):
+    """One layer of the cache. Grows by doubling; a token costs `head_dim + 8` bytes a KV head."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, settings: KVSettings):
+        super().__init__()
+        self.settings = settings
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        batch, heads, _, head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shapes = {"codes": (head_dim // 2, torch.uint8), "params": (2, torch.float16)}
+        for side in ("keys", "values"):
+            empty = {n: torch.empty(batch, heads, 0, w, dtype=t, device=self.device) for n, (w, t) in shapes.items()}
+            setattr(self, side, PackedKV(empty["codes"], empty["params"], 0))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[PackedKV, PackedKV]:
+        """Rotate and pack new keys and values `[batch, kv_heads, tokens, head_dim]`; return all so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        stop = self.length + key_states.shape[2]
+        for side, states in ((self.keys, self.settings.rotate(key_states)), (self.values, value_states)):
+            _reserve(side, stop)
+            _append_sink(side, states, self.settings.sink_tokens)
+            ops.append_kv4(states, side.codes, side.params, self.length, self.settings.kv_clip)
+            side.length = stop
+        self.length = stop
+        return self.keys, self.values
+
+    def get_seq_length(self, *args) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query) -> tuple[int, int]:
+        """`query` is the number of new tokens (transformers 5) or their positions (4.57)."""
+        return self.length + (query if isinstance(query, int) else query.shape[0]), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def nbytes(self) -> int:
+        """Bytes of the tokens in use, without spare capacity."""
+        if not self.is_initialized or not self.keys.codes.shape[2]:
+            return 0
+        share = self.length / self.keys.codes.shape[2]
+        packed = sum(t.nbytes for side in (self.keys, self.values) for t in (side.codes, side.params))
+        sinks = sum(side.sink.nbytes for side in (self.keys, self.values) if side.sink is not None)
+        return round(packed * share) + sinks
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized, self.length = False, 0
+
+    def crop(self, tokens: int) -> None:
+        """Negative: drop that many tokens. Positive (transformers 4.57): keep that many."""
+        self.length = max(0, self.length + tokens) if tokens < 0 else min(self.length, tokens or self.length)
+        for side in (self.keys, self.values) if self.is_initialized else ():
+            side.length = self.length
+            if side.sink is not None:
+                side.sink = side.sink[:, :, : self.length]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices])
+
+    def offload(self) -> None:
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda t: t.to(self.device, non_blocking=True))
+
+    def _map(self, fn) -> None:
+        for side in (self.keys, self.values) if self.is_initialized else ():
+            side.codes, side.params = fn(side.codes), fn(side.params)
+            side.sink = None if side.sink is None else fn(side.sink)
+
+
+class KV4Cache(Cache):
+    """A 4-bit KV cache: `model.generate(..., past_key_values=KV4Cache.for_model(model))`.
+
+    A quantised model makes one by itself; give it one to keep it, or to read `nbytes()`.
+    """
+
+    def __init__(self, settings: KVSettings, num_layers: int):
+        super().__init__(layers=[KV4Layer(settings) for _ in range(num_layers)])
+
+    @classmethod
+    def for_model(cls, model) -> KV4Cache:
+        layers = model.get_decoder().layers
+        return cls(layers[0].self_attn.kv_settings, len(layers))
+
+    def nbytes(self) -> int:
+        """Bytes of all tokens in use."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+
+def _reserve(side: PackedKV, tokens: int) -> None:
+    """Room for `tokens` tokens; what is there is copied."""
+    capacity = side.codes.shape[2]
+    if tokens <= capacity:
+        return
+    grown = max(INITIAL_CAPACITY, 2 * capacity, tokens)
+    for name in ("codes", "params"):
+        old = getattr(side, name)
+        new = old.new_zeros(*old.shape[:2], grown, old.shape[3])
+        new[:, :, : side.length] = old[:, :, : side.length]
+        setattr(side, name, new)
+
+
+def _append_sink(side: PackedKV, states: Tensor, sink_tokens: int) -> None:
+    missing = sink_tokens - side.length
+    if missing > 0:
+        head = states[:, :, :missing]
+        side.sink = head.clone() if side.sink is None else torch.cat([side.sink, head], 2)

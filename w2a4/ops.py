@@ -1,0 +1,303 @@
+"""The only door to the kernels: one function an op, its fake, its gradient, the choice of back end.
+
+`torch.ops.w2a4.<op>` runs compiled kernels on the CPU where `w2a4._C` is built, and `w2a4.reference`
+everywhere else (slowly, with one warning a device). Functions here are what other modules call; they
+make activations contiguous and check nothing, since the ops check everything.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_SCHEMAS = {
+    "hadamard": "(Tensor x, Tensor? had_k, int block_size, bool transpose=False) -> Tensor",
+    "quantize_a4": "(Tensor x, Tensor clip, int group_size=-1) -> (Tensor, Tensor)",
+    "linear_w2a4": "(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor levels, Tensor scale, "
+    "Tensor? bias, int group_size, ScalarType out_dtype) -> Tensor",
+    "linear_w4a4": "(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor scale, Tensor? bias, "
+    "int group_size, ScalarType out_dtype) -> Tensor",
+    "linear_w8": "(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
+    "quantize_kv4": "(Tensor x, float clip) -> (Tensor, Tensor)",
+    "append_kv4": "(Tensor x, Tensor(a!) codes, Tensor(b!) params, SymInt start, float clip) -> ()",
+    "attention_kv4": "(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, "
+    "SymInt length, Tensor? mask, bool causal, float scaling, Tensor? k_sink=None, "
+    "Tensor? v_sink=None) -> Tensor",
+}
+
+_HOW_TO_BUILD = "build it with `pip install .` or `python setup.py build_ext --inplace`"
+
+try:
+    from . import _C
+except ImportError as error:
+    _C = None
+    _library = torch.library.Library("w2a4", "DEF")
+    for _name, _schema in _SCHEMAS.items():
+        _library.define(_name + _schema)
+    warnings.warn(
+        f"w2a4._C is missing ({error}): ops run on their slow PyTorch reference; {_HOW_TO_BUILD}",
+        stacklevel=2,
+    )
+else:
+    _library = torch.library.Library("w2a4", "FRAGMENT")
+
+_ops = torch.ops.w2a4
+
+
+def build_info() -> str:
+    """One line: which kernels were built, with what, and why others were not."""
+    return _C.build_info if _C is not None else f"w2a4._C: not built; {_HOW_TO_BUILD}"
+
+
+# Fallback: a device without compiled kernels runs the reference.
+
+_warned_devices: set[str] = set()
+
+
+def _fallback(name: str) -> Callable:
+    function = getattr(reference, name)
+
+    def run(*args, **kwargs):
+        device = args[0].device.type
+        if _C is not None and device not in _warned_devices:
+            _warned_devices.add(device)
+            warnings.warn(f"w2a4 has no kernels for {device!r} in this build: ops run on their slow "
+                          f"PyTorch reference there ({build_info()})", stacklevel=2)  # fmt: skip
+        return function(*args, **kwargs)
+
+    return run
+
+
+for _name in _SCHEMAS:
+    _library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
+
+
+# Fakes: shapes and dtypes without data, for torch.compile and meta tensors.
+
+
+def _one_device(**tensors: Tensor | None) -> None:
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"arguments lie on different devices: {listed}; move them to one")
+
+
+@torch.library.register_fake("w2a4::hadamard")
+def _(x, had_k, block_size, transpose=False):
+    _one_device(x=x, had_k=had_k)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("w2a4::quantize_a4")
+def _(x, clip, group_size=-1):
+    _one_device(x=x, clip=clip)
+    *tokens, features = x.shape
+    groups = 1 if group_size == -1 else features // group_size
+    codes = x.new_empty((*tokens, (features + 1) // 2), dtype=torch.uint8)
+    return codes, x.new_empty((*tokens, groups), dtype=torch.float32)
+
+
+@torch.library.register_fake("w2a4::linear_w2a4")
+def _(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype):
+    _one_device(a_codes=a_codes, a_scale=a_scale, weight=weight, levels=levels, scale=scale, bias=bias)
+    return a_codes.new_empty((*a_codes.shape[:-1], scale.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("w2a4::linear_w4a4")
+def _(a_codes, a_scale, weight, scale, bias, group_size, out_dtype):
+    _one_device(a_codes=a_codes, a_scale=a_scale, weight=weight, scale=scale, bias=bias)
+    return a_codes.new_empty((*a_codes.shape[:-1], scale.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("w2a4::linear_w8")
+def _(x, weight, scale, bias):
+    _one_device(x=x, weight=weight, scale=scale, bias=bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("w2a4::quantize_kv4")
+def _(x, clip):
+    codes = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
+    return codes, x.new_empty((*x.shape[:-1], 2), dtype=torch.float16)
+
+
+@torch.library.register_fake("w2a4::append_kv4")
+def _(x, codes, params, start, clip):
+    _one_device(x=x, codes=codes, params=params)
+
+
+@torch.library.register_fake("w2a4::attention_kv4")
+def _(q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink=None, v_sink=None):
+    _one_device(q=q, k_codes=k_codes, k_params=k_params, v_codes=v_codes, v_params=v_params, mask=mask,
+                k_sink=k_sink, v_sink=v_sink)  # fmt: skip
+    batch, heads, tokens, head_dim = q.shape
+    return q.new_empty((batch, tokens, heads, head_dim))
+
+
+# Gradient of the one op that training goes through.
+
+
+def _save_hadamard(ctx, inputs, output):
+    _, ctx.had_k, ctx.block_size, ctx.transpose = inputs
+
+
+def _hadamard_backward(ctx, grad):
+    return hadamard(grad, ctx.had_k, ctx.block_size, not ctx.transpose), None, None, None
+
+
+torch.library.register_autograd("w2a4::hadamard", _hadamard_backward, setup_context=_save_hadamard)
+
+
+# The ops. Errors are ValueError (bad arguments, naming the argument).
+
+
+def hadamard(x: Tensor, had_k: Tensor | None, block_size: int, transpose: bool = False) -> Tensor:
+    """`x @ H`, H block-diagonal of `kron(had_k, Sylvester) / sqrt(block_size)`; differentiable.
+
+    Args:
+        x: floating `[..., n]`, n a multiple of `block_size`.
+        had_k: int8 +-1 `[K, K]`, or None for K = 1.
+        block_size: K * 2**m.
+        transpose: multiply by H transposed, the inverse.
+
+    Returns:
+        `[..., n]` in x's dtype, computed in float32 (float64 for float64).
+
+    Equivalent: `(x.unflatten(-1, (-1, block_size)) @ H).flatten(-2)`.
+    """
+    return _ops.hadamard(x.contiguous(), had_k, block_size, transpose)
+
+
+def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, Tensor]:
+    """4-bit activations, one scale a token and group; the bits are those of `reference.quantize_a4`.
+
+    Args:
+        x: floating `[..., K]`.
+        clip: float32 `[1]`.
+        group_size: divides K; -1 is the whole token.
+
+    Returns:
+        codes uint8 `[..., ceil(K / 2)]`, scale float32 `[..., K / group_size]`. A group with NaN or
+        infinity has that as its scale and codes 0, so the error stays visible.
+
+    Equivalent: `scale = clip * x.abs().amax(-1) / 7; codes = (x / scale).round().clamp(-8, 7)`.
+    """
+    return _ops.quantize_a4(x.contiguous(), clip, group_size)
+
+
+def linear_w2a4(
+    a_codes: Tensor, a_scale: Tensor, weight: Tensor, levels: Tensor, scale: Tensor,
+    bias: Tensor | None, group_size: int, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`a @ W.T + bias`, 4-bit activations, non-uniform 2-bit weights; bits as the reference's.
+
+    Args:
+        a_codes: uint8 `[..., ceil(in / 2)]`, and
+        a_scale: float32 `[..., A]`, from `quantize_a4`.
+        weight: uint8 `[out, ceil(in / 4)]`.
+        levels: int8 `[out, in / group_size, 4]`.
+        scale: float16 `[out, in / group_size]`.
+        bias: floating `[out]` or None.
+        group_size: of the weights; it divides the activations' group `in / A` or is a multiple of it.
+        out_dtype: float32, float16, bfloat16 or float64.
+
+    Returns:
+        `[..., out]`; a token's result does not depend on the other tokens.
+
+    Equivalent: `dequantize_a4(a_codes, a_scale, in) @ (scale * levels[codes]).T + bias`.
+    """
+    a_codes, a_scale = a_codes.contiguous(), a_scale.contiguous()
+    return _ops.linear_w2a4(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype)
+
+
+def linear_w4a4(
+    a_codes: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor,
+    bias: Tensor | None, group_size: int, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """As `linear_w2a4` with symmetric 4-bit weights: `weight` is uint8 `[out, ceil(in / 2)]`.
+
+    Equivalent: `dequantize_a4(a_codes, a_scale, in) @ (scale * codes).T + bias`.
+    """
+    a_codes, a_scale = a_codes.contiguous(), a_scale.contiguous()
+    return _ops.linear_w4a4(a_codes, a_scale, weight, scale, bias, group_size, out_dtype)
+
+
+def linear_w8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ W.T + bias`, full-precision activations, 8-bit weights with one scale a row.
+
+    Args:
+        x: floating `[..., in]`.
+        weight: int8 `[out, in]`.
+        scale: float16 `[out]`.
+        bias: floating `[out]` or None.
+
+    Returns:
+        `[..., out]` in x's dtype, summed in float32; a token's result does not depend on the others.
+
+    Equivalent: `x @ (weight * scale[:, None]).T + bias`.
+    """
+    return _ops.linear_w8(x.contiguous(), weight, scale, bias)
+
+
+def quantize_kv4(x: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """4-bit keys or values, a scale and a zero-point a token and head; bits as the reference's.
+
+    Args:
+        x: floating `[batch, heads, tokens, head_dim]`, head_dim even; strided, last dimension contiguous.
+        clip: the range is shrunk by this factor around its middle.
+
+    Returns:
+        codes uint8 `[batch, heads, tokens, head_dim / 2]`, params float16 `[batch, heads, tokens, 2]`
+        (scale, zero-point). NaN has code 0 and makes the params NaN.
+
+    Equivalent: `codes = ((x - zero) / scale).round().clamp(0, 15)`.
+    """
+    return _ops.quantize_kv4(x, clip)
+
+
+def append_kv4(x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float) -> None:
+    """Quantise x as `quantize_kv4` and write it into a cache at token `start`, in place.
+
+    Args:
+        x: floating `[batch, heads, tokens, head_dim]`.
+        codes: uint8 `[batch, heads, capacity, head_dim / 2]`, written, and
+        params: float16 `[batch, heads, capacity, 2]`, written; both may be strided views.
+        start: `start + tokens <= capacity`.
+        clip: see `quantize_kv4`.
+
+    Equivalent: `codes[:, :, start:stop], params[:, :, start:stop] = quantize_kv4(x, clip)`.
+    """
+    _ops.append_kv4(x, codes, params, start, clip)
+
+
+def attention_kv4(
+    q: Tensor, k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, length: int,
+    mask: Tensor | None, causal: bool, scaling: float,
+    k_sink: Tensor | None = None, v_sink: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Softmax attention over a packed 4-bit cache, with grouped query heads.
+
+    Args:
+        q: floating `[batch, q_heads, q_tokens, head_dim]`.
+        k_codes, v_codes: uint8 `[batch, kv_heads, capacity, head_dim / 2]`.
+        k_params, v_params: float16 `[batch, kv_heads, capacity, 2]`.
+        length: tokens of the cache in use; what lies beyond is not read.
+        mask: bool `[batch or 1, q_heads or 1, q_tokens, length]`, True where a key may be seen, or None.
+        causal: query i sees keys `<= length - q_tokens + i` only.
+        scaling: factor on the scores.
+        k_sink, v_sink: floating `[batch, kv_heads, s, head_dim]`, replace the first s cache entries.
+
+    Returns:
+        `[batch, q_tokens, q_heads, head_dim]` in q's dtype, contiguous; zeros where no key is seen. A
+        query's result has the same bits whatever the other queries, the threads and unseen keys are.
+
+    Equivalent: `softmax(q @ k.mT * scaling + mask) @ v` with k and v from `dequantize_kv4`.
+    """
+    return _ops.attention_kv4(
+        q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink
+    )

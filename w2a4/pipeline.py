@@ -1,0 +1,247 @@
+"""From a float LLaMA to a packed one: load, rotate, quantise, save."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .calibrate import LayerQuantizer, Streams
+from .config import Recipe, RotationConfig, resolve_group_size
+from .data import TextSource, calibration_windows, describe_text, load_text
+from .errors import CalibrationError, CheckpointError, RotationError, W2A4Error
+from .integrations.checkpoint import atomic_directory
+from .integrations.hf import W2A4Config, decoder_linears, install, kv_settings
+from .layers import W8Embedding, W8Linear, _PackedModule
+from .report import Report, checkpoint_summary, peak_memory_mb, source_name, versions
+from .rotation import fuse
+
+#: Tokens that run through a layer at once while quantising.
+BATCH_TOKENS = 2048
+
+#: A recipe that keeps everything in 16 bits: what a model is that was rotated only.
+ROTATED_ONLY = {"weight_bits": 16, "act_bits": 16, "kv_bits": 16, "head_bits": 16, "embed_bits": 16}
+
+
+def load_model(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer.
+
+    Args:
+        source: a transformers directory (float or packed by w2a4), a hub id, or a `.gguf` file of the
+            llama architecture (needs the package `gguf`; weights become float32).
+        dtype: as in transformers; ignored for `.gguf`.
+
+    Returns:
+        the model in eval mode, and the tokenizer.
+
+    Raises:
+        W2A4Error: nothing there, not a LLaMA, or damaged; the message says what to do.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if str(source).endswith(".gguf"):
+        return _load_gguf(Path(source))
+    if Path(source).is_dir():
+        checkpoint_summary(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except W2A4Error:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot load {str(source)!r}: {first}") from error
+    return model.eval(), tokenizer
+
+
+def _load_gguf(path: Path) -> tuple[nn.Module, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if not path.is_file():
+        raise CheckpointError(f"{str(path)!r} does not exist; give the path of a .gguf file")
+    _check_gguf(path)
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # transformers refuses to save models that came from GGUF: move the weights to a fresh one.
+    config = AutoConfig.from_pretrained(**where)
+    for key in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, key):
+            delattr(config, key)
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict(), assign=True, strict=True)
+    model.tie_weights()
+    # Buffers that are not part of the state, such as RoPE's frequencies, are still on meta.
+    model.model.rotary_emb = loaded.model.rotary_emb
+    model.generation_config = loaded.generation_config
+    model.config._name_or_path = path.name
+    return model.eval(), AutoTokenizer.from_pretrained(**where)
+
+
+def _check_gguf(path: Path) -> None:
+    """The file is GGUF, of the llama architecture, and the reader is installed."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise CheckpointError(f"reading {path.name} needs the package gguf: pip install gguf") from None
+    try:
+        field = GGUFReader(path).get_field("general.architecture")
+        architecture = str(field.contents()) if field else "unnamed"
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise CheckpointError(f"{path.name} is not a GGUF file, or it is truncated: {error}") from None
+    if architecture != "llama":
+        raise CheckpointError(f"{path.name} holds architecture {architecture!r}; w2a4 reads 'llama'")
+
+
+def rotate(model: nn.Module, config: RotationConfig | None = None) -> nn.Module:
+    """Rotate a LLaMA in place so that it is easier to quantise; its output stays the same.
+
+    Args:
+        model: LlamaForCausalLM, float.
+        config: which rotation goes where, see `RotationConfig`.
+
+    Returns:
+        the same model. It saves and loads like any other (loading needs `import w2a4`).
+
+    Raises:
+        RotationError: not a LLaMA, rotated already, or with parts the rotation would miss.
+    """
+    if isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
+        raise RotationError("this model was rotated or quantised by w2a4 already; start from the original")
+    fuse.rotate(model, config or RotationConfig())
+    rotation = model.config.w2a4_rotation
+    del model.config.w2a4_rotation
+    provenance = {"source": source_name(model.config._name_or_path or "unknown"), **versions()}
+    recipe = Recipe(name="rotated", rotation=config or RotationConfig(), **ROTATED_ONLY)
+    install(model, W2A4Config(recipe.to_dict(), rotation, provenance))
+    return model
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    tokenizer: Any,
+    recipe: Recipe | str = "w2a4kv4",
+    calibration: TextSource | Tensor = "builtin",
+    progress: bool = True,
+) -> Report:
+    """Rotate and quantise a LLaMA in place, one decoder layer at a time.
+
+    Args:
+        model: LlamaForCausalLM, float, unrotated or fresh from `rotate`.
+        tokenizer: for the calibration text.
+        recipe: a `Recipe`, the name of one, or a YAML file.
+        calibration: `builtin`, a text file, a list of documents, or token ids `[samples, tokens]`.
+        progress: show a bar.
+
+    Returns:
+        what was done and how well each linear fits; also in `model.w2a4_report`.
+
+    Raises:
+        W2A4Error: quantised already, not a LLaMA, text too short, a group size that does not divide.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    started = time.perf_counter()
+    _check_quantizable(model, recipe)
+    ids, described = _calibration_ids(tokenizer, calibration, recipe, model.config.vocab_size)
+    if not isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
+        rotate(model, recipe.rotation)
+    before: W2A4Config = model.config.quantization_config
+    recipe = recipe.override(rotation=before.recipe["rotation"])
+    config = W2A4Config(recipe.to_dict(), before.rotation, before.provenance)
+    report = Report(
+        source=before.provenance["source"], recipe=recipe.to_dict(), calibration=described, seed=recipe.rotation.seed
+    )
+    model.eval()
+    _quantize_layers(model, recipe, config, ids.to(model.device), report, progress)
+    if recipe.head_bits == 8:
+        model.lm_head = W8Linear.from_linear(model.lm_head)
+    report.seconds, report.peak_memory_mb = time.perf_counter() - started, peak_memory_mb()
+    install(model, config, report)
+    return report
+
+
+def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
+    if getattr(model.config, "model_type", None) != "llama":
+        raise W2A4Error(f"model type {getattr(model.config, 'model_type', None)!r} is not supported; w2a4 reads 'llama'")
+    if any(isinstance(module, _PackedModule) for module in model.modules()):
+        raise W2A4Error("this model is quantised already; start from the original")
+    if recipe.weight_bits < 16:
+        for linear in decoder_linears(model.model.layers[0]).values():
+            resolve_group_size(linear.in_features, recipe.group_size)
+
+
+def _calibration_ids(
+    tokenizer: Any, calibration: TextSource | Tensor, recipe: Recipe, vocab_size: int
+) -> tuple[Tensor, str]:
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or not calibration.numel() or calibration.dtype != torch.long:
+            raise CalibrationError(
+                f"calibration has shape {tuple(calibration.shape)} and dtype {calibration.dtype}; "
+                "give int64 token ids [samples, tokens]"
+            )
+        if int(calibration.max()) >= vocab_size or int(calibration.min()) < 0:
+            raise CalibrationError(
+                f"calibration holds token {int(calibration.max())}; the model knows 0..{vocab_size - 1}"
+            )
+        return calibration, f"{calibration.shape[0]} x {calibration.shape[1]} tokens"
+    text = load_text(calibration, "calibration")
+    ids = calibration_windows(tokenizer, text, recipe.calib_samples, recipe.calib_seqlen, recipe.rotation.seed)
+    return ids, describe_text(calibration, text)
+
+
+def _quantize_layers(
+    model: nn.Module, recipe: Recipe, config: W2A4Config, ids: Tensor, report: Report, progress: bool
+) -> None:
+    batches = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
+    embed = model.model.embed_tokens
+    full = [embed(batch) for batch in batches]
+    if recipe.embed_bits == 8:
+        model.model.embed_tokens = embed = W8Embedding.from_embedding(embed)
+    if recipe.weight_bits == 16:
+        return
+    streams = Streams(full, [embed(batch) for batch in batches])
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    cos_sin = model.model.rotary_emb(streams.full[0], positions)
+    settings, layers = kv_settings(config), model.model.layers
+    with tqdm(total=len(layers) * 7, desc=f"quantize {recipe.name}", unit="linear", disable=not progress) as bar:
+        for index, layer in enumerate(layers):
+            quantizer = LayerQuantizer(layer, recipe, settings, cos_sin)
+            errors = quantizer.run(streams, lambda name: bar.update())
+            for name, packed in quantizer.packed():
+                report.add_layer(f"model.layers.{index}.{name}", packed.bits, packed.group_size, errors[name.rpartition(".")[2]])
+            bar.set_postfix(hidden_error=f"{_relative_error(streams):.3f}")
+
+
+def _relative_error(streams: Streams) -> float:
+    """Mean over tokens of the relative squared error of the hidden states."""
+    ratios = [
+        ((q - f).float().square().sum(-1) / f.float().square().sum(-1).clamp_min(1e-30)).mean()
+        for f, q in zip(streams.full, streams.quantized, strict=True)
+    ]
+    return float(torch.stack(ratios).mean())
+
+
+def save(model: nn.Module, tokenizer: Any, out_dir: str | Path) -> None:
+    """Write a checkpoint with its tokenizer, whole or not at all.
+
+    Raises:
+        CheckpointError: `out_dir` exists and is not empty.
+        OSError: the disk is full or not writable; `out_dir` is untouched.
+    """
+    check_out_dir(out_dir)
+    with atomic_directory(out_dir) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def check_out_dir(out_dir: str | Path) -> None:
+    """Raise CheckpointError if `out_dir` exists and holds something."""
+    path = Path(out_dir)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise CheckpointError(f"{str(out_dir)!r} exists already; give another --out, or remove it first")

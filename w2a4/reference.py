@@ -1,0 +1,213 @@
+"""Plain PyTorch oracle of every op: short, obviously right, bit-exact where the op is.
+
+Each function has the signature of the op of the same name in `w2a4.ops`. Kernels are tested against
+these; nothing here is meant to be fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .packing import pack, unpack
+
+
+def hadamard(x: Tensor, had_k: Tensor | None, block_size: int, transpose: bool = False) -> Tensor:
+    """`x @ H` for a block-diagonal Hadamard matrix H of normalised blocks.
+
+    Args:
+        x: floating `[..., n]`, n a multiple of `block_size`.
+        had_k: +-1 matrix `[K, K]` (int8) of the part that is not a power of two, or None for K = 1.
+        block_size: K * 2**m; a block is `kron(had_k, S) / sqrt(block_size)`, S Sylvester's matrix.
+        transpose: multiply by H transposed instead.
+
+    Returns:
+        `[..., n]` in x's dtype, computed in float64.
+    """
+    k = 1 if had_k is None else had_k.shape[0]
+    h = torch.ones(1, 1, dtype=torch.float64) if had_k is None else had_k.double().cpu()
+    for _ in range((block_size // k).bit_length() - 1):
+        # Each doubling is the new innermost factor: kron(had_k, S) with S = S2 x S2 x ...
+        h = torch.kron(h, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
+    h = (h.T if transpose else h).to(x.device) / block_size**0.5
+    return (x.double().unflatten(-1, (-1, block_size)) @ h).flatten(-2).to(x.dtype)
+
+
+def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, Tensor]:
+    """Symmetric 4-bit quantisation of activations, one scale a token and group.
+
+    Args:
+        x: floating `[..., K]`.
+        clip: float32 `[1]`; the scale is `clip * max|x| / 7`.
+        group_size: divides K; -1 is the whole token.
+
+    Returns:
+        codes uint8 `[..., ceil(K / 2)]` (signed nibbles, see packing), scale float32 `[..., K / group_size]`.
+        A group of zeros has scale 1 and codes 0.
+    """
+    groups = x.float().unflatten(-1, (-1, x.shape[-1] if group_size == -1 else group_size))
+    scale = clip * groups.abs().amax(-1) / 7
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = (groups / scale[..., None]).round().clamp(-8, 7).flatten(-2)
+    return pack(codes.to(torch.int8), 4), scale
+
+
+def dequantize_a4(codes: Tensor, scale: Tensor, in_features: int) -> Tensor:
+    """Float32 `[..., K]` from what `quantize_a4` returns."""
+    groups = unpack(codes, 4, in_features, signed=True).float().unflatten(-1, (scale.shape[-1], -1))
+    return (groups * scale[..., None]).flatten(-2)
+
+
+def _linear(a_codes: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor, bias, group_size, out_dtype) -> Tensor:
+    """Sum over blocks, in order, of the exact integer sum times (weight scale * activation scale)."""
+    out_features, groups = scale.shape
+    in_features = groups * group_size
+    a = unpack(a_codes, 4, in_features, signed=True).long().reshape(-1, in_features)
+    a_scale_rows = a_scale.reshape(-1, a_scale.shape[-1])
+    act_group = in_features // a_scale.shape[-1]
+    block = min(group_size, act_group)
+    acc = torch.zeros(a.shape[0], out_features, device=a.device)
+    for start in range(0, in_features, block):
+        part = slice(start, start + block)
+        exact = (a[:, None, part] * weight[None, :, part].long()).sum(-1)
+        acc = acc + exact.float() * (
+            scale[:, start // group_size].float()[None, :] * a_scale_rows[:, start // act_group][:, None]
+        )
+    if bias is not None:
+        acc = acc + bias.float()
+    return acc.to(out_dtype).reshape(*a_codes.shape[:-1], out_features)
+
+
+def linear_w2a4(
+    a_codes: Tensor, a_scale: Tensor, weight: Tensor, levels: Tensor, scale: Tensor,
+    bias: Tensor | None, group_size: int, out_dtype: torch.dtype,
+) -> Tensor:
+    """`a @ W.T + bias` with 4-bit activations and non-uniform 2-bit weights.
+
+    Args:
+        a_codes, a_scale: from `quantize_a4`, uint8 `[..., ceil(in / 2)]` and float32 `[..., A]`; the
+            activation group `in / A` divides `group_size` or is a multiple of it.
+        weight: uint8 `[out, ceil(in / 4)]`, 2-bit codes.
+        levels: int8 `[out, in / group_size, 4]`; a code picks one.
+        scale: float16 `[out, in / group_size]`; a weight is `scale * levels[code]`.
+        bias: floating `[out]` or None.
+        group_size: inputs of one scale.
+        out_dtype: of the result.
+
+    Returns:
+        `[..., out]`.
+    """
+    codes = unpack(weight, 2, scale.shape[1] * group_size).long()
+    ints = torch.gather(levels, 2, codes.unflatten(1, (-1, group_size))).flatten(1)
+    return _linear(a_codes, a_scale, ints, scale, bias, group_size, out_dtype)
+
+
+def linear_w4a4(
+    a_codes: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor,
+    bias: Tensor | None, group_size: int, out_dtype: torch.dtype,
+) -> Tensor:
+    """`a @ W.T + bias` with 4-bit activations and symmetric 4-bit weights.
+
+    As `linear_w2a4`, but `weight` is uint8 `[out, ceil(in / 2)]` of signed nibbles and a weight is
+    `scale * code`.
+    """
+    ints = unpack(weight, 4, scale.shape[1] * group_size, signed=True)
+    return _linear(a_codes, a_scale, ints, scale, bias, group_size, out_dtype)
+
+
+def linear_w8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ W.T + bias` with full-precision activations and 8-bit weights, one scale a row.
+
+    Args:
+        x: floating `[..., in]`.
+        weight: int8 `[out, in]`.
+        scale: float16 `[out]`; a weight is `scale * code`.
+        bias: floating `[out]` or None.
+
+    Returns:
+        `[..., out]` in x's dtype, summed in float32.
+    """
+    y = x.float() @ weight.float().T * scale.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def quantize_kv4(x: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Asymmetric 4-bit quantisation of keys or values, one scale and zero-point a token and head.
+
+    The zero-point is the value of code 0, a float, so that groups of one sign lose nothing to a
+    range that would have to reach zero, and a constant group is exact.
+
+    Args:
+        x: floating `[batch, heads, tokens, head_dim]`, head_dim even.
+        clip: the range is shrunk by this factor around its middle.
+
+    Returns:
+        codes uint8 `[batch, heads, tokens, head_dim / 2]` (unsigned nibbles), params float16
+        `[batch, heads, tokens, 2]`: scale, zero-point; a value is `scale * code + zero`.
+    """
+    x = x.float()
+    low, high = x.amin(-1), x.amax(-1)
+    middle, half = (low + high) * 0.5, (high - low) * 0.5 * clip
+    scale = ((half + half) / 15).half()
+    zero = (middle - half).half()
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
+    codes = ((x - zero.float()[..., None]) / divisor[..., None]).round().clamp(0, 15)
+    codes = torch.where((scale == 0)[..., None], torch.zeros_like(codes), codes)
+    return pack(codes.to(torch.int8), 4), torch.stack([scale, zero], -1)
+
+
+def dequantize_kv4(codes: Tensor, params: Tensor) -> Tensor:
+    """Float32 `[..., head_dim]` from what `quantize_kv4` returns."""
+    ints = unpack(codes, 4, codes.shape[-1] * 2).float()
+    return ints * params[..., :1].float() + params[..., 1:].float()
+
+
+def append_kv4(x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float) -> None:
+    """Quantise `x` as `quantize_kv4` and write it into a cache at token `start`, in place.
+
+    Args:
+        x: floating `[batch, heads, tokens, head_dim]`.
+        codes: uint8 `[batch, heads, capacity, head_dim / 2]`, written.
+        params: float16 `[batch, heads, capacity, 2]`, written.
+        start: first token written; `start + tokens <= capacity`.
+        clip: see `quantize_kv4`.
+    """
+    stop = start + x.shape[2]
+    codes[:, :, start:stop], params[:, :, start:stop] = quantize_kv4(x, clip)
+
+
+def attention_kv4(
+    q: Tensor, k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, length: int,
+    mask: Tensor | None, causal: bool, scaling: float,
+    k_sink: Tensor | None = None, v_sink: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention over a packed 4-bit cache, with grouped query heads.
+
+    Args:
+        q: floating `[batch, q_heads, q_tokens, head_dim]`, already rotated by R3.
+        k_codes, k_params, v_codes, v_params: caches as in `append_kv4`, `kv_heads` of them;
+            query head h reads cache head `h // (q_heads / kv_heads)`.
+        length: tokens of the cache in use.
+        mask: bool `[batch or 1, q_heads or 1, q_tokens, length]`, True where a key may be seen, or None.
+        causal: query i sees keys `<= length - q_tokens + i` only.
+        scaling: factor on the scores.
+        k_sink, v_sink: floating `[batch, kv_heads, s, head_dim]` that replace the first s cache entries.
+
+    Returns:
+        `[batch, q_tokens, q_heads, head_dim]` in q's dtype; zeros for a query that sees no key.
+    """
+    k = dequantize_kv4(k_codes[:, :, :length], k_params[:, :, :length])
+    v = dequantize_kv4(v_codes[:, :, :length], v_params[:, :, :length])
+    if k_sink is not None:
+        sinks = min(length, k_sink.shape[2])
+        k[:, :, :sinks], v[:, :, :sinks] = k_sink[:, :, :sinks].float(), v_sink[:, :, :sinks].float()
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    seen = torch.ones(q.shape[2], length, dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen.tril(length - q.shape[2])
+    if mask is not None:
+        seen = seen & mask
+    scores = (q.float() @ k.mT * scaling).masked_fill(~seen, float("-inf"))
+    weights = scores.softmax(-1).masked_fill(~seen, 0.0)
+    return (weights @ v).transpose(1, 2).to(q.dtype).contiguous()

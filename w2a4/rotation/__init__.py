@@ -1,0 +1,1 @@
+"""Rotations: construction, folding into the weights, online application, learning."""
