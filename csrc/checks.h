@@ -21,7 +21,7 @@ template <typename... Parts>
   std::ostringstream message;
   message << "w2a4." << op << ": ";
   (message << ... << parts);
-  throw std::invalid_argument(message.str());
+  throw std::runtime_error(message.str());
 }
 
 inline std::string dtype_name(ScalarType dtype) {

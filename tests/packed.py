@@ -18,6 +18,7 @@ SHAPE = dict(
     head_dim=32,
     num_hidden_layers=2,
     vocab_size=131,
+    eos_token_id=None,
 )
 
 

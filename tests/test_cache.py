@@ -53,7 +53,7 @@ def greedy(model, ids, steps):
 
 def test_generate_greedy_uses_the_packed_cache_by_default():
     model, ids = packed_model(), prompt()
-    out = model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+    out = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
     assert isinstance(out.past_key_values, w2a4.KV4Cache)
     assert torch.equal(out.sequences, greedy(model, ids, 20))
 
@@ -61,7 +61,7 @@ def test_generate_greedy_uses_the_packed_cache_by_default():
 def test_generate_with_a_cache_of_ones_own():
     model, ids = packed_model(), prompt()
     cache = w2a4.KV4Cache.for_model(model)
-    out = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, past_key_values=cache)
+    out = model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache)
     assert torch.equal(out, greedy(model, ids, 6)) and cache.get_seq_length() == ids.shape[1] + 5
 
 
@@ -70,13 +70,13 @@ def test_generate_sampling_is_reproducible():
     outs = []
     for use_cache in (True, True, False):
         torch.manual_seed(1)
-        outs.append(model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=True, use_cache=use_cache))
+        outs.append(model.generate(ids, max_new_tokens=12, do_sample=True, use_cache=use_cache))
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
 def test_generate_beam_reorders_the_cache():
     model, ids = packed_model(), prompt(2)
-    kwargs = dict(max_new_tokens=10, min_new_tokens=10, num_beams=4, do_sample=False)
+    kwargs = dict(max_new_tokens=10, num_beams=4, do_sample=False)
     assert torch.equal(model.generate(ids, **kwargs), model.generate(ids, use_cache=False, **kwargs))
 
 
@@ -86,7 +86,7 @@ def test_generate_left_padded_batch_equals_each_alone():
     width = 11
     ids = torch.cat([torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts])
     mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (width - p.shape[1], 0)) for p in prompts])
-    kwargs = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+    kwargs = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
     batch = model.generate(ids, attention_mask=mask, **kwargs)
     for row, alone in zip(batch, prompts, strict=True):
         assert torch.equal(row[width:], model.generate(alone, **kwargs)[0, alone.shape[1] :])

@@ -6,10 +6,11 @@ import torch
 from w2a4.config import resolve_group_size
 from w2a4.errors import RecipeError
 from w2a4.fitting.gptq import GPTQOptions, _Grid, _polish, _refit_grid, _sweep, fit_gptq
-from w2a4.fitting.lloyd import fit_levels, nearest_codes
+from w2a4.fitting.lloyd import fit_levels
 from w2a4.fitting.moments import Moments
 from w2a4.fitting.rtn import fit_grid, fit_rtn
 from w2a4.fitting.weight import QuantizedWeight
+from w2a4.quantizers import nearest_codes
 
 
 def correlated_inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -39,7 +40,7 @@ def test_lloyd_levels_are_ascending_int8_and_constant_groups_are_exact():
     assert levels.dtype == torch.int8 and scale.dtype == torch.float16
     assert (levels.diff(dim=-1) >= 0).all() and (scale > 0).all()
     values = levels.float() * scale.float()[:, None]
-    codes = nearest_codes(groups, values)
+    codes = nearest_codes(groups, levels, scale)
     restored = values.gather(1, codes.long())
     assert (restored[1] == 0).all()
     torch.testing.assert_close(restored[0], groups[0], rtol=2**-10, atol=0)
@@ -53,7 +54,7 @@ def test_importance_moves_levels_to_what_matters():
     for importance in (light, heavy):
         levels, scale = fit_levels(x, importance)
         values = levels.float() * scale.float()[:, None]
-        restored = values.gather(1, nearest_codes(x, values).long())
+        restored = values.gather(1, nearest_codes(x, levels, scale).long())
         error.append(float((restored - x)[0, 64:].abs().max()))
     assert error[1] <= error[0] and error[1] < 0.05
 

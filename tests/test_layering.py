@@ -12,7 +12,7 @@ PACKAGE = ROOT / "w2a4"
 
 #: Top first. CONTRIBUTING.md says why.
 LAYERS = (
-    "cli", "evaluate", "pipeline", "calibrate", "integrations", "layers", "fitting", "rotation",
+    "cli", "evaluate", "pipeline", "resume", "calibrate", "integrations", "layers", "fitting", "rotation",
     "quantizers", "ops", "reference", "packing", "data", "report", "config", "errors",
 )  # fmt: skip
 #: May be imported from anywhere, import nothing of the package.

@@ -7,6 +7,7 @@ from tiny_llama import LLAMA3_ROPE, tiny_llama
 
 import w2a4
 from w2a4 import reference
+from w2a4.calibrate import LayerQuantizer
 from w2a4.errors import CalibrationError, RecipeError, RotationError, W2A4Error
 from w2a4.layers import W8Embedding, W8Linear, _PackedLinear
 
@@ -164,3 +165,30 @@ def test_gguf_of_another_architecture_and_no_gguf(tmp_path):
         w2a4.load_model(tmp_path / "noise.gguf")
     with pytest.raises(W2A4Error, match="does not exist"):
         w2a4.load_model(tmp_path / "absent.gguf")
+
+
+def test_an_interrupted_quantisation_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    whole = packed_model()
+    layers_run = []
+    run = LayerQuantizer.run
+
+    def stop_at_the_second(self, *args):
+        if len(layers_run) == 1:
+            raise KeyboardInterrupt
+        layers_run.append(1)
+        return run(self, *args)
+
+    arguments = dict(calibration=calibration(), progress=False, resume=tmp_path / "partial")
+    monkeypatch.setattr(LayerQuantizer, "run", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        w2a4.quantize(tiny_llama(dtype=torch.float32, **SHAPE), None, "w2a4kv4", **arguments)
+    monkeypatch.setattr(LayerQuantizer, "run", run)
+    with pytest.raises(W2A4Error, match="another quantisation"):
+        w2a4.quantize(tiny_llama(dtype=torch.float32, **SHAPE), None, "w4a4kv4", **arguments)
+    model = tiny_llama(dtype=torch.float32, **SHAPE)
+    monkeypatch.setattr(LayerQuantizer, "run", lambda self, *args: layers_run.append(1) or run(self, *args))
+    report = w2a4.quantize(model, None, "w2a4kv4", **arguments)
+    assert len(layers_run) == 2 and len(report.layers) == 14
+    assert report.layers == whole.w2a4_report.layers
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert torch.equal(logits(model, prompt()), logits(whole, prompt()))

@@ -40,6 +40,10 @@ class Streams:
     full: list[Tensor]
     quantized: list[Tensor]
 
+    def to(self, device: torch.device, sequences: int) -> Streams:
+        """On a device, in batches of `sequences`."""
+        return Streams(*(list(torch.cat(s).to(device).split(sequences)) for s in (self.full, self.quantized)))
+
 
 class LayerQuantizer:
     """Quantises one decoder layer in place.
@@ -57,7 +61,7 @@ class LayerQuantizer:
         self.settings, self.full_settings = settings, KVSettings(rotation=settings.rotation)
         self.errors: dict[str, float] = {}
 
-    def run(self, streams: Streams, progress: Callable[[str], None] = lambda name: None) -> dict[str, float]:
+    def run(self, streams: Streams, progress: Callable[[], object] = lambda: None) -> dict[str, float]:
         """Quantise, and move both streams behind the layer.
 
         Returns:
@@ -106,7 +110,7 @@ class LayerQuantizer:
             handle.remove()
         return seen[0]
 
-    def _fit(self, names: tuple[str, ...], inputs: Streams, progress: Callable[[str], None]) -> None:
+    def _fit(self, names: tuple[str, ...], inputs: Streams, progress: Callable[[], object]) -> None:
         """Quantise the linears that share `inputs`, stacked into one matrix."""
         recipe, linears = self.recipe, decoder_linears(self.layer)
         group = [linears[name] for name in names]
@@ -133,7 +137,7 @@ class LayerQuantizer:
             start += linear.out_features
             self._replace(name, linear, part, clip, act_group, rotation)
             self.errors[name] = error if error is not None else _weight_error(linear.weight, part)
-            progress(name)
+            progress()
 
     def _replace(self, name: str, linear: nn.Linear, fitted, clip: float, act_group: int, rotation) -> None:
         packed = PACKED_LINEARS[self.recipe.weight_bits].from_linear(

@@ -355,7 +355,7 @@ def _demo_row(row: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
     return {
         "model": row["name"],
         "bits a weight": f"{bits['linears'] or bits['model']:.2f}",
-        "MB on disk": f"{row['summary']['disk_bytes'] / 1e6:.0f}",
+        "MB on disk": f"{row['summary']['disk_bytes'] / 1e6:.1f}",
         "peak MB, eval": f"{row['eval']['peak_memory_mb']:.0f}",
         "peak MB, generate": f"{row['generate']['peak_memory_mb']:.0f}",
         "perplexity": number(perplexity),

@@ -84,7 +84,7 @@ def _one_device(**tensors: Tensor | None) -> None:
     devices = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"arguments lie on different devices: {listed}; move them to one")
+        raise RuntimeError(f"arguments lie on different devices: {listed}; move them to one")
 
 
 @torch.library.register_fake("w2a4::hadamard")
@@ -153,7 +153,7 @@ def _hadamard_backward(ctx, grad):
 torch.library.register_autograd("w2a4::hadamard", _hadamard_backward, setup_context=_save_hadamard)
 
 
-# The ops. Errors are ValueError (bad arguments, naming the argument).
+# The ops. Bad arguments raise RuntimeError, as those of torch's own ops; the message names the argument.
 
 
 def hadamard(x: Tensor, had_k: Tensor | None, block_size: int, transpose: bool = False) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .calibrate import LayerQuantizer, Streams
+from .calibrate import STAGES, LayerQuantizer, Streams
 from .config import Recipe, RotationConfig, resolve_group_size
 from .data import TextSource, calibration_windows, describe_text, load_text
 from .errors import CalibrationError, CheckpointError, RotationError, W2A4Error
 from .integrations.checkpoint import atomic_directory
-from .integrations.hf import W2A4Config, decoder_linears, install, kv_settings
+from .integrations.hf import W2A4Config, decoder_linears, install, kv_settings, prepare_layer
 from .layers import W8Embedding, W8Linear, _PackedModule
 from .report import Report, checkpoint_summary, peak_memory_mb, source_name, versions
+from .resume import Progress, fingerprint
 from .rotation import fuse
+
+#: The linears of a decoder layer.
+STAGED = [name for stage in STAGES for name in stage]
 
 #: Tokens that run through a layer at once while quantising.
 BATCH_TOKENS = 2048
@@ -113,11 +118,16 @@ def rotate(model: nn.Module, config: RotationConfig | None = None) -> nn.Module:
     """
     if isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
         raise RotationError("this model was rotated or quantised by w2a4 already; start from the original")
-    fuse.rotate(model, config or RotationConfig())
+    config = config or RotationConfig()
+    fuse.rotate(model, config)
     rotation = model.config.w2a4_rotation
     del model.config.w2a4_rotation
+    if config.learned is not None:
+        # What was learned is folded into the weights by now; a checkpoint names no local directory.
+        config = dataclasses.replace(config, learned=Path(config.learned).name)
+        rotation["learned"] = config.learned
     provenance = {"source": source_name(model.config._name_or_path or "unknown"), **versions()}
-    recipe = Recipe(name="rotated", rotation=config or RotationConfig(), **ROTATED_ONLY)
+    recipe = Recipe(name="rotated", rotation=config, **ROTATED_ONLY)
     install(model, W2A4Config(recipe.to_dict(), rotation, provenance))
     return model
 
@@ -129,6 +139,7 @@ def quantize(
     recipe: Recipe | str = "w2a4kv4",
     calibration: TextSource | Tensor = "builtin",
     progress: bool = True,
+    resume: str | Path | None = None,
 ) -> Report:
     """Rotate and quantise a LLaMA in place, one decoder layer at a time.
 
@@ -138,6 +149,8 @@ def quantize(
         recipe: a `Recipe`, the name of one, or a YAML file.
         calibration: `builtin`, a text file, a list of documents, or token ids `[samples, tokens]`.
         progress: show a bar.
+        resume: a directory that receives every finished layer; if it holds some of the same
+            quantisation, interrupted, go on behind them. Yours to remove when the model is saved.
 
     Returns:
         what was done and how well each linear fits; also in `model.w2a4_report`.
@@ -158,7 +171,13 @@ def quantize(
         source=before.provenance["source"], recipe=recipe.to_dict(), calibration=described, seed=recipe.rotation.seed
     )
     model.eval()
-    _quantize_layers(model, recipe, config, ids.to(model.device), report, progress)
+    key = fingerprint(recipe.to_dict(), before.rotation, ids, model)
+    state = Progress(Path(resume) if resume is not None else None, key)
+    layers = len(model.model.layers) if recipe.weight_bits < 16 else 0
+    with tqdm(total=layers * len(STAGED), desc=f"quantize {recipe.name}", unit="linear", disable=not progress) as bar:
+        _quantize_layers(model, recipe, config, ids.to(model.device), state, bar)
+    for entry in (entry for layer in state.entries for entry in layer):
+        report.add_layer(**entry)
     if recipe.head_bits == 8:
         model.lm_head = W8Linear.from_linear(model.lm_head)
     report.seconds, report.peak_memory_mb = time.perf_counter() - started, peak_memory_mb()
@@ -196,26 +215,38 @@ def _calibration_ids(
 
 
 def _quantize_layers(
-    model: nn.Module, recipe: Recipe, config: W2A4Config, ids: Tensor, report: Report, progress: bool
+    model: nn.Module, recipe: Recipe, config: W2A4Config, ids: Tensor, progress: Progress, bar: tqdm
 ) -> None:
+    """All decoder layers, those that `progress` holds loaded instead, and the embedding."""
     batches = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
     embed = model.model.embed_tokens
     full = [embed(batch) for batch in batches]
+    dtype = full[0].dtype
     if recipe.embed_bits == 8:
         model.model.embed_tokens = embed = W8Embedding.from_embedding(embed)
-    if recipe.weight_bits == 16:
-        return
     streams = Streams(full, [embed(batch) for batch in batches])
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     cos_sin = model.model.rotary_emb(streams.full[0], positions)
-    settings, layers = kv_settings(config), model.model.layers
-    with tqdm(total=len(layers) * 7, desc=f"quantize {recipe.name}", unit="linear", disable=not progress) as bar:
-        for index, layer in enumerate(layers):
-            quantizer = LayerQuantizer(layer, recipe, settings, cos_sin)
-            errors = quantizer.run(streams, lambda name: bar.update())
-            for name, packed in quantizer.packed():
-                report.add_layer(f"model.layers.{index}.{name}", packed.bits, packed.group_size, errors[name.rpartition(".")[2]])
-            bar.set_postfix(hidden_error=f"{_relative_error(streams):.3f}")
+    settings = kv_settings(config)
+    if recipe.weight_bits == 16:
+        return
+    for index, layer in enumerate(model.model.layers):
+        if index < progress.done:
+            prepare_layer(layer, recipe, config.online("r4"), dtype)
+            layer.load_state_dict(progress.layer(index), assign=True)
+            bar.update(len(STAGED))
+            if index == progress.done - 1:
+                streams = progress.streams().to(ids.device, len(batches[0]))
+            continue
+        quantizer = LayerQuantizer(layer, recipe, settings, cos_sin)
+        errors = quantizer.run(streams, bar.update)
+        entries = [
+            {"name": f"model.layers.{index}.{name}", "bits": packed.bits, "group_size": packed.group_size,
+             "relative_error": errors[name.rpartition(".")[2]]}
+            for name, packed in quantizer.packed()
+        ]  # fmt: skip
+        progress.store(layer, streams, entries)
+        bar.set_postfix(hidden_error=f"{_relative_error(streams):.3f}")
 
 
 def _relative_error(streams: Streams) -> float:

@@ -51,17 +51,3 @@ def round_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
     levels = levels.sort(-1).values
     scale = fp16_scale(levels.abs().amax(-1) / 127)
     return (levels / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def nearest_codes(values: Tensor, levels: Tensor) -> Tensor:
-    """Index of the nearest level, ties to the lower.
-
-    Args:
-        values: float32 `[..., n]`.
-        levels: float32 `[..., 4]`, ascending, in the units of values.
-
-    Returns:
-        int8 `[..., n]`, 0..3.
-    """
-    middles = (levels[..., 1:] + levels[..., :-1]) / 2
-    return sum((values > middles[..., k : k + 1]).to(torch.int8) for k in range(3))

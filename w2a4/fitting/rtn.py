@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..config import resolve_group_size
-from .lloyd import fit_levels, nearest_codes
+from ..quantizers import nearest_codes
+from .lloyd import fit_levels
 from .weight import QuantizedWeight, fp16_scale
 
 #: Fractions of max|w| that the clip search of 4-bit weights tries.
@@ -42,7 +43,7 @@ def fit_grid(groups: Tensor, bits: int, importance: Tensor | None = None) -> tup
 def nearest(values: Tensor, scale: Tensor, levels: Tensor | None) -> Tensor:
     """Codes int8 `[out, G, n]` of float values `[out, G, n]` on each group's grid."""
     if levels is not None:
-        return nearest_codes(values, levels.float() * scale.float()[..., None])
+        return nearest_codes(values, levels, scale)
     return (values / scale.float()[..., None]).round().clamp(-8, 7).to(torch.int8)
 
 

@@ -158,16 +158,22 @@ def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
     recipe, r4 = config.parsed_recipe, config.online("r4")
     dtype = model.model.norm.weight.dtype
     model.config.tie_word_embeddings = False
+    for layer in model.model.layers:
+        prepare_layer(layer, recipe, r4, dtype)
     with torch.device("meta"):
-        for layer in model.model.layers:
-            for name, old in decoder_linears(layer).items():
-                parent = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
-                setattr(parent, name, _empty_linear(old, name, recipe, r4, layer.self_attn.head_dim, dtype))
         if recipe.embed_bits == 8:
             old = model.model.embed_tokens
             model.model.embed_tokens = W8Embedding(*old.weight.shape, old.padding_idx, dtype=dtype)
         if recipe.head_bits == 8:
             model.lm_head = W8Linear(model.lm_head.in_features, model.lm_head.out_features)
+
+
+def prepare_layer(layer: nn.Module, recipe: Recipe, r4: OnlineRotation | None, dtype: torch.dtype) -> None:
+    """Swap a decoder layer's linears for empty packed ones on the meta device."""
+    with torch.device("meta"):
+        for name, old in decoder_linears(layer).items():
+            parent = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
+            setattr(parent, name, _empty_linear(old, name, recipe, r4, layer.self_attn.head_dim, dtype))
 
 
 def _empty_linear(old: nn.Linear, name: str, recipe: Recipe, r4, head_dim: int, dtype: torch.dtype) -> nn.Module:
