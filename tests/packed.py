@@ -9,7 +9,7 @@ from tiny_llama import tiny_llama
 
 import w2a4
 
-#: hidden 96, three query heads of 32 on one KV head, FFN 176 = 44 * 4: groups of 32, and whole rows for down_proj.
+#: hidden 96, three query heads of 32 on one KV head, FFN 176 = 44 * 4: groups of 32 or rows.
 SHAPE = dict(
     hidden_size=96,
     intermediate_size=176,
@@ -23,11 +23,15 @@ SHAPE = dict(
 
 
 def calibration(samples: int = 8, tokens: int = 32) -> torch.Tensor:
-    return torch.randint(0, SHAPE["vocab_size"], (samples, tokens), generator=torch.Generator().manual_seed(5))
+    return torch.randint(
+        0, SHAPE["vocab_size"], (samples, tokens), generator=torch.Generator().manual_seed(5)
+    )
 
 
 def prompt(batch: int = 1, tokens: int = 9, seed: int = 6) -> torch.Tensor:
-    return torch.randint(3, SHAPE["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, SHAPE["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @functools.cache

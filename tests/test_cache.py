@@ -10,7 +10,12 @@ from w2a4.integrations.attention import KVSettings, PackedKV, w2a4_attention
 from w2a4.integrations.kv_cache import KV4Layer
 from w2a4.rotation.online import OnlineRotation
 
-RECIPES = [dict(), dict(weight_bits=4), {"rotation.r3": "none"}, {"rotation.r3": "random_hadamard", "kv_clip": 0.9}]
+RECIPES = [
+    dict(),
+    dict(weight_bits=4),
+    {"rotation.r3": "none"},
+    {"rotation.r3": "random_hadamard", "kv_clip": 0.9},
+]
 
 
 def full_logits(model, ids, **kwargs):
@@ -154,7 +159,9 @@ def test_gradients_flow_where_they_are_wanted():
     q, k, v = (torch.randn(1, h, 6, 32, requires_grad=True) for h in (3, 1, 1))
     out, _ = w2a4_attention(attn, q, k, v, None)
     out.square().sum().backward()
-    assert all(x.grad is not None and torch.isfinite(x.grad).all() and x.grad.abs().max() > 0 for x in (q, k, v))
+    assert all(
+        x.grad is not None and torch.isfinite(x.grad).all() and x.grad.abs().max() > 0 for x in (q, k, v)
+    )
     with torch.no_grad():
         packed, _ = w2a4_attention(attn, q, k, v, None)
     torch.testing.assert_close(out.detach(), packed, rtol=1e-5, atol=1e-5)

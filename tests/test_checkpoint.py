@@ -34,7 +34,12 @@ CASES = {
     "w2": dict(),
     "w4": dict(weight_bits=4),
     "kept head and embeddings": dict(head_bits=16, embed_bits=16),
-    "no rotation": {"rotation.r1": "none", "rotation.r2": "none", "rotation.r3": "none", "rotation.r4": "none"},
+    "no rotation": {
+        "rotation.r1": "none",
+        "rotation.r2": "none",
+        "rotation.r3": "none",
+        "rotation.r4": "none",
+    },
     "random online": {"rotation.r3": "random", "rotation.r4": "random"},
     "A16 KV16": dict(act_bits=16, kv_bits=16),
     "sinks": dict(sink_tokens=2),
@@ -54,7 +59,9 @@ def test_loaded_model_gives_the_same_logits(case, tmp_path):
         assert name == other and a.dtype == b.dtype and torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("kwargs", [dict(device_map="cpu"), dict(device_map="auto"), dict(low_cpu_mem_usage=True)], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [dict(device_map="cpu"), dict(device_map="auto"), dict(low_cpu_mem_usage=True)], ids=str
+)
 def test_loading_with_a_device_map(kwargs, tmp_path):
     model = packed_model()
     model.save_pretrained(tmp_path)
@@ -79,7 +86,9 @@ def test_saved_again_and_sharded(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models_keep_their_scales(dtype, tmp_path):
     model = tiny_llama(dtype=dtype, **SHAPE, attention_bias=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # `.to(dtype)` rounded its frequencies
+    model.model.rotary_emb = type(model.model.rotary_emb)(
+        model.config
+    )  # `.to(dtype)` rounded its frequencies
     w2a4.quantize(model, None, "w2a4kv4", prompt(8, 32), progress=False)
     assert model.dtype == dtype and logits(model).dtype == dtype
     model.save_pretrained(tmp_path)
@@ -89,14 +98,20 @@ def test_low_precision_models_keep_their_scales(dtype, tmp_path):
             assert torch.equal(logits(loaded), logits(model))
         for name, value in loaded.state_dict().items():
             if name.endswith(("levels", "scale", "act_clip")) or value.dtype == torch.uint8:
-                assert torch.equal(value, model.state_dict()[name]) and value.dtype == model.state_dict()[name].dtype
+                assert (
+                    torch.equal(value, model.state_dict()[name])
+                    and value.dtype == model.state_dict()[name].dtype
+                )
 
 
 def test_what_is_on_disk(tmp_path):
     packed_model().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     layer = "model.layers.0.mlp.down_proj"
-    assert tensors[f"{layer}.weight"].dtype == torch.uint8 and tensors[f"{layer}.weight"].shape == (96, 176 // 4)
+    assert tensors[f"{layer}.weight"].dtype == torch.uint8 and tensors[f"{layer}.weight"].shape == (
+        96,
+        176 // 4,
+    )
     assert tensors[f"{layer}.levels"].dtype == torch.int8 and tensors[f"{layer}.scale"].dtype == torch.float16
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] is False
@@ -124,7 +139,8 @@ def test_rotated_only_model_saves_and_loads(tmp_path):
 
 def test_without_the_import_loading_fails_instead_of_giving_noise(tmp_path):
     packed_model().save_pretrained(tmp_path)
-    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r}); print('LOADED')"
+    load_it = f"A.from_pretrained({str(tmp_path)!r}); print('LOADED')"
+    code = f"from transformers import AutoModelForCausalLM as A; {load_it}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and "LOADED" not in done.stdout and "size" in done.stderr
 
@@ -157,7 +173,10 @@ NAME = "model.layers.1.self_attn.o_proj"
         (lambda t: t.pop(f"{NAME}.levels"), f"{NAME}.levels is missing"),
         (lambda t: t.pop(f"{NAME}.weight"), f"{NAME}.weight is missing"),
         (lambda t: t.update({f"{NAME}.levels": t[f"{NAME}.levels"].float()}), f"{NAME}.levels is .*expected"),
-        (lambda t: t.update({f"{NAME}.weight": t[f"{NAME}.weight"].to(torch.int32)}), f"{NAME}.weight is .*expected"),
+        (
+            lambda t: t.update({f"{NAME}.weight": t[f"{NAME}.weight"].to(torch.int32)}),
+            f"{NAME}.weight is .*expected",
+        ),
     ],
 )
 def test_damaged_tensors_are_named(checkpoint, change, message):
@@ -193,7 +212,9 @@ def test_newer_format_version(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"]["format_version"] = FORMAT_VERSION + 1
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"format {FORMAT_VERSION + 1} is newer than {FORMAT_VERSION}.*upgrade"):
+    with pytest.raises(
+        CheckpointError, match=f"format {FORMAT_VERSION + 1} is newer than {FORMAT_VERSION}.*upgrade"
+    ):
         load(checkpoint)
 
 
@@ -287,7 +308,9 @@ def test_loading_needs_little_more_memory_than_the_checkpoint(tmp_path):
     size = (tmp_path / "big" / "model.safetensors").stat().st_size
     assert size > 60e6
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "small"), str(tmp_path / "big")], capture_output=True, text=True
+        [sys.executable, "-c", LOAD, str(tmp_path / "small"), str(tmp_path / "big")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1.3 * size, (int(done.stdout) / size, size)

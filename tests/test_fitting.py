@@ -134,7 +134,10 @@ def test_polishing_never_raises_the_error(bits, group_size):
     for _ in range(4):
         _polish(weight, hessian, codes, grid, block=20)
         errors.append(output_error(weight, grid.weight(codes), hessian))
-    assert all(b <= a * (1 + 1e-5) for a, b in zip(errors, errors[1:], strict=False)) and errors[-1] < 0.8 * errors[0]
+    assert (
+        all(b <= a * (1 + 1e-5) for a, b in zip(errors, errors[1:], strict=False))
+        and errors[-1] < 0.8 * errors[0]
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -147,7 +150,9 @@ def test_refit_solves_the_least_squares_problem(bits):
     grid, codes = _Grid(start.scale, start.levels, 32), start.codes.T.contiguous()
     current = start.dequantize().T.contiguous()
     _refit_grid(hessian, hessian @ (true.T - current), current, codes, grid, 0)
-    torch.testing.assert_close(grid.weight(codes).dequantize(), true, rtol=0.01, atol=0.01 * float(true.abs().max()))
+    torch.testing.assert_close(
+        grid.weight(codes).dequantize(), true, rtol=0.01, atol=0.01 * float(true.abs().max())
+    )
 
 
 def test_cross_moments_aim_at_the_full_precision_output():

@@ -18,7 +18,9 @@ def linear(inputs: int, outputs: int, bias: bool = True, seed: int = 0) -> nn.Li
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("inputs, group_size", [(128, 128), (192, 64), (96, 32), (30, -1), (91, -1), (256, 128)])
+@pytest.mark.parametrize(
+    "inputs, group_size", [(128, 128), (192, 64), (96, 32), (30, -1), (91, -1), (256, 128)]
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_is_the_fake_quantised_linear(bits, inputs, group_size, bias):
     layer = PACKED_LINEARS[bits].from_linear(linear(inputs, 17, bias), group_size)
@@ -91,7 +93,9 @@ def test_w8_rows():
 
 
 def test_replace_linears_serves_any_model():
-    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.ModuleDict({"lm_head": nn.Linear(96, 5), "x": nn.Linear(96, 5)}))
+    model = nn.Sequential(
+        nn.Linear(64, 96), nn.GELU(), nn.ModuleDict({"lm_head": nn.Linear(96, 5), "x": nn.Linear(96, 5)})
+    )
     w2a4.replace_linears(model, bits=4, group_size="auto")
     assert isinstance(model[0], w2a4.W4A4Linear) and isinstance(model[2]["x"], w2a4.W4A4Linear)
     assert type(model[2]["lm_head"]) is nn.Linear
@@ -113,9 +117,17 @@ def test_bad_arguments_are_named():
     "key, value, message",
     [
         ("scale", torch.full((8, 2), float("nan"), dtype=torch.float16), r"layer.scale\[0, 0\] is nan"),
-        ("scale", torch.full((8, 2), -1.0, dtype=torch.float16), r"is -1.0, but scales are finite and positive"),
+        (
+            "scale",
+            torch.full((8, 2), -1.0, dtype=torch.float16),
+            r"is -1.0, but scales are finite and positive",
+        ),
         ("scale", torch.ones(8, 2), r"layer.scale is torch.float32 \(8, 2\), expected torch.float16"),
-        ("levels", torch.zeros(8, 1, 4, dtype=torch.int8), r"layer.levels is torch.int8 \(8, 1, 4\), expected .*\(8, 2, 4\)"),
+        (
+            "levels",
+            torch.zeros(8, 1, 4, dtype=torch.int8),
+            r"layer.levels is torch.int8 \(8, 1, 4\), expected .*\(8, 2, 4\)",
+        ),
         ("weight", torch.zeros(8, 16, dtype=torch.int8), r"layer.weight is torch.int8"),
         ("act_clip", torch.zeros(1), r"layer.act_clip\[0\] is 0.0"),
         ("weight", torch.zeros(8, 16, dtype=torch.uint8, device="meta"), "layer.weight is missing"),

@@ -54,7 +54,9 @@ def test_packed_model_is_the_fake_quantised_model(bits, shape):
             module.register_forward_pre_hook(
                 lambda m, args: codes["packed"].append(
                     reference.quantize_a4(
-                        args[0] if m.rotation is None else m.rotation.apply(args[0]), m.act_clip, m.act_group_size
+                        args[0] if m.rotation is None else m.rotation.apply(args[0]),
+                        m.act_clip,
+                        m.act_group_size,
                     )[0]
                 )
             )
@@ -104,7 +106,9 @@ def test_sixteen_bits_everywhere_changes_nothing():
     before = logits(model, prompt())
     kept = dict(weight_bits=16, act_bits=16, kv_bits=16, head_bits=16, embed_bits=16)
     w2a4.quantize(model, None, w2a4.Recipe(**kept), calibration(), progress=False)
-    torch.testing.assert_close(logits(model, prompt()), before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+    torch.testing.assert_close(
+        logits(model, prompt()), before, rtol=1e-4, atol=1e-4 * float(before.abs().max())
+    )
 
 
 def test_quantising_is_reproducible_and_leaves_the_global_generator_alone():
@@ -190,5 +194,8 @@ def test_an_interrupted_quantisation_goes_on_where_it_stopped(tmp_path, monkeypa
     report = w2a4.quantize(model, None, "w2a4kv4", **arguments)
     assert len(layers_run) == 2 and len(report.layers) == 14
     assert report.layers == whole.w2a4_report.layers
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
     assert torch.equal(logits(model, prompt()), logits(whole, prompt()))

@@ -74,7 +74,9 @@ class LayerQuantizer:
         self._add(streams, self._map(context, lambda layer, x: layer.self_attn.o_proj(x)))
         inputs = self._map(streams, lambda layer, x: layer.post_attention_layernorm(x))
         self._fit(STAGES[2], inputs, progress)
-        inner = self._map(inputs, lambda layer, x: layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+        inner = self._map(
+            inputs, lambda layer, x: layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
+        )
         self._fit(STAGES[3], inner, progress)
         self._add(streams, self._map(inner, lambda layer, x: layer.mlp.down_proj(x)))
         return self.errors
@@ -127,7 +129,9 @@ class LayerQuantizer:
             moments = Moments(weight.shape[1], recipe.gptq_target == "full", weight.device)
             for full, quantized in zip(inputs.full, inputs.quantized, strict=True):
                 moments.add(self._as_seen(quantized, clip, act_group), full)
-            options = GPTQOptions(recipe.gptq_damp, recipe.gptq_block, recipe.gptq_act_order, recipe.gptq_refine)
+            options = GPTQOptions(
+                recipe.gptq_damp, recipe.gptq_block, recipe.gptq_act_order, recipe.gptq_refine
+            )
             fitted, error = fit_gptq(
                 weight, moments.hessian, recipe.weight_bits, recipe.group_size, options, moments.cross
             )

@@ -117,13 +117,18 @@ class Recipe:
             if value != "search" and not 0 < value <= 1:
                 raise RecipeError(f"{key}={value}: give a number in (0, 1]")
         for key, least in {
-            "sink_tokens": 0, "gptq_block": 1, "gptq_refine": 0, "calib_samples": 1, "calib_seqlen": 2
+            "sink_tokens": 0,
+            "gptq_block": 1,
+            "gptq_refine": 0,
+            "calib_samples": 1,
+            "calib_seqlen": 2,
         }.items():
             if getattr(self, key) < least:
                 raise RecipeError(f"{key}={getattr(self, key)}: give a number >= {least}")
         if self.weight_bits == 16 and self.act_bits == 4:
             raise RecipeError(
-                "weight_bits=16 with act_bits=4: activations are quantised where weights are; set both to 16 or neither"
+                "weight_bits=16 with act_bits=4: activations are quantised where weights are; "
+                "set both to 16 or neither"
             )
         if not 0 < self.gptq_damp < 1:
             raise RecipeError(f"gptq_damp={self.gptq_damp}: give a number in (0, 1)")
@@ -222,7 +227,11 @@ def _check_fields(config: Any) -> None:
     """Every field against its annotation; an int given for a float is taken as one."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if (
+            (hint is float or float in typing.get_args(hint))
+            and isinstance(value, int)
+            and not isinstance(value, bool)
+        ):
             object.__setattr__(config, name, float(value))
         elif not _matches(value, hint):
             raise RecipeError(f"{name}={value!r}: give {_describe(hint)}")

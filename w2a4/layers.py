@@ -47,7 +47,9 @@ class _PackedModule(nn.Module):
         for key, (shape, dtype) in self._format.items():
             value = self._parameters[key]
             if value.device.type == "meta":
-                raise CheckpointError(f"{name}.{key} is missing from the checkpoint; download or write it again")
+                raise CheckpointError(
+                    f"{name}.{key} is missing from the checkpoint; download or write it again"
+                )
             if value.dtype != dtype or tuple(value.shape) != shape:
                 raise CheckpointError(
                     f"{name}.{key} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}; "
@@ -169,7 +171,8 @@ class _PackedLinear(_PackedModule):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, "
             f"group_size={self.group_size}, act_bits={self.act_bits}, act_group_size={self.act_group_size}"
         )
 
@@ -304,7 +307,5 @@ def replace_linears(
     if not linears:
         raise ValueError(f"{type(model).__name__} has no nn.Linear outside skip={skip} to replace")
     for name, linear in linears.items():
-        model.set_submodule(
-            name, PACKED_LINEARS[bits].from_linear(linear, group_size, act_clip=act_clip)
-        )
+        model.set_submodule(name, PACKED_LINEARS[bits].from_linear(linear, group_size, act_clip=act_clip))
     return model

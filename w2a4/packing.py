@@ -39,7 +39,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     low, high = {2: (0, 3), 4: (-8, 15)}[bits]
     if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) <= high):
-        raise ValueError(f"codes in {int(codes.min())}..{int(codes.max())} do not fit {bits} bits ({low}..{high})")
+        raise ValueError(
+            f"codes in {int(codes.min())}..{int(codes.max())} do not fit {bits} bits ({low}..{high})"
+        )
     per_byte = 8 // bits
     codes = codes.to(torch.int16) & (2**bits - 1)
     pad = -codes.shape[-1] % per_byte

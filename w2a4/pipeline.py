@@ -168,13 +168,18 @@ def quantize(
     recipe = recipe.override(rotation=before.recipe["rotation"])
     config = W2A4Config(recipe.to_dict(), before.rotation, before.provenance)
     report = Report(
-        source=before.provenance["source"], recipe=recipe.to_dict(), calibration=described, seed=recipe.rotation.seed
+        source=before.provenance["source"],
+        recipe=recipe.to_dict(),
+        calibration=described,
+        seed=recipe.rotation.seed,
     )
     model.eval()
     key = fingerprint(recipe.to_dict(), before.rotation, ids, model)
     state = Progress(Path(resume) if resume is not None else None, key)
     layers = len(model.model.layers) if recipe.weight_bits < 16 else 0
-    with tqdm(total=layers * len(STAGED), desc=f"quantize {recipe.name}", unit="linear", disable=not progress) as bar:
+    with tqdm(
+        total=layers * len(STAGED), desc=f"quantize {recipe.name}", unit="linear", disable=not progress
+    ) as bar:
         _quantize_layers(model, recipe, config, ids.to(model.device), state, bar)
     for entry in (entry for layer in state.entries for entry in layer):
         report.add_layer(**entry)
@@ -187,7 +192,9 @@ def quantize(
 
 def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
     if getattr(model.config, "model_type", None) != "llama":
-        raise W2A4Error(f"model type {getattr(model.config, 'model_type', None)!r} is not supported; w2a4 reads 'llama'")
+        raise W2A4Error(
+            f"model type {getattr(model.config, 'model_type', None)!r} is not supported; w2a4 reads 'llama'"
+        )
     if any(isinstance(module, _PackedModule) for module in model.modules()):
         raise W2A4Error("this model is quantised already; start from the original")
     if recipe.weight_bits < 16:
@@ -210,7 +217,9 @@ def _calibration_ids(
             )
         return calibration, f"{calibration.shape[0]} x {calibration.shape[1]} tokens"
     text = load_text(calibration, "calibration")
-    ids = calibration_windows(tokenizer, text, recipe.calib_samples, recipe.calib_seqlen, recipe.rotation.seed)
+    ids = calibration_windows(
+        tokenizer, text, recipe.calib_samples, recipe.calib_seqlen, recipe.rotation.seed
+    )
     return ids, describe_text(calibration, text)
 
 

@@ -58,7 +58,9 @@ def dequantize_a4(codes: Tensor, scale: Tensor, in_features: int) -> Tensor:
     return (groups * scale[..., None]).flatten(-2)
 
 
-def _linear(a_codes: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor, bias, group_size, out_dtype) -> Tensor:
+def _linear(
+    a_codes: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor, bias, group_size, out_dtype
+) -> Tensor:
     """Sum over blocks, in order, of the exact integer sum times (weight scale * activation scale)."""
     out_features, groups = scale.shape
     in_features = groups * group_size
@@ -79,8 +81,14 @@ def _linear(a_codes: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor, bia
 
 
 def linear_w2a4(
-    a_codes: Tensor, a_scale: Tensor, weight: Tensor, levels: Tensor, scale: Tensor,
-    bias: Tensor | None, group_size: int, out_dtype: torch.dtype,
+    a_codes: Tensor,
+    a_scale: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """`a @ W.T + bias` with 4-bit activations and non-uniform 2-bit weights.
 
@@ -103,8 +111,13 @@ def linear_w2a4(
 
 
 def linear_w4a4(
-    a_codes: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor,
-    bias: Tensor | None, group_size: int, out_dtype: torch.dtype,
+    a_codes: Tensor,
+    a_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """`a @ W.T + bias` with 4-bit activations and symmetric 4-bit weights.
 
@@ -177,9 +190,17 @@ def append_kv4(x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float
 
 
 def attention_kv4(
-    q: Tensor, k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, length: int,
-    mask: Tensor | None, causal: bool, scaling: float,
-    k_sink: Tensor | None = None, v_sink: Tensor | None = None,
+    q: Tensor,
+    k_codes: Tensor,
+    k_params: Tensor,
+    v_codes: Tensor,
+    v_params: Tensor,
+    length: int,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float,
+    k_sink: Tensor | None = None,
+    v_sink: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over a packed 4-bit cache, with grouped query heads.
 

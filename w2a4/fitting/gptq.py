@@ -78,8 +78,12 @@ def fit_gptq(
 def _condition(weight: Tensor, hessian: Tensor, cross: Tensor | None, damp: float) -> tuple[Tensor, Tensor]:
     """Damped Hessian and the weight to aim at."""
     if not bool(torch.isfinite(hessian).all()):
-        raise ValueError("the calibration inputs hold NaN or Inf; check the model's weights and the calibration text")
-    ridge = torch.eye(hessian.shape[0], device=hessian.device) * (damp * hessian.diagonal().mean()).clamp_min(1e-8)
+        raise ValueError(
+            "the calibration inputs hold NaN or Inf; check the model's weights and the calibration text"
+        )
+    ridge = torch.eye(hessian.shape[0], device=hessian.device) * (damp * hessian.diagonal().mean()).clamp_min(
+        1e-8
+    )
     damped = hessian + ridge
     if cross is None:
         return damped, weight
@@ -122,7 +126,9 @@ class _Grid:
     def weight(self, codes: Tensor) -> QuantizedWeight:
         """The weight of codes `[in, out]`."""
         levels = None if self.levels is None else self.levels.permute(2, 0, 1).contiguous()
-        return QuantizedWeight(codes.T.contiguous(), self.scale.T.contiguous().half(), levels, self.group_size)
+        return QuantizedWeight(
+            codes.T.contiguous(), self.scale.T.contiguous().half(), levels, self.group_size
+        )
 
 
 @contextlib.contextmanager
@@ -169,7 +175,9 @@ def _polish(target: Tensor, hessian: Tensor, codes: Tensor, grid: _Grid, block: 
     gradient = hessian @ (target.T - current)
     for group in range(grid.scale.shape[0]):
         columns = slice(group * size, (group + 1) * size)
-        _refit_grid(hessian[columns, columns], gradient[columns], current[columns], codes[columns], grid, group)
+        _refit_grid(
+            hessian[columns, columns], gradient[columns], current[columns], codes[columns], grid, group
+        )
         change = grid.values(codes[columns], group) - current[columns]
         gradient[columns.start :].addmm_(hessian[columns.start :, columns], change, alpha=-1)
         current[columns] += change
@@ -180,7 +188,14 @@ def _polish(target: Tensor, hessian: Tensor, codes: Tensor, grid: _Grid, block: 
 
 
 def _descend(
-    hessian: Tensor, gradient: Tensor, current: Tensor, codes: Tensor, grid: _Grid, group: int, start: int, stop: int
+    hessian: Tensor,
+    gradient: Tensor,
+    current: Tensor,
+    codes: Tensor,
+    grid: _Grid,
+    group: int,
+    start: int,
+    stop: int,
 ) -> Tensor:
     """Coordinate descent over the codes of columns start..stop-1; returns how far the values moved."""
     moves = torch.empty(stop - start, codes.shape[1], device=codes.device)
@@ -195,7 +210,9 @@ def _descend(
     return moves
 
 
-def _refit_grid(hessian: Tensor, gradient: Tensor, current: Tensor, codes: Tensor, grid: _Grid, group: int) -> None:
+def _refit_grid(
+    hessian: Tensor, gradient: Tensor, current: Tensor, codes: Tensor, grid: _Grid, group: int
+) -> None:
     """Least-squares levels (or scale) of one group for its codes; kept by the rows they serve better.
 
     With B the matrix `[group_size, n]` that maps a row's n numbers (four levels, or one scale) to its

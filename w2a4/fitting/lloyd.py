@@ -14,7 +14,9 @@ from .weight import fp16_scale
 GAUSSIAN_LEVELS = (-1.510, -0.453, 0.453, 1.510)
 
 
-def fit_levels(groups: Tensor, importance: Tensor | None = None, iterations: int = 15) -> tuple[Tensor, Tensor]:
+def fit_levels(
+    groups: Tensor, importance: Tensor | None = None, iterations: int = 15
+) -> tuple[Tensor, Tensor]:
     """Fit four int8 levels and one fp16 scale to each group.
 
     Args:

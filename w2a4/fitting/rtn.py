@@ -14,7 +14,9 @@ from .weight import QuantizedWeight, fp16_scale
 CLIP_RATIOS = tuple(1 - 0.025 * step for step in range(21))
 
 
-def fit_rtn(weight: Tensor, bits: int, group_size: int | str, importance: Tensor | None = None) -> QuantizedWeight:
+def fit_rtn(
+    weight: Tensor, bits: int, group_size: int | str, importance: Tensor | None = None
+) -> QuantizedWeight:
     """Quantise a weight matrix to the nearest points of each group's best grid.
 
     Args:

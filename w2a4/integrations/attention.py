@@ -95,8 +95,12 @@ def w2a4_attention(
         return _packed_attention(query, key, value, mask, scaling), None
     key = settings.rotate(key)
     if settings.kv_bits == 4:
-        if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
-            return _packed_attention(query, pack_kv(key, settings), pack_kv(value, settings), mask, scaling), None
+        if not (
+            torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        ):
+            return _packed_attention(
+                query, pack_kv(key, settings), pack_kv(value, settings), mask, scaling
+            ), None
         key, value = (_fake_quant(x, settings) for x in (key, value))
     if mask is None and query.shape[2] != key.shape[2]:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
@@ -108,7 +112,9 @@ def w2a4_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _packed_attention(query: Tensor, key: PackedKV, value: PackedKV, mask: Tensor | None, scaling: float) -> Tensor:
+def _packed_attention(
+    query: Tensor, key: PackedKV, value: PackedKV, mask: Tensor | None, scaling: float
+) -> Tensor:
     if mask is not None:
         mask = mask[..., : key.length]
     return ops.attention_kv4(
@@ -130,7 +136,9 @@ def _as_bool(mask: Tensor | None) -> Tensor | None:
         return mask
     hidden = mask <= -1e4
     if not bool((hidden | (mask == 0)).all()):
-        raise ValueError("attention_mask adds finite biases to the scores; w2a4 attention takes boolean masks")
+        raise ValueError(
+            "attention_mask adds finite biases to the scores; w2a4 attention takes boolean masks"
+        )
     return ~hidden
 
 

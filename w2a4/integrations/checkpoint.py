@@ -86,11 +86,14 @@ def check_headers(files: list[str], expected: dict[str, torch.Tensor]) -> None:
                     found[name] = (view.get_shape(), view.get_dtype())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{Path(file).name} cannot be read ({error}); it is truncated or damaged, download or write it again"
+                f"{Path(file).name} cannot be read ({error}); it is truncated or damaged, "
+                "download or write it again"
             ) from None
     for name, tensor in expected.items():
         if name not in found:
-            raise CheckpointError(f"{name} is missing from the checkpoint; a shard is missing or of another model")
+            raise CheckpointError(
+                f"{name} is missing from the checkpoint; a shard is missing or of another model"
+            )
         shape, dtype = found[name]
         wanted = SAFETENSORS_DTYPES.get(tensor.dtype)
         packed = tensor.dtype in (torch.uint8, torch.int8) or name.endswith((".scale", ".act_clip"))

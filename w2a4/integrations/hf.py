@@ -10,6 +10,7 @@ recipe, the report and the model card too.
 from __future__ import annotations
 
 import functools
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..config import Recipe
 from ..errors import CheckpointError
 from ..layers import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
-from ..report import Report, model_card
+from ..report import Report, checkpoint_summary, model_card, write_json
 from ..rotation.fuse import RotatedLinear
 from ..rotation.online import OnlineRotation
 from . import attention
@@ -97,7 +98,9 @@ class W2A4Quantizer(HfQuantizer):
         """transformers 4.57: names are known here, and floats are cast to one dtype unless it is None."""
         missing = sorted(set(expected_keys) - set(loaded_keys))
         if missing:
-            raise CheckpointError(f"{missing[0]} is missing from the checkpoint; a shard is missing or of another model")
+            raise CheckpointError(
+                f"{missing[0]} is missing from the checkpoint; a shard is missing or of another model"
+            )
         self._dtype = model.config._pre_quantization_dtype
         model.config._pre_quantization_dtype = None
         return expected_keys
@@ -138,7 +141,9 @@ def _cast_unpacked(model: nn.Module, dtype: torch.dtype) -> None:
         for name, value in module.named_parameters(recurse=False):
             packed = isinstance(module, _PackedModule) and name in module._format
             if value.is_floating_point() and not packed and value.dtype != dtype:
-                setattr(module, name, nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad))
+                setattr(
+                    module, name, nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad)
+                )
 
 
 def act_group_size(recipe: Recipe, name: str, head_dim: int) -> int:
@@ -176,7 +181,9 @@ def prepare_layer(layer: nn.Module, recipe: Recipe, r4: OnlineRotation | None, d
             setattr(parent, name, _empty_linear(old, name, recipe, r4, layer.self_attn.head_dim, dtype))
 
 
-def _empty_linear(old: nn.Linear, name: str, recipe: Recipe, r4, head_dim: int, dtype: torch.dtype) -> nn.Module:
+def _empty_linear(
+    old: nn.Linear, name: str, recipe: Recipe, r4, head_dim: int, dtype: torch.dtype
+) -> nn.Module:
     rotation = r4 if name == "down_proj" else None
     shape = (old.in_features, old.out_features, old.bias is not None)
     if recipe.weight_bits == 16:
@@ -244,10 +251,21 @@ class PackedModelMixin:
         config: W2A4Config = self.config.quantization_config
         with atomic_directory(save_directory) as directory:
             super().save_pretrained(directory, *args, **kwargs)
+            _record_dtype(directory / "config.json", self.dtype)
             config.parsed_recipe.to_yaml(directory / "recipe.yaml")
-            report = self.w2a4_report or Report(source=config.provenance.get("source", "unknown"), recipe=config.recipe)
+            report = self.w2a4_report or Report(
+                source=config.provenance.get("source", "unknown"), recipe=config.recipe
+            )
+            report.sizes = checkpoint_summary(directory)["bytes"]
             report.to_json(directory / "report.json")
             (directory / "README.md").write_text(model_card(report))
+
+
+def _record_dtype(path: Path, dtype: torch.dtype) -> None:
+    """transformers 4.57 takes the dtype of the first parameter, which may be a scale's."""
+    config = json.loads(path.read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(path, config)
 
 
 @functools.cache

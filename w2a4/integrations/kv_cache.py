@@ -29,7 +29,10 @@ class KV4Layer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         shapes = {"codes": (head_dim // 2, torch.uint8), "params": (2, torch.float16)}
         for side in ("keys", "values"):
-            empty = {n: torch.empty(batch, heads, 0, w, dtype=t, device=self.device) for n, (w, t) in shapes.items()}
+            empty = {
+                n: torch.empty(batch, heads, 0, w, dtype=t, device=self.device)
+                for n, (w, t) in shapes.items()
+            }
             setattr(self, side, PackedKV(empty["codes"], empty["params"], 0))
         self.is_initialized = True
 
