@@ -105,7 +105,7 @@ class Recipe:
     gptq_act_order: bool = True
     gptq_refine: int = 3
     gptq_target: Literal["full", "quantized"] = "full"
-    calib_samples: int = 32
+    calib_samples: int = 16
     calib_seqlen: int = 512
 
     def __post_init__(self) -> None:
