@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -381,3 +382,26 @@ def test_a_step_runs_the_package_that_runs_here(quantized, tmp_path, monkeypatch
     (tmp_path / "w2a4" / "__init__.py").write_text("raise SystemExit('the wrong package')")
     monkeypatch.chdir(tmp_path)
     assert evaluate.measured_apart(["info", str(quantized[0])])["quantized"]
+
+
+def test_resume_goes_on_and_leaves_nothing(plain, tmp_path, monkeypatch):
+    from w2a4.calibrate import LayerQuantizer
+
+    run, calls = LayerQuantizer.run, []
+
+    def stop_at_the_last(self, *arguments):
+        calls.append(1)
+        if len(calls) == layers:
+            raise KeyboardInterrupt
+        return run(self, *arguments)
+
+    layers = json.loads((Path(plain) / "config.json").read_text())["num_hidden_layers"]
+    command = ["quantize", str(plain), "--out", str(tmp_path / "out"), *SMALL, "--resume"]
+    monkeypatch.setattr(LayerQuantizer, "run", stop_at_the_last)
+    assert CliRunner().invoke(cli.main, command).exit_code != 0
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    monkeypatch.setattr(
+        LayerQuantizer, "run", lambda self, *arguments: calls.append(1) or run(self, *arguments)
+    )
+    assert CliRunner().invoke(cli.main, command).exit_code == 0
+    assert len(calls) == layers + 1 and [path.name for path in tmp_path.iterdir()] == ["out"]

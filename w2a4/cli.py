@@ -127,6 +127,11 @@ def main() -> None:
 @click.option(
     "--eval-windows", type=click.IntRange(min=1), metavar="N", help="At most so many windows of 2048."
 )
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep finished layers beside DIR; repeat the command to go on after a kill.",
+)
 @_json
 def quantize(
     model: str,
@@ -136,6 +141,7 @@ def quantize(
     calib: str,
     eval_text: str | None,
     eval_windows: int | None,
+    resume: bool,
     json_file: Path | None,
 ) -> None:
     """Rotate, quantise and pack MODEL into a new directory."""
@@ -150,12 +156,15 @@ def quantize(
     measured: dict[str, Any] = {}
     if eval_text is not None:
         measured["before"] = evaluate.perplexity(loaded, tokenizer, eval_text, windows=eval_windows)
-    made = pipeline.quantize(loaded, tokenizer, parsed, calibration=calib)
+    partial = out.parent / f".{out.name}.partial" if resume else None
+    made = pipeline.quantize(loaded, tokenizer, parsed, calibration=calib, resume=partial)
     made.source = report.source_name(model)
     if eval_text is not None:
         measured["after"] = evaluate.perplexity(loaded, tokenizer, eval_text, windows=eval_windows)
         made.evaluation = measured
     pipeline.save(loaded, tokenizer, out)
+    if partial is not None:
+        shutil.rmtree(partial, ignore_errors=True)
     summary = report.checkpoint_summary(out)
     click.echo(report.summary_text(summary) + "\n")
     click.echo(report.layers_table(made) + "\n")

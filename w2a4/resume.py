@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,3 @@ class Progress:
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, self.directory / f".{name}")
         os.replace(self.directory / f".{name}", self.directory / name)
-
-    def clear(self) -> None:
-        """Everything is quantised and saved elsewhere."""
-        if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
