@@ -209,7 +209,7 @@ def damaged(plain, directory, how):
         (["--set", "group_size=48"], "group_size=48 does not divide in_features=64"),
         (["--calib", "no.txt"], "text file 'no.txt' does not exist"),
         (["--calib", "{tmp}/empty.txt"], "empty.txt' is empty"),
-        (["--calib", "{tmp}/short.txt"], "tokens; calib_samples=16 windows of calib_seqlen=512 need 8192"),
+        (["--calib", "{tmp}/short.txt"], "tokens; calib_samples=32 windows of calib_seqlen=512 need 16384"),
         (["--eval", "no.jsonl"], "text file 'no.jsonl' does not exist"),
         (["--eval", "{tmp}/short.txt"], "one window needs seqlen=2048"),
     ],

@@ -257,6 +257,6 @@ def _describe(hint: Any) -> str:
 
 #: Named recipes, for `Recipe.load` and the command line.
 RECIPES = {
-    "w4a4kv4": Recipe(name="w4a4kv4", weight_bits=4),
+    "w4a4kv4": Recipe(name="w4a4kv4", weight_bits=4, calib_samples=32),
     "w2a4kv4": Recipe(name="w2a4kv4", weight_bits=2),
 }
