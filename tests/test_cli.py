@@ -131,7 +131,8 @@ def test_eval_of_packed_and_plain(plain, quantized, tmp_path):
 
 
 def test_dtype_of_eval(plain):
-    succeed("eval", plain, "--windows", 1, "--seqlen", 16, "--dtype", "bfloat16")
+    result = succeed("eval", plain, "--windows", 1, "--seqlen", 16, "--dtype", "bfloat16")
+    assert "perplexity" in result.stdout
 
 
 def test_generate(plain, quantized, tmp_path):
