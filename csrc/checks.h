@@ -63,11 +63,18 @@ class Check {
     if (!ok) fail(op_, parts...);
   }
 
-  void device(const Tensor& t, const char* name) const {
-    that(t.is_cpu(), name, " is not on the CPU, other arguments are; move them to one device");
+  // The first tensor that is checked sets the device; every other one has to lie there.
+  void device(const Tensor& t, const char* name) {
+    const std::string where = device_name(t);
+    if (device_.empty()) {
+      device_ = where, first_ = name;
+      return;
+    }
+    that(where == device_, name, " is on ", where, ", ", first_, " on ", device_,
+         "; move them to one device");
   }
 
-  void dtype(const Tensor& t, const char* name, std::initializer_list<ScalarType> allowed) const {
+  void dtype(const Tensor& t, const char* name, std::initializer_list<ScalarType> allowed) {
     device(t, name);
     std::string names;
     for (ScalarType want : allowed) {
@@ -77,7 +84,7 @@ class Check {
     fail(op_, name, " has dtype ", dtype_name(t.scalar_type()), ", expected ", names);
   }
 
-  void floating(const Tensor& t, const char* name) const {
+  void floating(const Tensor& t, const char* name) {
     dtype(t, name, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
   }
 
@@ -115,7 +122,15 @@ class Check {
   }
 
  private:
+  static std::string device_name(const Tensor& t) {
+    return t.is_cpu()    ? "the CPU"
+           : t.is_cuda() ? "cuda:" + std::to_string(t.get_device())
+                         : "another device";
+  }
+
   const char* op_;
+  const char* first_ = "";
+  std::string device_;
 };
 
 }  // namespace w2a4

@@ -1,0 +1,165 @@
+// Entry points of the ops that have CPU and CUDA kernels: compiled once for each, see backend.h.
+#include <algorithm>
+#include <limits>
+
+#include "backend.h"
+#include "checks.h"
+#include "ops.h"
+#include "tensors.h"
+
+namespace w2a4 {
+namespace {
+
+Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Tensor& a_scale,
+                 const Tensor& weight, const Tensor* levels, const Tensor& scale,
+                 const std::optional<Tensor>& bias, int64_t group_size, ScalarType out_dtype) {
+  check.dtype(a_codes, "a_codes", {kU8});
+  check.dtype(a_scale, "a_scale", {kF32});
+  check.dtype(weight, "weight", {kU8});
+  check.dtype(scale, "scale", {kF16});
+  check.that(group_size >= 1, "group_size=", group_size, ", expected at least 1");
+  check.that(scale.dim() == 2, "scale has shape ", shape_name(scale),
+             ", expected [out, in / group_size]");
+  const int64_t out_features = scale.size(0), groups = scale.size(1);
+  check.that(groups >= 1, "scale has shape ", shape_name(scale),
+             ", expected at least one group a row");
+  // An exact sum of `in` products of at most 128 * 8 must fit 32 bits.
+  check.that(group_size <= (std::numeric_limits<int32_t>::max() / 1024) / groups,
+             "group_size=", group_size, " times ", groups,
+             " groups is more inputs than a 32-bit sum can hold (2097151)");
+  const int64_t in_features = groups * group_size;
+  check.shape(weight, "weight", {out_features, ceil_div(in_features * weight_bits, 8)},
+              weight_bits == 2 ? "[out, ceil(in / 4)], in = groups of scale * group_size"
+                               : "[out, ceil(in / 2)], in = groups of scale * group_size");
+  if (levels) {
+    check.dtype(*levels, "levels", {kI8});
+    check.shape(*levels, "levels", {out_features, groups, 4}, "[out, in / group_size, 4]");
+    check.contiguous(*levels, "levels");
+  }
+  check.at_least_1d(a_codes, "a_codes");
+  check.that(a_codes.size(-1) == ceil_div(in_features, 2), "a_codes has shape ",
+             shape_name(a_codes), ", expected [..., ", ceil_div(in_features, 2),
+             "] for in_features=", in_features);
+  check.at_least_1d(a_scale, "a_scale");
+  const int64_t act_groups = a_scale.size(-1), tokens = rows_of(a_codes);
+  check.that(act_groups >= 1 && in_features % act_groups == 0, "a_scale has shape ",
+             shape_name(a_scale), ", its last dimension does not divide in_features=", in_features);
+  check.that(rows_of(a_scale) == tokens && a_scale.dim() == a_codes.dim(), "a_scale has shape ",
+             shape_name(a_scale), ", expected the tokens of a_codes, which has shape ",
+             shape_name(a_codes));
+  const int64_t act_group = in_features / act_groups;
+  check.that(group_size % act_group == 0 || act_group % group_size == 0, "group_size=", group_size,
+             " and the activation group ", act_group, " of a_scale: one must divide the other");
+  check_bias(check, bias, out_features);
+  for (auto [t, name] : {std::pair{&a_codes, "a_codes"},
+                         {&a_scale, "a_scale"},
+                         {&weight, "weight"},
+                         {&scale, "scale"}})
+    check.contiguous(*t, name);
+  check.that(out_dtype == kF32 || out_dtype == kF16 || out_dtype == ScalarType::BFloat16 ||
+                 out_dtype == ScalarType::Double,
+             "out_dtype is ", dtype_name(out_dtype),
+             ", expected float32, float16, bfloat16 or float64");
+  Tensor y = empty(a_codes, with_last(a_codes, out_features), out_dtype);
+  LinearA4Params p{};
+  p.a_codes = static_cast<const uint8_t*>(a_codes.data_ptr());
+  p.a_scale = static_cast<const float*>(a_scale.data_ptr());
+  p.weight = static_cast<const uint8_t*>(weight.data_ptr());
+  p.levels = levels ? static_cast<const int8_t*>(levels->data_ptr()) : nullptr;
+  p.scale = static_cast<const uint16_t*>(scale.data_ptr());
+  p.bias = bias ? bias->data_ptr() : nullptr;
+  p.bias_dtype = bias ? bias->scalar_type() : kF32;
+  p.y = y.data_ptr();
+  p.out_dtype = out_dtype;
+  p.tokens = tokens;
+  p.out_features = out_features;
+  p.in_features = in_features;
+  p.group_size = group_size;
+  p.act_group = act_group;
+  p.block = std::min(group_size, act_group);
+  p.weight_bits = weight_bits;
+  kernels::linear_a4(p);
+  return y;
+}
+
+}  // namespace
+
+Tensor hadamard(const Tensor& x, const std::optional<Tensor>& had_k, int64_t block_size,
+                bool transpose) {
+  Check check("hadamard");
+  check.floating(x, "x");
+  check.at_least_1d(x, "x");
+  check.contiguous(x, "x");
+  int64_t k = 1;
+  if (had_k) {
+    check.dtype(*had_k, "had_k", {kI8});
+    check.that(had_k->dim() == 2 && had_k->size(0) == had_k->size(1) && had_k->size(0) >= 1,
+               "had_k has shape ", shape_name(*had_k), ", expected a square matrix [K, K]");
+    check.contiguous(*had_k, "had_k");
+    k = had_k->size(0);
+  }
+  const int64_t n = x.size(-1);
+  const int64_t power = block_size / k;
+  check.that(block_size >= 1 && block_size % k == 0 && (power & (power - 1)) == 0,
+             "block_size=", block_size, ", expected K times a power of two with K=", k,
+             " of had_k");
+  check.that(n % block_size == 0, "block_size=", block_size,
+             " does not divide the last dimension of x, shape ", shape_name(x));
+  Tensor y = empty(x, with_last(x, n), x.scalar_type());
+  HadamardParams p{};
+  p.x = x.data_ptr();
+  p.y = y.data_ptr();
+  p.had_k = had_k ? static_cast<const int8_t*>(had_k->data_ptr()) : nullptr;
+  p.dtype = x.scalar_type();
+  p.rows = rows_of(x);
+  p.n = n;
+  p.block_size = block_size;
+  p.k = k;
+  p.transpose = transpose;
+  kernels::hadamard(p);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> quantize_a4(const Tensor& x, const Tensor& clip, int64_t group_size) {
+  Check check("quantize_a4");
+  check.floating(x, "x");
+  check.at_least_1d(x, "x");
+  check.contiguous(x, "x");
+  check.dtype(clip, "clip", {kF32});
+  check.shape(clip, "clip", {1}, "[1]");
+  const int64_t features = x.size(-1);
+  check.that(features >= 1, "x has shape ", shape_name(x), ", expected at least one feature");
+  check.that(group_size == -1 || (group_size >= 1 && features % group_size == 0),
+             "group_size=", group_size, " does not divide the last dimension of x, shape ",
+             shape_name(x), "; -1 is the whole token");
+  if (group_size == -1) group_size = features;
+  Tensor codes = empty(x, with_last(x, ceil_div(features, 2)), kU8);
+  Tensor scale = empty(x, with_last(x, features / group_size), kF32);
+  QuantizeA4Params p{};
+  p.x = x.data_ptr();
+  p.clip = static_cast<const float*>(clip.data_ptr());
+  p.codes = static_cast<uint8_t*>(codes.data_ptr());
+  p.scale = static_cast<float*>(scale.data_ptr());
+  p.dtype = x.scalar_type();
+  p.tokens = rows_of(x);
+  p.features = features;
+  p.group_size = group_size;
+  kernels::quantize_a4(p);
+  return {codes, scale};
+}
+
+Tensor linear_w2a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
+                   const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& bias,
+                   int64_t group_size, ScalarType out_dtype) {
+  Check check("linear_w2a4");
+  return linear_a4(check, 2, a_codes, a_scale, weight, &levels, scale, bias, group_size, out_dtype);
+}
+
+Tensor linear_w4a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
+                   const Tensor& scale, const std::optional<Tensor>& bias, int64_t group_size,
+                   ScalarType out_dtype) {
+  Check check("linear_w4a4");
+  return linear_a4(check, 4, a_codes, a_scale, weight, nullptr, scale, bias, group_size, out_dtype);
+}
+
+}  // namespace w2a4
