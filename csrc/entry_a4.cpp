@@ -60,6 +60,7 @@ Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Ten
                  out_dtype == ScalarType::Double,
              "out_dtype is ", dtype_name(out_dtype),
              ", expected float32, float16, bfloat16 or float64");
+  const OnDeviceOf device(a_codes);
   Tensor y = empty(a_codes, with_last(a_codes, out_features), out_dtype);
   LinearA4Params p{};
   p.a_codes = static_cast<const uint8_t*>(a_codes.data_ptr());
@@ -82,14 +83,10 @@ Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Ten
   return y;
 }
 
-}  // namespace
-
-Tensor hadamard(const Tensor& x, const std::optional<Tensor>& had_k, int64_t block_size,
-                bool transpose) {
-  Check check("hadamard");
-  check.floating(x, "x");
-  check.at_least_1d(x, "x");
-  check.contiguous(x, "x");
+// K of had_k, after checks that `block_size` is K times a power of two and divides x's last
+// dimension.
+int64_t check_hadamard(Check& check, const Tensor& x, const char* name,
+                       const std::optional<Tensor>& had_k, int64_t block_size) {
   int64_t k = 1;
   if (had_k) {
     check.dtype(*had_k, "had_k", {kI8});
@@ -98,18 +95,81 @@ Tensor hadamard(const Tensor& x, const std::optional<Tensor>& had_k, int64_t blo
     check.contiguous(*had_k, "had_k");
     k = had_k->size(0);
   }
-  const int64_t n = x.size(-1);
   const int64_t power = block_size / k;
   check.that(block_size >= 1 && block_size % k == 0 && (power & (power - 1)) == 0,
              "block_size=", block_size, ", expected K times a power of two with K=", k,
              " of had_k");
-  check.that(n % block_size == 0, "block_size=", block_size,
-             " does not divide the last dimension of x, shape ", shape_name(x));
+  check.that(x.size(-1) % block_size == 0, "block_size=", block_size,
+             " does not divide the last dimension of ", name, ", shape ", shape_name(x));
+  return k;
+}
+
+const int8_t* had_k_data(const std::optional<Tensor>& had_k) {
+  return had_k ? static_cast<const int8_t*>(had_k->data_ptr()) : nullptr;
+}
+
+void check_activations(Check& check, const Tensor& x, const char* name) {
+  check.floating(x, name);
+  check.at_least_1d(x, name);
+  check.contiguous(x, name);
+}
+
+// The parameters without a stage: checks x, clip and group_size.
+QuantizeA4Params quantize_params(Check& check, const Tensor& x, const char* name,
+                                 const Tensor& clip, int64_t group_size) {
+  check_activations(check, x, name);
+  check.dtype(clip, "clip", {kF32});
+  check.shape(clip, "clip", {1}, "[1]");
+  const int64_t features = x.size(-1);
+  check.that(features >= 1, name, " has shape ", shape_name(x), ", expected at least one feature");
+  check.that(group_size == -1 || (group_size >= 1 && features % group_size == 0),
+             "group_size=", group_size, " does not divide the last dimension of ", name, ", shape ",
+             shape_name(x), "; -1 is the whole token");
+  QuantizeA4Params p{};
+  p.x = x.data_ptr();
+  p.clip = static_cast<const float*>(clip.data_ptr());
+  p.dtype = x.scalar_type();
+  p.tokens = rows_of(x);
+  p.features = features;
+  p.group_size = group_size == -1 ? features : group_size;
+  return p;
+}
+
+// Adds the Hadamard stage. block_size 1 is none: had_k could only change signs then.
+void add_hadamard(Check& check, QuantizeA4Params& p, const Tensor& x, const char* name,
+                  const std::optional<Tensor>& had_k, int64_t block_size) {
+  p.k = check_hadamard(check, x, name, had_k, block_size);
+  check.that(block_size > 1 || !had_k, "block_size=", block_size,
+             " is no transform, but had_k has ", "shape [1, 1]; pass had_k=None");
+  p.had_k = had_k_data(had_k);
+  p.block_size = block_size;
+}
+
+// Allocates codes and scale like x, and launches.
+std::tuple<Tensor, Tensor> quantize(QuantizeA4Params& p, const Tensor& x) {
+  const OnDeviceOf device(x);
+  Tensor codes = empty(x, with_last(x, ceil_div(p.features, 2)), kU8);
+  Tensor scale = empty(x, with_last(x, p.features / p.group_size), kF32);
+  p.codes = static_cast<uint8_t*>(codes.data_ptr());
+  p.scale = static_cast<float*>(scale.data_ptr());
+  kernels::quantize_a4(p);
+  return {codes, scale};
+}
+
+}  // namespace
+
+Tensor hadamard(const Tensor& x, const std::optional<Tensor>& had_k, int64_t block_size,
+                bool transpose) {
+  Check check("hadamard");
+  check_activations(check, x, "x");
+  const int64_t k = check_hadamard(check, x, "x", had_k, block_size);
+  const int64_t n = x.size(-1);
+  const OnDeviceOf device(x);
   Tensor y = empty(x, with_last(x, n), x.scalar_type());
   HadamardParams p{};
   p.x = x.data_ptr();
   p.y = y.data_ptr();
-  p.had_k = had_k ? static_cast<const int8_t*>(had_k->data_ptr()) : nullptr;
+  p.had_k = had_k_data(had_k);
   p.dtype = x.scalar_type();
   p.rows = rows_of(x);
   p.n = n;
@@ -122,30 +182,48 @@ Tensor hadamard(const Tensor& x, const std::optional<Tensor>& had_k, int64_t blo
 
 std::tuple<Tensor, Tensor> quantize_a4(const Tensor& x, const Tensor& clip, int64_t group_size) {
   Check check("quantize_a4");
-  check.floating(x, "x");
-  check.at_least_1d(x, "x");
-  check.contiguous(x, "x");
-  check.dtype(clip, "clip", {kF32});
-  check.shape(clip, "clip", {1}, "[1]");
-  const int64_t features = x.size(-1);
-  check.that(features >= 1, "x has shape ", shape_name(x), ", expected at least one feature");
-  check.that(group_size == -1 || (group_size >= 1 && features % group_size == 0),
-             "group_size=", group_size, " does not divide the last dimension of x, shape ",
-             shape_name(x), "; -1 is the whole token");
-  if (group_size == -1) group_size = features;
-  Tensor codes = empty(x, with_last(x, ceil_div(features, 2)), kU8);
-  Tensor scale = empty(x, with_last(x, features / group_size), kF32);
-  QuantizeA4Params p{};
-  p.x = x.data_ptr();
-  p.clip = static_cast<const float*>(clip.data_ptr());
-  p.codes = static_cast<uint8_t*>(codes.data_ptr());
-  p.scale = static_cast<float*>(scale.data_ptr());
-  p.dtype = x.scalar_type();
-  p.tokens = rows_of(x);
-  p.features = features;
-  p.group_size = group_size;
-  kernels::quantize_a4(p);
-  return {codes, scale};
+  QuantizeA4Params p = quantize_params(check, x, "x", clip, group_size);
+  return quantize(p, x);
+}
+
+std::tuple<Tensor, Tensor> hadamard_a4(const Tensor& x, const std::optional<Tensor>& had_k,
+                                       int64_t block_size, const Tensor& clip, int64_t group_size) {
+  Check check("hadamard_a4");
+  QuantizeA4Params p = quantize_params(check, x, "x", clip, group_size);
+  add_hadamard(check, p, x, "x", had_k, block_size);
+  return quantize(p, x);
+}
+
+std::tuple<Tensor, Tensor> rmsnorm_a4(const Tensor& x, const std::optional<Tensor>& weight,
+                                      double eps, const Tensor& clip, int64_t group_size) {
+  Check check("rmsnorm_a4");
+  QuantizeA4Params p = quantize_params(check, x, "x", clip, group_size);
+  if (weight) {
+    check.floating(*weight, "weight");
+    check.shape(*weight, "weight", {p.features}, "[last dimension of x]");
+    check.contiguous(*weight, "weight");
+    p.norm_weight = weight->data_ptr();
+    p.norm_dtype = weight->scalar_type();
+  }
+  check.that(eps >= 0, "eps=", eps, ", expected at least 0");
+  p.rmsnorm = true;
+  p.eps = static_cast<float>(eps);
+  return quantize(p, x);
+}
+
+std::tuple<Tensor, Tensor> silu_mul_hadamard_a4(const Tensor& gate, const Tensor& up,
+                                                const std::optional<Tensor>& had_k,
+                                                int64_t block_size, const Tensor& clip,
+                                                int64_t group_size) {
+  Check check("silu_mul_hadamard_a4");
+  QuantizeA4Params p = quantize_params(check, gate, "gate", clip, group_size);
+  check.dtype(up, "up", {gate.scalar_type()});
+  check.that(up.sizes().equals(gate.sizes()), "up has shape ", shape_name(up),
+             ", expected that of gate, ", shape_name(gate));
+  check.contiguous(up, "up");
+  p.up = up.data_ptr();
+  add_hadamard(check, p, gate, "gate", had_k, block_size);
+  return quantize(p, gate);
 }
 
 Tensor linear_w2a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,

@@ -15,8 +15,8 @@ extern "C" PyMODINIT_FUNC PyInit__C(void) {
   if (module != nullptr) {
     PyModule_AddStringConstant(module, "build_info",
                                "w2a4._C: CPU kernels, abi3, built with torch " TORCH_VERSION
-                               " headers, " W2A4_COMPILER "; CUDA kernels: not built (" W2A4_NO_CUDA
-                               ")");
+                               " headers, " W2A4_COMPILER);
+    PyModule_AddStringConstant(module, "no_cuda", W2A4_NO_CUDA);  // why w2a4._cuda was not built
   }
   return module;
 }

@@ -7,6 +7,15 @@ STABLE_TORCH_LIBRARY(w2a4, m) {
   m.def("hadamard(Tensor x, Tensor? had_k, int block_size, bool transpose=False) -> Tensor");
   m.def("quantize_a4(Tensor x, Tensor clip, int group_size=-1) -> (Tensor, Tensor)");
   m.def(
+      "hadamard_a4(Tensor x, Tensor? had_k, int block_size, Tensor clip, int group_size=-1) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "rmsnorm_a4(Tensor x, Tensor? weight, float eps, Tensor clip, int group_size=-1) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "silu_mul_hadamard_a4(Tensor gate, Tensor up, Tensor? had_k, int block_size, Tensor clip, "
+      "int group_size=-1) -> (Tensor, Tensor)");
+  m.def(
       "linear_w2a4(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor levels, Tensor scale, "
       "Tensor? bias, int group_size, ScalarType out_dtype) -> Tensor");
   m.def(
@@ -25,6 +34,9 @@ STABLE_TORCH_LIBRARY(w2a4, m) {
 STABLE_TORCH_LIBRARY_IMPL(w2a4, CPU, m) {
   m.impl("hadamard", TORCH_BOX(&w2a4::hadamard));
   m.impl("quantize_a4", TORCH_BOX(&w2a4::quantize_a4));
+  m.impl("hadamard_a4", TORCH_BOX(&w2a4::hadamard_a4));
+  m.impl("rmsnorm_a4", TORCH_BOX(&w2a4::rmsnorm_a4));
+  m.impl("silu_mul_hadamard_a4", TORCH_BOX(&w2a4::silu_mul_hadamard_a4));
   m.impl("linear_w2a4", TORCH_BOX(&w2a4::linear_w2a4));
   m.impl("linear_w4a4", TORCH_BOX(&w2a4::linear_w4a4));
   m.impl("linear_w8", TORCH_BOX(&w2a4::linear_w8));

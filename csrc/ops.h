@@ -16,6 +16,17 @@ Tensor hadamard(const Tensor& x, const std::optional<Tensor>& had_k, int64_t blo
 
 std::tuple<Tensor, Tensor> quantize_a4(const Tensor& x, const Tensor& clip, int64_t group_size);
 
+std::tuple<Tensor, Tensor> hadamard_a4(const Tensor& x, const std::optional<Tensor>& had_k,
+                                       int64_t block_size, const Tensor& clip, int64_t group_size);
+
+std::tuple<Tensor, Tensor> rmsnorm_a4(const Tensor& x, const std::optional<Tensor>& weight,
+                                      double eps, const Tensor& clip, int64_t group_size);
+
+std::tuple<Tensor, Tensor> silu_mul_hadamard_a4(const Tensor& gate, const Tensor& up,
+                                                const std::optional<Tensor>& had_k,
+                                                int64_t block_size, const Tensor& clip,
+                                                int64_t group_size);
+
 Tensor linear_w2a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
                    const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& bias,
                    int64_t group_size, ScalarType out_dtype);

@@ -21,14 +21,27 @@ struct HadamardParams {
   bool transpose;
 };
 
+// quantize_a4, and the stages that may come before it: each is done in float32, in the order they
+// are listed, and nothing is rounded to dtype in between.
 struct QuantizeA4Params {
   const void* x;      // [tokens, features], of dtype
   const float* clip;  // [1]
   uint8_t* codes;     // [tokens, ceil(features / 2)], signed nibbles
   float* scale;       // [tokens, features / group_size]
-  ScalarType dtype;
+  ScalarType dtype;   // float64, float32, float16 or bfloat16
   int64_t tokens, features;
   int64_t group_size;
+
+  const void* up = nullptr;  // [tokens, features], of dtype: x becomes silu(x) * up; or null
+
+  bool rmsnorm = false;               // x becomes norm_weight * x / sqrt(mean(x * x) + eps)
+  const void* norm_weight = nullptr;  // [features], of norm_dtype; null: ones
+  ScalarType norm_dtype = ScalarType::Float;
+  float eps = 0;
+
+  const int8_t* had_k = nullptr;  // [k, k] of +-1, or null for k = 1
+  int64_t k = 1;
+  int64_t block_size = 1;  // k * 2**m, divides features: x becomes x @ H; 1: no Hadamard
 };
 
 struct LinearA4Params {

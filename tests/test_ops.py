@@ -402,6 +402,14 @@ torch.manual_seed(0)
 out = []
 x = torch.randn(9, 576)
 out += [ops.hadamard(x, None, 64), *ops.quantize_a4(x, torch.tensor([0.9]), 64)]
+clip = torch.tensor([0.9])
+for k, m in ((1, 2), (1, 8), (1, 64), (1, 1024), (1, 8192), (12, 8), (28, 64), (36, 16), (172, 64)):
+    had_k = None if k == 1 else 1 - 2 * torch.randint(0, 2, (k, k), dtype=torch.int8)
+    wide = torch.randn(3, 2 * k * m)
+    out += [ops.hadamard(wide, had_k, k * m), ops.hadamard(wide.half(), had_k, k * m, True)]
+    out += [ops.hadamard(wide.double(), had_k, k * m), *ops.hadamard_a4(wide, had_k, k * m, clip)]
+    out += ops.silu_mul_hadamard_a4(wide, wide.flip(0), had_k, k * m, clip)
+    out += ops.rmsnorm_a4(wide, wide[0].clone(), 1e-5, clip, m)
 codes, scale = ops.quantize_a4(x, torch.tensor([0.9]))
 weight = torch.randint(0, 256, (70, 144), dtype=torch.uint8)
 levels = torch.randint(-128, 128, (70, 9, 4), dtype=torch.int8)

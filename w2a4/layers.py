@@ -162,11 +162,11 @@ class _PackedLinear(_PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in x's dtype."""
-        if self.rotation is not None:
-            x = self.rotation.apply(x)
         if self.act_bits == 16:
+            x = x if self.rotation is None else self.rotation.apply(x)
             return F.linear(x, self.dequantize().to(x.dtype), self.bias)
-        codes, scale = ops.quantize_a4(x, self.act_clip, self.act_group_size)
+        quantize = ops.quantize_a4 if self.rotation is None else self.rotation.quantize
+        codes, scale = quantize(x, self.act_clip, self.act_group_size)
         return self._linear(codes, scale, x.dtype)
 
     def extra_repr(self) -> str:
@@ -193,8 +193,9 @@ class W2A4Linear(_PackedLinear):
     bits = 2
 
     def _linear(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        p = self._parameters  # at one token, the look-up of attributes of modules counts
         return ops.linear_w2a4(
-            codes, scale, self.weight, self.levels, self.scale, self.bias, self.group_size, dtype
+            codes, scale, p["weight"], p["levels"], p["scale"], p["bias"], self.group_size, dtype
         )
 
 
@@ -207,7 +208,8 @@ class W4A4Linear(_PackedLinear):
     bits = 4
 
     def _linear(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return ops.linear_w4a4(codes, scale, self.weight, self.scale, self.bias, self.group_size, dtype)
+        p = self._parameters
+        return ops.linear_w4a4(codes, scale, p["weight"], p["scale"], p["bias"], self.group_size, dtype)
 
 
 PACKED_LINEARS: dict[int, type[_PackedLinear]] = {2: W2A4Linear, 4: W4A4Linear}

@@ -1,7 +1,7 @@
 """The only door to the kernels: one function an op, its fake, its gradient, the choice of back end.
 
-`torch.ops.w2a4.<op>` runs compiled kernels on the CPU where `w2a4._C` is built, and `w2a4.reference`
-everywhere else (slowly, with one warning a device). Functions here are what other modules call; they
+`torch.ops.w2a4.<op>` runs compiled kernels on the CPU where `w2a4._C` is built, on CUDA where `w2a4._cuda`
+is, and `w2a4.reference` everywhere else (slowly, with one warning). Functions here are what other modules call; they
 make activations contiguous and check nothing, since the ops check everything.
 """
 
@@ -18,6 +18,11 @@ from . import reference
 _SCHEMAS = {
     "hadamard": "(Tensor x, Tensor? had_k, int block_size, bool transpose=False) -> Tensor",
     "quantize_a4": "(Tensor x, Tensor clip, int group_size=-1) -> (Tensor, Tensor)",
+    "hadamard_a4": "(Tensor x, Tensor? had_k, int block_size, Tensor clip, int group_size=-1) "
+    "-> (Tensor, Tensor)",
+    "rmsnorm_a4": "(Tensor x, Tensor? weight, float eps, Tensor clip, int group_size=-1) -> (Tensor, Tensor)",
+    "silu_mul_hadamard_a4": "(Tensor gate, Tensor up, Tensor? had_k, int block_size, Tensor clip, "
+    "int group_size=-1) -> (Tensor, Tensor)",
     "linear_w2a4": "(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor levels, Tensor scale, "
     "Tensor? bias, int group_size, ScalarType out_dtype) -> Tensor",
     "linear_w4a4": "(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor scale, Tensor? bias, "
@@ -49,25 +54,56 @@ else:
 _ops = torch.ops.w2a4
 
 
+def _load_cuda():
+    """The module that registers the CUDA kernels, or None and why it is not there."""
+    if _C is None:
+        return None, "w2a4._C is missing"
+    if torch.version.cuda is None:
+        return None, _C.no_cuda or "this torch is built without CUDA"
+    try:
+        from . import _cuda
+    except ImportError as error:
+        return None, _C.no_cuda or str(error)
+    return _cuda, ""
+
+
+_cuda, _no_cuda = _load_cuda()
+
+
 def build_info() -> str:
     """One line: which kernels were built, with what, and why others were not."""
-    return _C.build_info if _C is not None else f"w2a4._C: not built; {_HOW_TO_BUILD}"
+    if _C is None:
+        return f"w2a4._C: not built; {_HOW_TO_BUILD}"
+    return f"{_C.build_info}; {_cuda.build_info if _cuda else f'w2a4._cuda: not loaded ({_no_cuda})'}"
 
 
 # Fallback: a device without compiled kernels runs the reference.
 
-_warned_devices: set[str] = set()
+_warned: set[str] = set()
+
+
+def _warn_slow(name: str, device: str) -> None:
+    """Once a device, or once an op where the device has kernels for others."""
+    has_kernels = device == "cpu" or (device == "cuda" and _cuda is not None)
+    key = f"{device} {name}" if has_kernels else device
+    if _C is None or key in _warned:
+        return
+    _warned.add(key)
+    if has_kernels:
+        message = f"w2a4.{name} has no {device} kernel: it runs on its slow PyTorch reference"
+    elif device == "cuda":
+        message = (f"w2a4's CUDA kernels are not loaded ({_no_cuda}): ops run on their slow PyTorch "
+                   f"reference; to build them, put nvcc on PATH and run W2A4_BUILD_CUDA=1 pip install .")  # fmt: skip
+    else:
+        message = f"w2a4 has no kernels for {device!r}: ops run on their slow PyTorch reference there"
+    warnings.warn(message, stacklevel=3)
 
 
 def _fallback(name: str) -> Callable:
     function = getattr(reference, name)
 
     def run(*args, **kwargs):
-        device = args[0].device.type
-        if _C is not None and device not in _warned_devices:
-            _warned_devices.add(device)
-            warnings.warn(f"w2a4 has no kernels for {device!r} in this build: ops run on their slow "
-                          f"PyTorch reference there ({build_info()})", stacklevel=2)  # fmt: skip
+        _warn_slow(name, args[0].device.type)
         return function(*args, **kwargs)
 
     return run
@@ -93,13 +129,35 @@ def _(x, had_k, block_size, transpose=False):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("w2a4::quantize_a4")
-def _(x, clip, group_size=-1):
-    _one_device(x=x, clip=clip)
+def _fake_a4(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     *tokens, features = x.shape
     groups = 1 if group_size == -1 else features // group_size
     codes = x.new_empty((*tokens, (features + 1) // 2), dtype=torch.uint8)
     return codes, x.new_empty((*tokens, groups), dtype=torch.float32)
+
+
+@torch.library.register_fake("w2a4::quantize_a4")
+def _(x, clip, group_size=-1):
+    _one_device(x=x, clip=clip)
+    return _fake_a4(x, group_size)
+
+
+@torch.library.register_fake("w2a4::hadamard_a4")
+def _(x, had_k, block_size, clip, group_size=-1):
+    _one_device(x=x, had_k=had_k, clip=clip)
+    return _fake_a4(x, group_size)
+
+
+@torch.library.register_fake("w2a4::rmsnorm_a4")
+def _(x, weight, eps, clip, group_size=-1):
+    _one_device(x=x, weight=weight, clip=clip)
+    return _fake_a4(x, group_size)
+
+
+@torch.library.register_fake("w2a4::silu_mul_hadamard_a4")
+def _(gate, up, had_k, block_size, clip, group_size=-1):
+    _one_device(gate=gate, up=up, had_k=had_k, clip=clip)
+    return _fake_a4(gate, group_size)
 
 
 @torch.library.register_fake("w2a4::linear_w2a4")
@@ -188,6 +246,64 @@ def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, 
     Equivalent: `scale = clip * x.abs().amax(-1) / 7; codes = (x / scale).round().clamp(-8, 7)`.
     """
     return _ops.quantize_a4(x.contiguous(), clip, group_size)
+
+
+def hadamard_a4(
+    x: Tensor, had_k: Tensor | None, block_size: int, clip: Tensor, group_size: int = -1
+) -> tuple[Tensor, Tensor]:
+    """`quantize_a4(hadamard(x))` in one pass, float32 in between whatever x's dtype is.
+
+    Args:
+        x: floating `[..., n]`; float64 is rounded to float32 first.
+        had_k, block_size: as in `hadamard`; block_size 1 is no transform.
+        clip, group_size: as in `quantize_a4`.
+
+    Returns:
+        codes uint8 `[..., ceil(n / 2)]`, scale float32 `[..., n / group_size]`; for float32 on the CPU
+        the bits of the two ops one after the other.
+
+    Equivalent: `quantize_a4(hadamard(x.float(), had_k, block_size), clip, group_size)`.
+    """
+    return _ops.hadamard_a4(x.contiguous(), had_k, block_size, clip, group_size)
+
+
+def rmsnorm_a4(
+    x: Tensor, weight: Tensor | None, eps: float, clip: Tensor, group_size: int = -1
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm and `quantize_a4` in one pass, float32 in between whatever x's dtype is.
+
+    Args:
+        x: floating `[..., n]`; float64 is rounded to float32 first.
+        weight: floating `[n]`, or None for ones.
+        eps: added to the mean square, not negative.
+        clip, group_size: as in `quantize_a4`.
+
+    Returns:
+        codes uint8 `[..., ceil(n / 2)]`, scale float32 `[..., n / group_size]`; a token's result does
+        not depend on the other tokens.
+
+    Equivalent: `quantize_a4(weight * x / (x.square().mean(-1, True) + eps).sqrt(), clip, group_size)`.
+    """
+    return _ops.rmsnorm_a4(x.contiguous(), weight, eps, clip, group_size)
+
+
+def silu_mul_hadamard_a4(
+    gate: Tensor, up: Tensor, had_k: Tensor | None, block_size: int, clip: Tensor, group_size: int = -1
+) -> tuple[Tensor, Tensor]:
+    """What lies between gate/up and down_proj in one pass, float32 in between whatever the dtype is.
+
+    Args:
+        gate, up: floating `[..., n]`, of one dtype; float64 is rounded to float32 first.
+        had_k, block_size: as in `hadamard`; block_size 1 is no transform.
+        clip, group_size: as in `quantize_a4`.
+
+    Returns:
+        codes uint8 `[..., ceil(n / 2)]`, scale float32 `[..., n / group_size]`.
+
+    Equivalent: `quantize_a4(hadamard(silu(gate) * up, had_k, block_size), clip, group_size)`.
+    """
+    gate, up = gate.contiguous(), up.contiguous()
+    return _ops.silu_mul_hadamard_a4(gate, up, had_k, block_size, clip, group_size)
 
 
 def linear_w2a4(

@@ -7,6 +7,7 @@ these; nothing here is meant to be fast.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .packing import pack, unpack
@@ -43,13 +44,54 @@ def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, 
 
     Returns:
         codes uint8 `[..., ceil(K / 2)]` (signed nibbles, see packing), scale float32 `[..., K / group_size]`.
-        A group of zeros has scale 1 and codes 0.
+        A group of zeros has scale 1 and codes 0; one with NaN or infinity has that as its scale and codes 0.
     """
     groups = x.float().unflatten(-1, (-1, x.shape[-1] if group_size == -1 else group_size))
-    scale = clip * groups.abs().amax(-1) / 7
+    scale = _divide(clip * groups.abs().amax(-1), 7)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = (groups / scale[..., None]).round().clamp(-8, 7).flatten(-2)
+    codes = (groups / scale[..., None]).nan_to_num(0.0).round().clamp(-8, 7).flatten(-2)
     return pack(codes.to(torch.int8), 4), scale
+
+
+def _divide(x: Tensor, divisor: int) -> Tensor:
+    """`x / divisor`, rounded once: on CUDA a Python number would be multiplied by its reciprocal."""
+    return x / torch.full_like(x, divisor)
+
+
+def hadamard_a4(
+    x: Tensor, had_k: Tensor | None, block_size: int, clip: Tensor, group_size: int = -1
+) -> tuple[Tensor, Tensor]:
+    """`quantize_a4(hadamard(x))` with the transform rounded to float32 only. Arguments as theirs."""
+    return quantize_a4(hadamard(x.double(), had_k, block_size), clip, group_size)
+
+
+def rmsnorm_a4(
+    x: Tensor, weight: Tensor | None, eps: float, clip: Tensor, group_size: int = -1
+) -> tuple[Tensor, Tensor]:
+    """`quantize_a4(weight * x / sqrt(mean(x**2) + eps))`, the norm computed in float64.
+
+    Args:
+        x: floating `[..., K]`.
+        weight: floating `[K]`, or None for ones.
+        eps: added to the mean square.
+        clip, group_size: as in `quantize_a4`.
+    """
+    x = x.double()
+    normed = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return quantize_a4(normed if weight is None else weight.double() * normed, clip, group_size)
+
+
+def silu_mul_hadamard_a4(
+    gate: Tensor, up: Tensor, had_k: Tensor | None, block_size: int, clip: Tensor, group_size: int = -1
+) -> tuple[Tensor, Tensor]:
+    """`quantize_a4(hadamard(silu(gate) * up))`, computed in float64 up to the quantisation.
+
+    Args:
+        gate, up: floating `[..., K]`, of one dtype.
+        had_k, block_size: as in `hadamard`; block_size 1 is no transform.
+        clip, group_size: as in `quantize_a4`.
+    """
+    return hadamard_a4(F.silu(gate.double()) * up.double(), had_k, block_size, clip, group_size)
 
 
 def dequantize_a4(codes: Tensor, scale: Tensor, in_features: int) -> Tensor:
@@ -64,14 +106,14 @@ def _linear(
     """Sum over blocks, in order, of the exact integer sum times (weight scale * activation scale)."""
     out_features, groups = scale.shape
     in_features = groups * group_size
-    a = unpack(a_codes, 4, in_features, signed=True).long().reshape(-1, in_features)
+    a = unpack(a_codes, 4, in_features, signed=True).double().reshape(-1, in_features)
     a_scale_rows = a_scale.reshape(-1, a_scale.shape[-1])
     act_group = in_features // a_scale.shape[-1]
     block = min(group_size, act_group)
     acc = torch.zeros(a.shape[0], out_features, device=a.device)
     for start in range(0, in_features, block):
         part = slice(start, start + block)
-        exact = (a[:, None, part] * weight[None, :, part].long()).sum(-1)
+        exact = a[:, part] @ weight[:, part].double().T  # integers below 2**53: exact in any order
         acc = acc + exact.float() * (
             scale[:, start // group_size].float()[None, :] * a_scale_rows[:, start // act_group][:, None]
         )
@@ -161,10 +203,10 @@ def quantize_kv4(x: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     x = x.float()
     low, high = x.amin(-1), x.amax(-1)
     middle, half = (low + high) * 0.5, (high - low) * 0.5 * clip
-    scale = ((half + half) / 15).half()
+    scale = _divide(half + half, 15).half()
     zero = (middle - half).half()
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
-    codes = ((x - zero.float()[..., None]) / divisor[..., None]).round().clamp(0, 15)
+    codes = ((x - zero.float()[..., None]) / divisor[..., None]).nan_to_num(0.0).round().clamp(0, 15)
     codes = torch.where((scale == 0)[..., None], torch.zeros_like(codes), codes)
     return pack(codes.to(torch.int8), 4), torch.stack([scale, zero], -1)
 

@@ -20,31 +20,34 @@
 #define W2A4_BYTE_SHUFFLE
 #endif
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define W2A4_X86
+#if __GNUC__ >= 11 || (defined(__clang_major__) && __clang_major__ >= 12)
+#define W2A4_AVXVNNI
+#endif
+#endif
+
 namespace w2a4::cpu {
 
-enum class Isa { kBase, kAvx2, kAvx512 };
+enum class Isa { kBase, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni };
 
-// The best instruction set of this machine; the environment variable W2A4_CPU_ISA=base|avx2|avx512
-// asks for a lesser one.
+// The best instruction set of this machine. The environment variable
+// W2A4_CPU_ISA=base|avx2|avxvnni|avx512|avx512vnni asks for a lesser one; if the machine lacks it,
+// the best it has of those that it contains. Kernels of W2A4_DISPATCH do not tell sets with VNNI
+// from those without. AMX is left alone: a virtual machine may show its flag and yet fault at its
+// instructions, so that it would have to stand behind the kernel's permission and a self-test.
 Isa isa();
 
 // kLanes: floats in a vector register; kVectors: registers' worth of columns that a tile of sums
-// spans; kByteShuffle: bytes can be looked up in a register.
+// spans.
 struct Base {
   static constexpr int kLanes = 4, kVectors = 2;
-#ifdef __aarch64__
-  static constexpr bool kByteShuffle = true;
-#else
-  static constexpr bool kByteShuffle = false;
-#endif
 };
 struct Avx2 {
   static constexpr int kLanes = 8, kVectors = 2;
-  static constexpr bool kByteShuffle = true;
 };
 struct Avx512 {
   static constexpr int kLanes = 16, kVectors = 4;
-  static constexpr bool kByteShuffle = true;
 };
 
 // Runs task(p, begin, end) over [0, count) on torch's threads.
@@ -70,7 +73,7 @@ void parallel_dynamic(int64_t count, const Params& p,
 
 }  // namespace w2a4::cpu
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef W2A4_X86
 #define W2A4_DISPATCH(name, Params)                                                                \
   __attribute__((target("avx2,fma,bmi,bmi2,f16c"))) static void name##_avx2(                       \
       const Params& p, int64_t begin, int64_t end) {                                               \
@@ -83,8 +86,10 @@ void parallel_dynamic(int64_t count, const Params& p,
   static void name##_dispatch(const Params& p, int64_t begin, int64_t end) {                       \
     switch (isa()) {                                                                               \
       case Isa::kAvx512:                                                                           \
+      case Isa::kAvx512Vnni:                                                                       \
         return name##_avx512(p, begin, end);                                                       \
       case Isa::kAvx2:                                                                             \
+      case Isa::kAvxVnni:                                                                          \
         return name##_avx2(p, begin, end);                                                         \
       default:                                                                                     \
         return name<Base>(p, begin, end);                                                          \

@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "exponential.h"
 #include "kernels.h"
 #include "tile.h"
 
@@ -105,24 +106,6 @@ W2A4_INLINE void load_shared_tiles(const Task& task, int64_t begin, int64_t end)
   }
 }
 W2A4_DISPATCH(load_shared_tiles, Task)
-
-// exp(x) for x <= 0, within 2 units in the last place; 0 below -87; NaN stays.
-W2A4_INLINE float exp_negative(float x) {
-  const float n = round_even(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n ln 2, ln 2 in two parts
-  float e = 1.0f / 5040;
-  e = e * r + 1.0f / 720;
-  e = e * r + 1.0f / 120;
-  e = e * r + 1.0f / 24;
-  e = e * r + 1.0f / 6;
-  e = e * r + 0.5f;
-  e = e * r + 1.0f;
-  e = e * r + 1.0f;
-  // The lowest bits of n + 1.5 * 2**23 are the integer n; moved to the exponent they are 2**n.
-  const uint32_t shifted = bits<uint32_t>(n + 12582912.0f) << 23;
-  const float scaled = bits<float>(bits<uint32_t>(e) + shifted);
-  return x < -87.0f ? 0.0f : (x == x ? scaled : x);
-}
 
 // scores [limit] become weights; returns their sum in order. Keys from seen_end on, and those the
 // mask hides, weigh 0.

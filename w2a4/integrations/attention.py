@@ -89,16 +89,16 @@ def w2a4_attention(
     """
     settings = kv_settings or module.kv_settings
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = _as_bool(attention_mask)
+    mask = as_bool(attention_mask)
     query = settings.rotate(query)
     if isinstance(key, PackedKV):
-        return _packed_attention(query, key, value, mask, scaling), None
+        return packed_attention(query, key, value, mask, scaling), None
     key = settings.rotate(key)
     if settings.kv_bits == 4:
         if not (
             torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         ):
-            return _packed_attention(
+            return packed_attention(
                 query, pack_kv(key, settings), pack_kv(value, settings), mask, scaling
             ), None
         key, value = (_fake_quant(x, settings) for x in (key, value))
@@ -112,9 +112,10 @@ def w2a4_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _packed_attention(
+def packed_attention(
     query: Tensor, key: PackedKV, value: PackedKV, mask: Tensor | None, scaling: float
 ) -> Tensor:
+    """Attention of rotated queries over packed keys and values; a boolean mask, None is causal."""
     if mask is not None:
         mask = mask[..., : key.length]
     return ops.attention_kv4(
@@ -130,7 +131,7 @@ def _fake_quant(x: Tensor, settings: KVSettings) -> Tensor:
     return torch.cat([x[:, :, : settings.sink_tokens], quantized[:, :, settings.sink_tokens :]], 2)
 
 
-def _as_bool(mask: Tensor | None) -> Tensor | None:
+def as_bool(mask: Tensor | None) -> Tensor | None:
     """Masks made by transformers are boolean; a user's additive one is translated if it only hides."""
     if mask is None or mask.dtype == torch.bool:
         return mask

@@ -34,6 +34,7 @@ from ..rotation.fuse import RotatedLinear
 from ..rotation.online import OnlineRotation
 from . import attention
 from .checkpoint import FORMAT_VERSION, atomic_directory, check_headers
+from .fused import fuse
 from .kv_cache import KV4Cache
 
 METHOD = "w2a4"
@@ -209,6 +210,7 @@ def install(model: nn.Module, config: W2A4Config, report: Report | None = None) 
     model.set_attn_implementation(attention.NAME)
     if config.parsed_recipe.weight_bits < 16:
         model.is_quantized = True
+        fuse(model.model.layers)
     if not isinstance(model, PackedModelMixin):
         model.__class__ = _packed_class(type(model))
         model.register_forward_pre_hook(_default_cache, with_kwargs=True)

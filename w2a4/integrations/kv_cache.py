@@ -38,10 +38,14 @@ class KV4Layer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[PackedKV, PackedKV]:
         """Rotate and pack new keys and values `[batch, kv_heads, tokens, head_dim]`; return all so far."""
+        return self.append(self.settings.rotate(key_states), value_states)
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[PackedKV, PackedKV]:
+        """As `update`, of keys that are rotated already."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         stop = self.length + key_states.shape[2]
-        for side, states in ((self.keys, self.settings.rotate(key_states)), (self.values, value_states)):
+        for side, states in ((self.keys, key_states), (self.values, value_states)):
             _reserve(side, stop)
             _append_sink(side, states, self.settings.sink_tokens)
             ops.append_kv4(states, side.codes, side.params, self.length, self.settings.kv_clip)

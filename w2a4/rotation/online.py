@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import OnlineKind
 from ..errors import RotationError
-from ..ops import hadamard
+from ..ops import hadamard, hadamard_a4, quantize_a4
 from .hadamard import HadamardSpec, dense_hadamard, had_k_matrix, hadamard_spec
 
 
@@ -87,6 +87,17 @@ class OnlineRotation:
         if self.kind == "random":
             return x @ table
         return hadamard(x if table is None else x * table, had_k, self.block_size)
+
+    def quantize(self, x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, Tensor]:
+        """`quantize_a4(x @ R, clip, group_size)`, in one op for the Hadamard kinds."""
+        if "hadamard" not in self.kind or x.shape[-1] != self.size:
+            return quantize_a4(self.apply(x), clip, group_size)
+        signs, had_k = _tables(self, x.device, x.dtype)
+        return hadamard_a4(x if signs is None else x * signs, had_k, self.block_size, clip, group_size)
+
+    def had_k(self, device: torch.device) -> Tensor | None:
+        """The K part of the Hadamard kinds, as the ops take it."""
+        return had_k_matrix(self.k, device)
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """R as a dense `[size, size]`, computed in float64 and cast once."""

@@ -1,0 +1,89 @@
+"""The check before the clock: a few outputs of an op, chosen at random, against `w2a4.reference`.
+
+The reference takes minutes for a large matrix, so it computes chosen rows of the weights for chosen
+tokens; both are drawn anew for every case. What is drawn must be exact on the CPU. A GPU may sum float32
+in another order, so there results agree within the rounding of such sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from w2a4 import reference
+from w2a4.packing import unpack
+from w2a4.rotation.hadamard import HadamardSpec, had_k_matrix
+
+#: Rows of the weights, and tokens, that are checked.
+ROWS, TOKENS = 64, 4
+
+#: Share of 4-bit codes that may be off by one where float32 and float64 lie on two sides of a tie.
+TIES = 2e-3
+
+_STEP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
+
+
+def choose(count: int, most: int) -> Tensor:
+    """At most so many distinct indices below `count`, the last one always among them."""
+    chosen = torch.randperm(count)[:most]
+    chosen[0] = count - 1
+    return chosen.unique()
+
+
+def linear_agrees(
+    name: str, got: Tensor, a_codes: Tensor, a_scale: Tensor, weights: tuple, group: int
+) -> bool:
+    """Is `got` what `reference.<name>` says?
+
+    Args:
+        got: `[tokens, out]` of the op.
+        weights: the op's tensors between the activations and the bias, each `[out, ...]`.
+    """
+    rows, tokens = choose(got.shape[1], ROWS), choose(got.shape[0], TOKENS)
+    parts = [tensor.cpu()[rows] for tensor in weights]
+    linear = getattr(reference, name)
+    want = linear(a_codes.cpu()[tokens], a_scale.cpu()[tokens], *parts, None, group, got.dtype)
+    have = got.cpu()[tokens][:, rows]
+    if got.device.type == "cpu":
+        return torch.equal(have, want)
+    # One step of the output's dtype, and float32 sums in another order.
+    return within(have, want, rtol=_STEP[got.dtype], atol=1e-5 * float(want.float().abs().max()))
+
+
+def within(have: Tensor, want: Tensor, rtol: float, atol: float) -> bool:
+    """`|have - want| <= atol + rtol * |want|` everywhere, and nowhere NaN."""
+    have, want = have.double(), want.double()
+    return bool(((have - want).abs() <= atol + rtol * want.abs()).all())
+
+
+def reference_hadamard(x: Tensor, spec: HadamardSpec) -> Tensor:
+    """`reference.hadamard` in float64 for widths whose dense matrix would fill the memory.
+
+    H = A ⊗ B, so x H is B along the inner half of the indices and A along the outer half; each is a
+    small dense product in the reference.
+    """
+    levels = (spec.block_size // spec.k).bit_length() - 1
+    inner = 2 ** (levels // 2 if spec.k == 1 else levels)
+    outer = spec.block_size // inner
+    y = x.cpu().double().unflatten(-1, (-1, outer, inner))
+    y = reference.hadamard(y, None, inner)
+    had_k = had_k_matrix(spec.k)
+    return reference.hadamard(y.mT.contiguous(), had_k, outer).mT.reshape(x.shape)
+
+
+def hadamard_agrees(got: Tensor, x: Tensor, spec: HadamardSpec) -> bool:
+    """At most twice the rounding of the exact result to the dtype, and float32 sums."""
+    tokens = choose(x.shape[0], TOKENS)
+    want = reference_hadamard(x[tokens.to(x.device)], spec)
+    return within(got[tokens.to(got.device)].cpu(), want, _STEP[x.dtype], 2e-6 * float(want.abs().max()))
+
+
+def codes_agree(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], exact: bool) -> bool:
+    """Codes and scales of a quantisation; unless `exact`, a few codes may be off by one."""
+    (codes, scale), (want_codes, want_scale) = ([t.cpu() for t in pair] for pair in (got, want))
+    if exact:
+        return torch.equal(codes, want_codes) and torch.equal(scale, want_scale)
+    features = 2 * codes.shape[-1]
+    off = (unpack(codes, 4, features, signed=True).int() - unpack(want_codes, 4, features, signed=True)).abs()
+    few = float((off > 0).float().mean()) <= TIES
+    return few and int(off.max()) <= 1 and within(scale, want_scale, rtol=2e-5, atol=0)

@@ -1,0 +1,86 @@
+"""What the kernels are to reach on an H200, held against measured rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+#: Least ratio to cuBLAS float16 of linear_w2a4: one token, cold, in a graph.
+GEMV_RATIOS = {
+    "4096x4096": 2.7,
+    "4096x11008": 4.2,
+    "11008x4096": 4.2,
+    "14336x4096": 4.7,
+    "28672x4096": 5.4,
+    "8192x28672": 6.0,
+}
+
+
+@dataclass
+class Target:
+    """A target; `measured` and `met` are None if no row tells."""
+
+    name: str
+    wanted: str
+    measured: float | None
+    met: bool | None
+
+
+def at_least(name: str, bound: float, values: Iterable[float]) -> Target:
+    """Met if the smallest of the values is not below the bound."""
+    worst = min(values, default=None)
+    return Target(name, f">= {bound:g}", worst, None if worst is None else worst >= bound)
+
+
+def at_most(name: str, bound: float, values: Iterable[float]) -> Target:
+    """Met if the largest of the values is not above the bound."""
+    worst = max(values, default=None)
+    return Target(name, f"<= {bound:g}", worst, None if worst is None else worst <= bound)
+
+
+def targets(rows: list[dict]) -> list[Target]:
+    """Every target that the benchmarks' rows can tell; only cold rows count, and only correct ones."""
+    good = [row for row in rows if row["correct"] and row["us"] and row["cache"] == "cold"]
+    gemv = [row for row in good if row["op"] == "linear_w2a4" and row["dtype"] == "float16"]
+    one = [row for row in gemv if row["tokens"] == 1]
+    copies = [row["gbps"] for row in good if row["op"] == "copy"]
+    return [
+        *(
+            at_least(f"linear_w2a4 {shape} against cuBLAS float16", ratio,
+                     [r["ratio"] for r in one if r["shape"] == shape and r["peer"] == "cublas.float16"])
+            for shape, ratio in GEMV_RATIOS.items()
+        ),
+        at_least("linear_w2a4 of 50 MB and more, share of the copy's bandwidth", 0.75,
+                 [r["gbps"] / max(copies) for r in one if r["bytes"] >= 50e6 and copies]),
+        at_most("linear_w2a4, time of 8 tokens over time of 1", 1.25, _against(gemv, one, tokens=8)),
+        at_most("hadamard of 16 MB and more, time over that of a copy", 1.15,
+                [1 / r["ratio"] for r in good
+                 if r["op"] == "hadamard" and r["peer"] == "copy" and r["bytes"] >= 16 << 20]),
+        at_most("hadamard_a4, time over that of hadamard", 1.0, _fused_over_plain(rows)),
+        at_least("linear of 2048 tokens and more against cuBLAS bfloat16", 1.3,
+                 [r["ratio"] for r in good if r["op"] in ("linear_w2a4", "linear_w4a4")
+                  and r["tokens"] >= 2048 and r["peer"] == "cublas.bfloat16"]),
+        at_least("linear of 2048 tokens and more against torch._int_mm", 1.0,
+                 [r["ratio"] for r in good if r["op"] in ("linear_w2a4", "linear_w4a4")
+                  and r["tokens"] >= 2048 and r["peer"] == "torch._int_mm"]),
+    ]  # fmt: skip
+
+
+def _against(many: list[dict], one: list[dict], tokens: int) -> list[float]:
+    """Times of so many tokens over the time of one, by shape."""
+    single = {row["shape"]: row["us"] for row in one}
+    return [r["us"] / single[r["shape"]] for r in many if r["tokens"] == tokens and r["shape"] in single]
+
+
+def _fused_over_plain(rows: list[dict]) -> list[float]:
+    """Of the same width, tokens, dtype and cache, hot ones too: one token is never cold."""
+    plain = {_case(row): row["us"] for row in rows if row["op"] == "hadamard" and row["us"]}
+    return [
+        row["us"] / plain[_case(row)]
+        for row in rows
+        if row["op"] == "hadamard_a4" and row["us"] and _case(row) in plain
+    ]
+
+
+def _case(row: dict) -> tuple:
+    return row["shape"], row["tokens"], row["dtype"], row["cache"]

@@ -1,0 +1,390 @@
+// Few tokens: a vector of a weight row is decoded in registers and met by every token. Included
+// once for each x86 instruction set, by a file that defines W2A4_FN and `dot`.
+
+constexpr int64_t kAhead = 2048;  // bytes of weight that are fetched ahead: rows follow each other
+constexpr int kRowsTile = 8;      // outputs whose sums are scaled and added together
+constexpr int kChunkCells = 16;   // cells between two such additions
+constexpr int kChunkBlocks = 64;  // the blocks in them at most
+
+W2A4_FN __m256i load_bytes(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+
+// Look-up tables of the levels of a vector, biased: of the low code of a nibble and of the high
+// one; if a lane has two groups, of single codes, the upper group's from entry 4 on.
+struct Tables {
+  __m256i low, high;
+};
+
+template <int kSpread>
+W2A4_FN Tables load_tables(const int8_t* levels) {
+  const __m256i sign = _mm256_set1_epi8(-128);
+  if constexpr (kSpread == 0) {
+    int32_t four;
+    std::memcpy(&four, levels, sizeof(four));
+    const __m256i low = _mm256_xor_si256(_mm256_set1_epi32(four), sign);
+    const __m256i by_high = _mm256_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0, 0x01010101,
+                                              0x02020202, 0x03030303);
+    return {low, _mm256_shuffle_epi8(low, by_high)};
+  }
+  const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels));
+  const __m256i all = _mm256_xor_si256(_mm256_broadcastsi128_si256(loaded), sign);
+  if constexpr (kSpread == 1) {
+    const __m256i by_low = _mm256_setr_epi32(0x03020100, 0x03020100, 0x03020100, 0x03020100,
+                                             0x07060504, 0x07060504, 0x07060504, 0x07060504);
+    const __m256i by_high = _mm256_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404,
+                                              0x05050505, 0x06060606, 0x07070707);
+    return {_mm256_shuffle_epi8(all, by_low), _mm256_shuffle_epi8(all, by_high)};
+  }
+  return {_mm256_permute4x64_epi64(all, 0x50), all};  // groups 0, 1 in lane 0 and 2, 3 in lane 1
+}
+
+// w[plane] = biased weights of the codes in 32 bytes.
+template <int kBits, int kSpread>
+W2A4_FN void decode_vector(const uint8_t* codes, const Tables& tables, __m256i* w) {
+  const __m256i x = load_bytes(codes);
+  if constexpr (kBits == 2 && kSpread == 2) {
+    const __m256i three = _mm256_set1_epi8(3);
+    const __m256i upper =
+        _mm256_setr_epi32(0, 0, 0x04040404, 0x04040404, 0, 0, 0x04040404, 0x04040404);
+#pragma GCC unroll 4
+    for (int plane = 0; plane < 4; ++plane) {
+      const __m256i code = _mm256_and_si256(_mm256_srli_epi16(x, 2 * plane), three);
+      w[plane] = _mm256_shuffle_epi8(tables.low, _mm256_or_si256(code, upper));
+    }
+    return;
+  }
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_and_si256(x, nibble);
+  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
+  if constexpr (kBits == 2) {
+    w[0] = _mm256_shuffle_epi8(tables.low, low);
+    w[1] = _mm256_shuffle_epi8(tables.high, low);
+    w[2] = _mm256_shuffle_epi8(tables.low, high);
+    w[3] = _mm256_shuffle_epi8(tables.high, high);
+  } else {
+    w[0] = _mm256_xor_si256(low, _mm256_set1_epi8(8));
+    w[1] = _mm256_xor_si256(high, _mm256_set1_epi8(8));
+  }
+}
+
+// sums = block sums of eight cells, each the sum of 8 / cell_blocks neighbours of cells[i].
+W2A4_FN void sum_neighbours(const __m256i* cells, int64_t cell_blocks, int32_t* sums) {
+  __m256i* to = reinterpret_cast<__m256i*>(sums);
+  __m256i twos[4];  // of cells 2i, 2i + 1 by turns of two lanes
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) twos[i] = _mm256_hadd_epi32(cells[2 * i], cells[2 * i + 1]);
+  if (cell_blocks == 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) to[i] = _mm256_permute4x64_epi64(twos[i], 0xd8);
+    return;
+  }
+  const __m256i low = _mm256_hadd_epi32(twos[0], twos[1]);  // halves of cells 0, 1, 2, 3
+  const __m256i high = _mm256_hadd_epi32(twos[2], twos[3]);
+  if (cell_blocks == 2) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    to[0] = _mm256_permutevar8x32_epi32(low, order);
+    to[1] = _mm256_permutevar8x32_epi32(high, order);
+    return;
+  }
+  to[0] = _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20),
+                           _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+// A piece of one weight row, readable beyond its end by a vector.
+struct RowPiece {
+  const uint8_t* codes;
+  const int8_t* levels;
+  const uint16_t* scale;
+};
+
+// sum[8 * token] = products of one cell, in eight lanes. kVectors: cell_vectors if it is 1, or 0.
+template <int kBits, int kSpread, int kTokens, int kVectors>
+W2A4_FN void sum_cell(const RowsTask& task, const uint8_t* codes, const int8_t* levels,
+                      const int8_t* a, int64_t token_size, __m256i* sum) {
+  constexpr int64_t kSize = kPlanes<kBits> * kVectorBytes;
+  Tables tables{};
+  if constexpr (kBits == 2) tables = load_tables<kSpread>(levels);
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) sum[8 * t] = _mm256_setzero_si256();
+  for (int64_t v = 0; v < (kVectors ? kVectors : task.cell_vectors); ++v) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes + v * kVectorBytes + kAhead), _MM_HINT_T0);
+    __m256i w[kPlanes<kBits>];
+    decode_vector<kBits, kSpread>(codes + v * kVectorBytes, tables, w);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t)
+      sum[8 * t] = dot<kPlanes<kBits>>(sum[8 * t], w, a + v * kSize + t * token_size);
+  }
+}
+
+// sums[token][i] = integer sum, biased, of block i of `cells` cells from `cell` on.
+template <int kBits, int kSpread, int kTokens, int kVectors>
+W2A4_FN void sum_cells(const RowsTask& task, const RowPiece& row, int64_t cell, int64_t cells,
+                       int32_t (*sums)[kChunkBlocks]) {
+  const int64_t size = task.cell_vectors * kPlanes<kBits> * kVectorBytes;
+  const int64_t token_size = task.cells * size, bytes = task.cell_bytes;
+  const int8_t* a = task.a + cell * size;
+  const int32_t* group = task.cell_group + cell;
+  const int8_t* levels = kBits == 2 ? row.levels - 4 * group[0] : nullptr;
+  const uint8_t* codes = row.codes;
+  for (int64_t i = 0; i < cells; i += 8, a += 8 * size, codes += 8 * bytes, group += 8) {
+    __m256i sum[kTokens * 8];
+    if constexpr (kBits == 2)
+      _mm_prefetch(reinterpret_cast<const char*>(levels + 4 * group[0] + kAhead / 4), _MM_HINT_T0);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      if (j < cells - i) {
+        sum_cell<kBits, kSpread, kTokens, kVectors>(task, codes + j * bytes, levels + 4 * group[j],
+                                                    a + j * size, token_size, sum + j);
+      } else {
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) sum[8 * t + j] = _mm256_setzero_si256();
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t)
+      sum_neighbours(sum + 8 * t, task.cell_blocks, sums[t] + i * task.cell_blocks);
+  }
+}
+
+// scale[i] = weight scale of block i of a piece that begins with group 0, as float.
+W2A4_FN void load_scales(const LinearA4Params& p, const uint16_t* from, int64_t blocks,
+                         float* scale) {
+  if (p.group_size == p.block) {
+    for (int64_t i = 0; i < blocks; i += 8)
+      _mm256_storeu_ps(
+          scale + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    return;
+  }
+  const int64_t blocks_in_group = p.group_size / p.block;
+  for (int64_t i = 0, left = blocks_in_group; i < blocks; ++i, --left) {
+    if (left == 0) ++from, left = blocks_in_group;
+    scale[i] = _cvtsh_ss(*from);
+  }
+}
+
+W2A4_FN void transpose8(__m256i* x) {
+  __m256i y[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    y[2 * i] = _mm256_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+    y[2 * i + 1] = _mm256_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+  }
+  __m256i z[8];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    z[4 * i] = _mm256_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
+    z[4 * i + 1] = _mm256_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
+    z[4 * i + 2] = _mm256_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
+    z[4 * i + 3] = _mm256_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2x128_si256(z[i], z[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2x128_si256(z[i], z[i + 4], 0x31);
+  }
+}
+
+// acc + the columns of addends [kRowsTile, kChunkBlocks], one after the other.
+W2A4_FN __m256 add_blocks(__m256 acc, const float (*addends)[kChunkBlocks], int64_t blocks) {
+  for (int64_t i = 0; i < blocks; i += 8) {
+    __m256i x[8];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRowsTile; ++r) x[r] = load_bytes(addends[r] + i);
+    transpose8(x);
+    if (blocks - i >= 8) {
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) acc = _mm256_add_ps(acc, _mm256_castsi256_ps(x[j]));
+    } else {
+      for (int j = 0; j < blocks - i; ++j) acc = _mm256_add_ps(acc, _mm256_castsi256_ps(x[j]));
+    }
+  }
+  return acc;
+}
+
+// The first cell of a chunk, its length, and what is read of a row for it.
+struct Chunk {
+  int64_t cell, cells, blocks;
+  int64_t codes_at, levels_at, scale_at;        // in bytes, groups and groups of a row
+  int64_t codes_size, levels_size, scale_size;  // bytes read
+  int64_t codes_here, levels_here, scale_here;  // bytes of them in the row
+};
+
+W2A4_FN Chunk chunk_of(const RowsTask& task, int64_t cell) {
+  const LinearA4Params& p = *task.p;
+  Chunk c;
+  c.cell = cell;
+  c.cells = std::min<int64_t>(kChunkCells, task.cells - cell);
+  c.blocks = std::min(c.cells * task.cell_blocks, task.blocks - cell * task.cell_blocks);
+  c.codes_at = cell * task.cell_bytes;
+  c.levels_at = c.scale_at = task.cell_group[cell];
+  const int64_t groups = task.groups - c.levels_at;
+  c.codes_size = (c.cells - 1) * task.cell_bytes + task.cell_vectors * kVectorBytes;
+  c.codes_here = std::min(c.codes_size, task.row_bytes - c.codes_at);
+  const int64_t last = task.cell_group[cell + c.cells - 1] - c.levels_at;
+  c.levels_size = p.levels ? 4 * last + (task.spread ? 16 : 4) : 0;
+  c.levels_here = std::min(c.levels_size, 4 * groups);
+  c.scale_size = p.group_size == p.block ? ceil_div(c.blocks, 8) * 16 : 2 * (last + 1);
+  c.scale_here = std::min(c.scale_size, 2 * groups);
+  return c;
+}
+
+// Where a vector at a row's end would reach beyond the tensor, its bytes are copied here.
+struct RowEnds {
+  Aligned<uint8_t> codes;
+  alignas(16) int8_t levels[4 * kChunkBlocks + 16];
+  alignas(16) uint16_t scale[kChunkBlocks + 8];
+};
+
+W2A4_FN RowPiece row_piece(const RowsTask& task, const Chunk& c, int64_t out, RowEnds& ends) {
+  const LinearA4Params& p = *task.p;
+  const int64_t row_bytes = task.row_bytes, groups = task.groups;
+  const int64_t codes_at = out * row_bytes + c.codes_at, group = out * groups + c.levels_at;
+  RowPiece row{p.weight + codes_at, p.levels ? p.levels + 4 * group : nullptr, p.scale + group};
+  if (codes_at + c.codes_size > p.out_features * row_bytes) {
+    if (!ends.codes) {
+      const int64_t most = std::min<int64_t>(kChunkCells, task.cells) * task.cell_vectors;
+      ends.codes = aligned<uint8_t>(most * kVectorBytes);
+    }
+    std::memcpy(ends.codes.get(), row.codes, c.codes_here);
+    row.codes = ends.codes.get();
+  }
+  if (4 * group + c.levels_size > 4 * groups * p.out_features && p.levels) {
+    std::memcpy(ends.levels, row.levels, c.levels_here);
+    row.levels = ends.levels;
+  }
+  if (2 * group + c.scale_size > 2 * groups * p.out_features) {
+    std::memcpy(ends.scale, row.scale, c.scale_here);
+    row.scale = ends.scale;
+  }
+  return row;
+}
+
+// addends[token][r][i] = block sums of a row times their scales.
+template <int kBits, int kSpread, int kTokens>
+W2A4_FN void row_addends(const RowsTask& task, const Chunk& c, const RowPiece& row, int64_t r,
+                         float (*addends)[kRowsTile][kChunkBlocks]) {
+  alignas(32) int32_t sums[kTokens][kChunkBlocks];
+  alignas(32) float scale[kChunkBlocks];
+  if (task.cell_vectors == 1)
+    sum_cells<kBits, kSpread, kTokens, 1>(task, row, c.cell, c.cells, sums);
+  else
+    sum_cells<kBits, kSpread, kTokens, 0>(task, row, c.cell, c.cells, sums);
+  load_scales(*task.p, row.scale, c.blocks, scale);
+  for (int t = 0; t < kTokens; ++t) {
+    const int64_t at = t * task.padded_blocks + c.cell * task.cell_blocks;
+    for (int64_t i = 0; i < c.blocks; i += 8) {
+      const __m256i sum = _mm256_sub_epi32(load_bytes(sums[t] + i), load_bytes(task.bias + at + i));
+      const __m256 factor =
+          _mm256_mul_ps(_mm256_load_ps(scale + i), _mm256_loadu_ps(task.a_scale + at + i));
+      _mm256_store_ps(addends[t][r] + i, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), factor));
+    }
+  }
+}
+
+template <int kBits, int kSpread, int kTokens>
+W2A4_TARGET void rows_tile(const RowsTask& task, int64_t first, RowEnds& ends) {
+  const LinearA4Params& p = *task.p;
+  const int64_t outs = std::min<int64_t>(kRowsTile, p.out_features - first);
+  alignas(32) float addends[kTokens][kRowsTile][kChunkBlocks];
+  if (outs < kRowsTile) std::memset(addends, 0, sizeof(addends));
+  __m256 acc[kTokens];
+  for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps();
+  for (int64_t cell = 0; cell < task.cells; cell += kChunkCells) {
+    const Chunk c = chunk_of(task, cell);
+    for (int64_t r = 0; r < outs; ++r)
+      row_addends<kBits, kSpread, kTokens>(task, c, row_piece(task, c, first + r, ends), r,
+                                           addends);
+    for (int t = 0; t < kTokens; ++t) acc[t] = add_blocks(acc[t], addends[t], c.blocks);
+  }
+  alignas(32) float y[kRowsTile], bias[kRowsTile] = {};
+  if (p.bias) load(p.bias, p.bias_dtype, first, outs, bias);
+  for (int t = 0; t < kTokens; ++t) {
+    _mm256_store_ps(y, acc[t]);
+    if (p.bias)
+      for (int r = 0; r < kRowsTile; ++r) y[r] += bias[r];
+    store(y, p.y, p.out_dtype, t * p.out_features + first, outs);
+  }
+}
+
+// [spread, or 3 for 4 bits][tokens - 1]
+using RowsTile = void (*)(const RowsTask&, int64_t, RowEnds&);
+#define W2A4_TOKENS(bits, spread)                                                      \
+  {rows_tile<bits, spread, 1>, rows_tile<bits, spread, 2>, rows_tile<bits, spread, 3>, \
+   rows_tile<bits, spread, 4>}
+constexpr RowsTile kRowsTiles[4][kFewTokens] = {W2A4_TOKENS(2, 0), W2A4_TOKENS(2, 1),
+                                                W2A4_TOKENS(2, 2), W2A4_TOKENS(4, 0)};
+#undef W2A4_TOKENS
+
+W2A4_TARGET void linear_rows(const RowsTask& task, int64_t begin, int64_t end) {
+  const LinearA4Params& p = *task.p;
+  const RowsTile tile = kRowsTiles[p.weight_bits == 4 ? 3 : task.spread][p.tokens - 1];
+  RowEnds ends;
+  for (int64_t i = begin; i < end; ++i) tile(task, i * kRowsTile, ends);
+}
+
+// a = activations of one vector by planes, from nibbles in natural order.
+template <int kBits>
+W2A4_FN void unpack_vector(const uint8_t* codes, int8_t* a) {
+  if constexpr (kBits == 4) {
+    for (int j = 0; j < 32; ++j) a[j] = static_cast<int8_t>(signed_nibble(codes[j] & 15));
+    for (int j = 0; j < 32; ++j) a[32 + j] = static_cast<int8_t>(signed_nibble(codes[j] >> 4));
+  } else {
+    for (int half = 0; half < 2; ++half) {
+      int8_t* to = a + 64 * half;
+      for (int j = 0; j < 32; ++j)
+        to[j] = static_cast<int8_t>(signed_nibble(codes[2 * j + half] & 15));
+      for (int j = 0; j < 32; ++j)
+        to[32 + j] = static_cast<int8_t>(signed_nibble(codes[2 * j + half] >> 4));
+    }
+  }
+}
+
+// The nibbles first .. first + n of a token, the rest of `size` bytes 0.
+W2A4_FN void pick_nibbles(const uint8_t* token, int64_t first, int64_t n, int64_t size,
+                          uint8_t* to) {
+  std::memset(to, 0, size);
+  for (int64_t j = 0; j < n; ++j) {
+    const int nibble = token[(first + j) / 2] >> ((first + j) % 2 * 4) & 15;
+    to[j / 2] |= static_cast<uint8_t>(nibble << (j % 2 * 4));
+  }
+}
+
+template <int kBits>
+W2A4_FN void prepare_token(const RowsTask& task, int64_t token) {
+  const LinearA4Params& p = *task.p;
+  constexpr int kCodes = kPlanes<kBits> * kVectorBytes;
+  const uint8_t* codes = p.a_codes + token * ceil_div(p.in_features, 2);
+  const int64_t cell_codes = task.cell_blocks * p.block;
+  int8_t* a = task.a + token * task.cells * task.cell_vectors * kCodes;
+  __m256i ones[kPlanes<kBits>];
+  for (__m256i& one : ones) one = _mm256_set1_epi8(1);
+  int32_t* sums = task.bias + token * task.padded_blocks;
+  for (int64_t cell = 0; cell < task.cells; ++cell) {
+    const int64_t start = cell * cell_codes, stop = std::min(start + cell_codes, p.in_features);
+    alignas(32) int32_t sum[32] = {};
+    __m256i total[8] = {};
+    for (int64_t v = 0; v < task.cell_vectors; ++v, a += kCodes) {
+      alignas(32) uint8_t piece[kCodes / 2];
+      const int64_t first = start + v * kCodes, n = std::min<int64_t>(kCodes, stop - first);
+      if (n < kCodes) pick_nibbles(codes, first, n, sizeof(piece), piece);
+      unpack_vector<kBits>(n < kCodes ? piece : codes + first / 2, a);
+      total[0] = dot<kPlanes<kBits>>(total[0], ones, a);
+    }
+    sum_neighbours(total, task.cell_blocks, sum);
+    for (int64_t i = 0; i < task.cell_blocks; ++i)
+      sums[cell * task.cell_blocks + i] = kBias<kBits> * sum[i];
+  }
+}
+
+W2A4_TARGET void prepare_rows(const RowsTask& task, int64_t begin, int64_t end) {
+  const LinearA4Params& p = *task.p;
+  const int64_t act_groups = p.in_features / p.act_group, in_group = p.act_group / p.block;
+  for (int64_t token = begin; token < end; ++token) {
+    p.weight_bits == 2 ? prepare_token<2>(task, token) : prepare_token<4>(task, token);
+    float* scale = task.a_scale + token * task.padded_blocks;
+    for (int64_t group = 0; group < act_groups; ++group)
+      for (int64_t i = 0; i < in_group; ++i)
+        scale[group * in_group + i] = p.a_scale[token * act_groups + group];
+  }
+}

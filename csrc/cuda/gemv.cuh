@@ -1,0 +1,91 @@
+// What the two GEMV kernels share: how a matrix is divided among warps, the epilogue, and which
+// kernel serves which call.
+//
+// A block of kWarps warps owns some rows of the weight and all inputs of up to kTokens tokens.
+// Inputs are divided into units of 128, chunks of four units, and chunk c belongs to warp
+// c % kWarps, so that a block reads contiguous memory. A unit's integer sum is exact; a warp adds
+// scale * sum over its even units and over its odd units, in order, and the block adds the warps'
+// results in order. Both kernels do exactly this, so a token's bits depend neither on the kernel
+// nor on the other tokens, and repeated runs agree.
+#pragma once
+
+#include "../params.h"
+#include "ptx.cuh"
+
+namespace w2a4::cuda {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * 32;
+constexpr int kUnit = 128;        // inputs of an exact integer sum
+constexpr int kUnitsInChunk = 4;  // so a 2-bit row gives a warp 128 contiguous bytes
+
+// An int32 sum x with |x| < 2**22, added to kMagic, is the bits of the float 1.5 * 2**23 + x: the
+// tensor core counts from kMagic on, and one subtraction makes the float, without a conversion.
+constexpr int32_t kMagic = 0x4b400000;
+constexpr float kMagicFloat = 12582912.0f;
+
+W2A4_DEVICE float exact_float(int32_t sum_from_magic) {
+  return add_rn(as_float(static_cast<uint32_t>(sum_from_magic)), -kMagicFloat);
+}
+
+// input >> input_shift is the group, for groups of a power of two; a whole row is group 0.
+W2A4_DEVICE int input_shift(const LinearA4Params& p) {
+  if (p.group_size >= p.in_features) return 31;
+  int shift = 0;
+  while ((int64_t{1} << shift) < p.group_size) ++shift;
+  return shift;
+}
+// unit >> unit_shift is the group, for groups of at least a unit.
+W2A4_DEVICE int unit_shift(const LinearA4Params& p) {
+  const int shift = input_shift(p);
+  return shift == 31 ? 31 : shift - 7;
+}
+
+// Element `at` of a tensor of this dtype.
+W2A4_DEVICE float load_number(const void* data, ScalarType dtype, int64_t at) {
+  switch (dtype) {
+    case ScalarType::Half:
+      return float_from_half(static_cast<const uint16_t*>(data)[at]);
+    case ScalarType::BFloat16:
+      return float_from_bfloat16(static_cast<const uint16_t*>(data)[at]);
+    case ScalarType::Double:
+      return static_cast<float>(static_cast<const double*>(data)[at]);
+    default:
+      return static_cast<const float*>(data)[at];
+  }
+}
+
+W2A4_DEVICE void store_number(void* data, ScalarType dtype, int64_t at, float x) {
+  switch (dtype) {
+    case ScalarType::Half:
+      static_cast<uint16_t*>(data)[at] = half_from_float(x);
+      break;
+    case ScalarType::BFloat16:
+      static_cast<uint16_t*>(data)[at] = bfloat16_from_float(x);
+      break;
+    case ScalarType::Double:
+      static_cast<double*>(data)[at] = x;
+      break;
+    default:
+      static_cast<float*>(data)[at] = x;
+  }
+}
+
+// Adds the warps' sums and writes the result: sums of warp w are floats [tokens, rows] at
+// shared + w * stride. kScale: the token's only activation scale is applied here.
+template <int kRows, int kTokens, bool kScale>
+W2A4_DEVICE void finish_rows(const LinearA4Params& p, const unsigned char* shared, int stride,
+                             int64_t first_row, int64_t first_token) {
+  for (int i = threadIdx.x; i < kRows * kTokens; i += kThreads) {
+    const int64_t row = first_row + i % kRows, token = first_token + i / kRows;
+    if (row >= p.out_features || token >= p.tokens) continue;
+    float sum = reinterpret_cast<const float*>(shared)[i];
+    for (int w = 1; w < kWarps; ++w)
+      sum = add_rn(sum, reinterpret_cast<const float*>(shared + w * stride)[i]);
+    if (kScale) sum = mul_rn(sum, p.a_scale[token]);
+    if (p.bias) sum = add_rn(sum, load_number(p.bias, p.bias_dtype, row));
+    store_number(p.y, p.out_dtype, token * p.out_features + row, sum);
+  }
+}
+
+}  // namespace w2a4::cuda

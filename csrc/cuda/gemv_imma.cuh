@@ -1,0 +1,347 @@
+// GEMV on int8 tensor cores, for up to eight tokens: the levels of a group are the four bytes of a
+// register, `prmt` looks codes up in it four at a time, and mma sums products of signed bytes.
+//
+// The order of inputs within a unit is the same for weights and activations, so it is free: lane
+// (g, q) = (lane / 4, lane % 4) takes inputs 32q .. 32q + 31 of a unit, 8 to an mma, the even ones
+// before the odd ones, as they come out of packed codes. Activations, and 4-bit weights, stay in
+// the upper half of a byte, 16 times their value, which saves the sign extension.
+#pragma once
+
+#include "gemv.cuh"
+
+namespace w2a4::cuda {
+
+// kBits: of a weight. kSubs: groups in a unit, 1, 2 or 4, for groups of 128 * 2**i, 64 and 32
+// inputs and one activation scale a token; 0 is any other shape: a unit then is a piece of one
+// block, loaded byte by byte.
+template <int kBits, int kSubs>
+struct Imma {
+  static constexpr bool kAny = kSubs == 0;
+  static constexpr int kRows = 32, kTiles = 2;  // rows of a block, tiles of 16 rows
+  static constexpr int kTokens = 8;
+  static constexpr int kRowBytes = 64;  // of a stage
+  static constexpr int kUnits = kRowBytes * 8 / kBits / kUnit;
+  static constexpr int kUnitBytes = kRowBytes / kUnits;
+  static constexpr int kTokenBytes = kUnits * kUnit / 2;
+  static constexpr int kGroups = kAny ? 1 : kSubs;  // in a unit
+  static constexpr int kEntries = kUnits * kGroups;
+  static constexpr int kStages = 3;
+  // With two units a stage, sums over even and over odd units are kept apart, see gemv.cuh.
+  static constexpr int kParities = kUnits;
+  // A product is 16 times too large for each operand in the upper half of a byte.
+  static constexpr float kUnshift = kBits == 2 ? 1.0f / 16 : 1.0f / 256;
+
+  // Shared memory of a warp, from its start on.
+  static constexpr int kActivations = kRows * kRowBytes;  // of a slot, after its weights
+  static constexpr int kSlotBytes = kActivations + kTokens * kTokenBytes;
+  static constexpr int kLastSlot = (kStages - 1) * kSlotBytes;
+  static constexpr int kTable = kStages * kSlotBytes;
+  // [2, kEntries, kRows]: four levels, and the scale as a float
+  static constexpr int kWarpBytes = kTable + 2 * kEntries * kRows * 8;
+  static constexpr int kSharedBytes = kWarps * kWarpBytes;
+
+  static constexpr int kSteps = kUnitsInChunk / kUnits;           // stages of a chunk
+  static constexpr int kChunkBytes = kSteps * kRowBytes;          // of a row
+  static constexpr int kTokenLanes = kTokenBytes / 16;            // that load one token
+  static constexpr int kTokenLoads = kTokens * kTokenLanes / 32;  // of a lane
+
+  const LinearA4Params& p;
+  unsigned char* shared;  // of this warp
+  int lane, g, q, warp;
+  uint32_t units;      // of a row
+  int units_in_block;  // kAny
+  // The stage that is loaded next starts at unit next_unit, and this lane loads 16 bytes of rows
+  // lane / 4 + 8 * i and of tokens lane / kTokenLanes + ..., from here on.
+  uint32_t next_unit;
+  const uint8_t *weights, *activations;
+  uint32_t row_bytes, token_bytes;
+  uint32_t last_row, last_token;  // of the block; rows and tokens beyond are read as these
+  uint32_t first_group;  // of row first_row + lane, whose levels and scales this lane loads
+  int shift;             // input >> shift is its group
+  U32x2 entries[kEntries];
+  float acc[kTiles][kParities][4];
+
+  W2A4_DEVICE explicit Imma(const LinearA4Params& p)
+      : p(p),
+        shared(shared_memory() + threadIdx.x / 32 * kWarpBytes),
+        lane(threadIdx.x % 32),
+        g(lane / 4),
+        q(lane % 4),
+        warp(threadIdx.x / 32),
+        units_in_block(static_cast<int>((p.block + kUnit - 1) / kUnit)),
+        next_unit(warp * kUnitsInChunk),
+        shift(kAny ? 0 : input_shift(p)) {
+    units = static_cast<uint32_t>(kAny ? p.in_features / p.block * units_in_block
+                                       : (p.in_features + kUnit - 1) / kUnit);
+    first_group =
+        static_cast<uint32_t>(clamp_row(first_row() + lane) * (p.in_features / p.group_size));
+    last_row = static_cast<uint32_t>(clamp_row(first_row() + kRows - 1) - first_row());
+    last_token = static_cast<uint32_t>(clamp_token(first_token() + kTokens - 1) -
+                                       clamp_token(first_token()));
+    row_bytes = static_cast<uint32_t>(p.in_features * kBits / 8);
+    token_bytes = static_cast<uint32_t>(p.in_features / 2);
+    const int weight_byte = warp * kChunkBytes + lane % 4 * 16,
+              activation_byte = warp * kSteps * kTokenBytes + lane % kTokenLanes * 16;
+    weights = p.weight + first_row() * row_bytes + weight_byte;
+    activations = p.a_codes + clamp_token(first_token()) * token_bytes + activation_byte;
+    W2A4_UNROLL
+    for (int t = 0; t < kTiles; ++t) W2A4_UNROLL
+    for (int parity = 0; parity < kParities; ++parity) W2A4_UNROLL
+    for (int i = 0; i < 4; ++i) acc[t][parity][i] = 0.0f;
+  }
+
+  // kAny: the first input of a unit, and how many it has.
+  W2A4_DEVICE int64_t unit_start(uint32_t unit) const {
+    return int64_t{unit} / units_in_block * p.block + int64_t{unit} % units_in_block * kUnit;
+  }
+  W2A4_DEVICE int unit_length(uint32_t unit) const {
+    const int64_t rest = p.block - int64_t{unit} % units_in_block * kUnit;
+    return rest < kUnit ? static_cast<int>(rest) : kUnit;
+  }
+
+  // Not kept, for want of registers.
+  W2A4_DEVICE static int64_t first_row() { return int64_t{blockIdx.x} * kRows; }
+  W2A4_DEVICE static int64_t first_token() {
+    return (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * kTokens;
+  }
+  W2A4_DEVICE static uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
+  // Rows and tokens beyond the last are read as the last, and not written.
+  W2A4_DEVICE int64_t clamp_row(int64_t row) const {
+    return row < p.out_features ? row : p.out_features - 1;
+  }
+  W2A4_DEVICE int64_t clamp_token(int64_t token) const {
+    return token < p.tokens ? token : p.tokens - 1;
+  }
+
+  // Rows 64 bytes apart would meet in the same banks: every other pair of rows swaps its halves.
+  W2A4_DEVICE static int weight_offset(int row, int byte) {
+    return row * kRowBytes + (byte ^ (row >> 1 & 1) * 32);
+  }
+  // The same for tokens 128 bytes apart.
+  W2A4_DEVICE static int activation_offset(int token, int byte) {
+    return token * kTokenBytes + (kTokenBytes == 128 ? byte ^ (token & 1) * 64 : byte);
+  }
+
+  // ---- loading
+
+  // The warp's stage after the one from `unit` on: the next of its chunk, or the first of the chunk
+  // that is kWarps further.
+  W2A4_DEVICE static bool ends_chunk(uint32_t unit) {
+    return unit % kUnitsInChunk == kUnitsInChunk - kUnits;
+  }
+  W2A4_DEVICE static uint32_t unit_after(uint32_t unit) {
+    return unit + kUnits + (ends_chunk(unit) ? (kWarps - 1) * kUnitsInChunk : 0);
+  }
+
+  // Loads the stage from next_unit on, and moves there. Past the row's end nothing is read, and
+  // activations are 0, so that it does not matter what the weights are.
+  W2A4_DEVICE void load_stage(unsigned char* slot) {
+    if constexpr (kAny) {
+      copy_bytes(next_unit, slot);
+    } else {
+      const int left = static_cast<int>(p.in_features) - static_cast<int>(next_unit * kUnit);
+      W2A4_UNROLL
+      for (int i = 0; i < 4; ++i)
+        cp_async_16(slot + weight_offset(lane / 4 + 8 * i, lane % 4 * 16),
+                    row_of(weights, least(lane / 4 + 8 * i, last_row), row_bytes),
+                    left > lane % 4 * (128 / kBits) ? 16 : 0);
+      W2A4_UNROLL
+      for (int i = 0; i < kTokenLoads; ++i)
+        cp_async_16(
+            slot + kActivations +
+                activation_offset(lane / kTokenLanes + i * 32 / kTokenLanes,
+                                  lane % kTokenLanes * 16),
+            row_of(activations, least(lane / kTokenLanes + i * 32 / kTokenLanes, last_token),
+                   token_bytes),
+            left > lane % kTokenLanes * 32 ? 16 : 0);
+      const int chunks = ends_chunk(next_unit) ? kWarps - 1 : 0;  // passed over
+      weights += kRowBytes + chunks * kChunkBytes;
+      activations += kTokenBytes + chunks * kSteps * kTokenBytes;
+    }
+    next_unit = unit_after(next_unit);
+  }
+
+  W2A4_DEVICE void copy_bytes(uint32_t first_unit, unsigned char* slot) {
+    const int64_t row_bytes = (p.in_features * kBits + 7) / 8,
+                  token_bytes = (p.in_features + 1) / 2;
+    for (int u = 0; u < kUnits; ++u) {
+      const uint32_t unit = first_unit + u;
+      const int64_t start = unit_start(unit);
+      const int length = unit < units ? unit_length(unit) : 0;
+      for (int i = lane; i < kRows * kUnitBytes; i += 32) {
+        const int row = i / kUnitBytes, byte = i % kUnitBytes;
+        const int64_t offset = start * kBits / 8 + byte;
+        slot[weight_offset(row, u * kUnitBytes + byte)] =
+            byte * 8 < length * kBits ? p.weight[clamp_row(first_row() + row) * row_bytes + offset]
+                                      : 0;
+      }
+      for (int i = lane; i < kTokens * kUnit / 2; i += 32) {
+        const int token = i / (kUnit / 2), byte = i % (kUnit / 2), rest = length - 2 * byte;
+        const int64_t at = clamp_token(first_token() + token) * token_bytes + start / 2 + byte;
+        slot[kActivations + activation_offset(token, u * kUnit / 2 + byte)] =
+            rest >= 2   ? p.a_codes[at]
+            : rest == 1 ? p.a_codes[at] & 15
+                        : 0;
+      }
+    }
+  }
+
+  // Levels and scales of the groups of a stage, of row first_row + lane.
+  W2A4_DEVICE void load_entries(uint32_t first_unit) {
+    W2A4_UNROLL
+    for (int e = 0; e < kEntries; ++e) {
+      const uint32_t unit = first_unit + e / kGroups;
+      uint32_t group;
+      bool there;
+      if constexpr (kAny) {
+        there = unit < units;
+        group = first_group + static_cast<uint32_t>(unit_start(unit) / p.group_size);
+      } else {
+        const uint32_t input = unit * kUnit + e % kGroups * (kUnit / kGroups);
+        there = input < static_cast<uint32_t>(p.in_features);
+        group = first_group + (input >> shift);
+      }
+      entries[e].x = there && kBits == 2 ? load_u32(p.levels + 4 * size_t{group}) : 0;
+      entries[e].y = there ? load_u16(p.scale + group) : 0;
+    }
+  }
+
+  W2A4_DEVICE void store_entries(U32x2* table) {
+    W2A4_UNROLL
+    for (int e = 0; e < kEntries; ++e) {
+      const float scale = mul_rn(float_from_half(static_cast<uint16_t>(entries[e].y)), kUnshift);
+      table[e * kRows + lane] = {entries[e].x, as_bits(scale)};
+    }
+  }
+
+  // ---- computing
+
+  // Operands of the four mma of a unit: a[mma][register] for rows g and g + 8 of a tile.
+  W2A4_DEVICE void decode(const unsigned char* weights, const U32x2* levels, int unit, int tile,
+                          uint32_t (&a)[4][4]) const {
+    W2A4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile * 16 + half * 8 + g;
+      const unsigned char* at =
+          weights + weight_offset(row, unit * kUnitBytes + q * (kUnitBytes / 4));
+      if constexpr (kBits == 2) {
+        const U32x2 codes = *reinterpret_cast<const U32x2*>(at);
+        const uint32_t table = levels[(unit * kGroups + q * kGroups / 4) * kRows + row].x;
+        W2A4_UNROLL
+        for (int word = 0; word < 2; ++word) {
+          const uint32_t x = word ? codes.y : codes.x;
+          const uint32_t even = x & 0x33333333, odd = x >> 2 & 0x33333333;
+          a[2 * word][half] = prmt(table, table, even);
+          a[2 * word][2 + half] = prmt(table, table, odd);
+          a[2 * word + 1][half] = prmt(table, table, even >> 16);
+          a[2 * word + 1][2 + half] = prmt(table, table, odd >> 16);
+        }
+      } else {
+        const U32x4 codes = *reinterpret_cast<const U32x4*>(at);
+        const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+        W2A4_UNROLL
+        for (int word = 0; word < 4; ++word) {
+          a[word][half] = words[word] << 4 & 0xf0f0f0f0;
+          a[word][2 + half] = words[word] & 0xf0f0f0f0;
+        }
+      }
+    }
+  }
+
+  // acc += scale * sums, of rows g, g + 8 and tokens 2q, 2q + 1.
+  W2A4_DEVICE void add_sums(const int32_t (&sums)[4], const U32x2* levels, uint32_t first_unit,
+                            int unit, int sub, int tile, float (&to)[4]) const {
+    W2A4_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = tile * 16 + i / 2 * 8 + g;
+      float scale = as_float(levels[(unit * kGroups + sub) * kRows + row].y);
+      if constexpr (kAny) {
+        if (first_unit + unit < units) {
+          const int64_t token = clamp_token(first_token() + 2 * q + i % 2);
+          scale = mul_rn(scale, p.a_scale[token * (p.in_features / p.act_group) +
+                                          unit_start(first_unit + unit) / p.act_group]);
+        }
+      }
+      to[i] = fma_rn(exact_float(sums[i]), scale, to[i]);
+    }
+  }
+
+  W2A4_DEVICE void compute(uint32_t first_unit, const unsigned char* slot, const U32x2* levels) {
+    W2A4_UNROLL
+    for (int unit = 0; unit < kUnits; ++unit) {
+      const U32x4 x = *reinterpret_cast<const U32x4*>(
+          slot + kActivations + activation_offset(g, unit * kUnit / 2 + q * 16));
+      const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+      uint32_t b[4][2];
+      W2A4_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        b[i][0] = words[i] << 4 & 0xf0f0f0f0;
+        b[i][1] = words[i] & 0xf0f0f0f0;
+      }
+      W2A4_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t a[4][4];
+        decode(slot, levels, unit, tile, a);
+        W2A4_UNROLL
+        for (int sub = 0; sub < kGroups; ++sub) {
+          // Inputs of the other groups are left out by taking their activations as 0.
+          const uint32_t mine = q * kGroups / 4 == sub ? 0xffffffffu : 0;
+          int32_t sums[4] = {kMagic, kMagic, kMagic, kMagic};
+          W2A4_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const uint32_t masked[2] = {kGroups == 1 ? b[i][0] : b[i][0] & mine,
+                                        kGroups == 1 ? b[i][1] : b[i][1] & mine};
+            mma_s8_16x8x32(sums, a[i], masked, sums);
+          }
+          add_sums(sums, levels, first_unit, unit, sub, tile, acc[tile][unit % kParities]);
+        }
+      }
+    }
+  }
+
+  W2A4_DEVICE void run() {
+    // A ring of slots: while one is computed, the others are on their way.
+    W2A4_UNROLL
+    for (int i = 0; i < kStages - 1; ++i) {
+      load_stage(shared + i * kSlotBytes);
+      cp_async_commit();
+    }
+    load_entries(warp * kUnitsInChunk);
+    uint32_t slot = 0, table_slot = 0;
+    W2A4_NO_UNROLL
+    for (uint32_t unit = warp * kUnitsInChunk; unit < units;) {
+      U32x2* levels = reinterpret_cast<U32x2*>(shared + kTable + table_slot);
+      cp_async_wait<kStages - 2>();
+      store_entries(levels);
+      sync_warp();  // everyone's part of this stage is there, and the slot before it is free
+      const uint32_t following = unit_after(unit);
+      load_entries(following);
+      load_stage(shared + (slot ? slot - kSlotBytes : kLastSlot));
+      cp_async_commit();
+      compute(unit, shared + slot, levels);
+      slot = slot < kLastSlot ? slot + kSlotBytes : 0;
+      table_slot ^= kEntries * kRows * 8;
+      unit = following;
+    }
+    cp_async_wait<0>();
+    sync_warp();  // the ring is free for the sums
+    W2A4_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) W2A4_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = tile * 16 + i / 2 * 8 + g, token = 2 * q + i % 2;
+      float sum = acc[tile][0][i];
+      if (kParities == 2) sum = add_rn(sum, acc[tile][kParities - 1][i]);
+      reinterpret_cast<float*>(shared)[token * kRows + row] = sum;
+    }
+    sync_block();
+    finish_rows<kRows, kTokens, !kAny>(p, shared_memory(), kWarpBytes, first_row(), first_token());
+  }
+};
+
+template <int kBits, int kSubs>
+__global__ void __launch_bounds__(kThreads, kSubs == 1 ? 2 : 1)
+    gemv_imma_kernel(const __grid_constant__ LinearA4Params p) {
+  Imma<kBits, kSubs>(p).run();
+}
+
+}  // namespace w2a4::cuda

@@ -1,0 +1,145 @@
+// Which GEMV kernel serves a call, with which grid and shared memory: one rule for the launcher and
+// for the tests, which run the kernels on a CPU.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "gemv_bmma.cuh"
+#include "gemv_imma.cuh"
+
+namespace w2a4::cuda {
+
+enum class Gemv { kAuto, kBmma, kImma };
+
+struct GemvPlan {
+  bool bmma;
+  int tokens;                             // of a block, gemv_bmma
+  int subs;                               // groups in a unit, gemv_imma
+  unsigned blocks_x, blocks_y, blocks_z;  // of rows; of tokens, y first
+};
+
+// Binary tensor cores pay for few tokens. Instructions a weight on sm_90, counted in SASS:
+// gemv_bmma 0.70 for one token, 0.95 for two, and about 0.25 more for each further one;
+// gemv_imma 1.46 for one to eight. Blackwell has no binary tensor cores and emulates them.
+constexpr int kBmmaTokens = 2;
+constexpr bool has_bmma(int arch) {
+  return arch >= 80 && arch < 100;
+}
+
+constexpr int64_t kMostBlocksY = 65535;
+
+inline bool fits_bmma(const LinearA4Params& p, int tokens, size_t most_shared) {
+  const size_t shared =
+      tokens == 1 ? Bmma<1>::shared_bytes(p.in_features) : Bmma<2>::shared_bytes(p.in_features);
+  return shared <= most_shared;
+}
+
+inline void check_aligned(const void* data, const char* name, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(data) % bytes != 0) {
+    throw std::runtime_error("w2a4: " + std::string(name) +
+                             " starts at an address that is not a multiple of " +
+                             std::to_string(bytes) + " bytes; pass " + name + ".clone()");
+  }
+}
+
+inline bool power_of_two(int64_t n) {
+  return (n & (n - 1)) == 0;
+}
+
+// One activation scale a token, rows of whole 16-byte pieces, and groups that units divide or that
+// divide units.
+inline bool regular(const LinearA4Params& p) {
+  const bool whole_row = p.group_size == p.in_features;
+  return p.act_group == p.in_features && p.in_features % (128 / p.weight_bits) == 0 &&
+         p.in_features % 32 == 0 &&
+         ((whole_row && p.in_features % kUnit == 0) ||
+          (!whole_row && p.group_size >= 32 && power_of_two(p.group_size)));
+}
+
+// `arch` is 10 * major + minor; most_shared is what a block may have. Throws std::runtime_error for
+// what no kernel takes.
+inline GemvPlan plan_gemv(const LinearA4Params& p, int arch, size_t most_shared, Gemv asked) {
+  if (p.block % 32 != 0 && p.block != p.in_features) {
+    throw std::runtime_error("w2a4.linear_w" + std::to_string(p.weight_bits) +
+                             "a4: group_size=" + std::to_string(p.group_size) +
+                             " with activation groups of " + std::to_string(p.act_group) +
+                             "; the CUDA kernels take multiples of 32 and whole rows");
+  }
+  if (p.block > 65536) {  // products are up to 16 * 8 * 128, and sums have 32 bits
+    throw std::runtime_error("w2a4: in_features=" + std::to_string(p.in_features) +
+                             " in one group; the CUDA kernels take groups of up to 65536");
+  }
+  if (regular(p)) {
+    check_aligned(p.weight, "weight", 16);
+    check_aligned(p.a_codes, "a_codes", 16);
+  }
+  if (p.levels) check_aligned(p.levels, "levels", 4);
+  // Offsets within a block's rows, and groups, are counted in 32 bits.
+  if (p.in_features > (1 << 26) || p.out_features * (p.in_features / p.group_size) > 0xffffffff) {
+    throw std::runtime_error("w2a4: a weight of " + std::to_string(p.out_features) + " x " +
+                             std::to_string(p.in_features) +
+                             " is more than the CUDA kernels can index");
+  }
+  const bool whole_units = regular(p) && p.group_size % kUnit == 0;
+  const int tokens = p.tokens <= 1 ? 1 : kBmmaTokens;
+  const bool can = p.weight_bits == 2 && whole_units && fits_bmma(p, tokens, most_shared);
+  if (asked == Gemv::kBmma && !can) {
+    throw std::runtime_error(
+        "w2a4: W2A4_GEMV=bmma does not serve this call (2-bit weights, groups of 128 * 2**i or "
+        "whole "
+        "rows of a multiple of 128, one activation scale a token); use imma or auto");
+  }
+  GemvPlan plan{};
+  plan.bmma = asked == Gemv::kBmma ||
+              (asked == Gemv::kAuto && can && p.tokens <= kBmmaTokens && has_bmma(arch));
+  const int rows = plan.bmma ? Bmma<1>::kRows : Imma<2, 1>::kRows;
+  plan.tokens = plan.bmma ? tokens : Imma<2, 1>::kTokens;
+  plan.subs = !regular(p)                 ? 0
+              : p.group_size % kUnit == 0 ? 1
+                                          : static_cast<int>(kUnit / p.group_size);
+  plan.blocks_x = static_cast<unsigned>((p.out_features + rows - 1) / rows);
+  const int64_t blocks = (p.tokens + plan.tokens - 1) / plan.tokens;
+  plan.blocks_y = static_cast<unsigned>(blocks < kMostBlocksY ? blocks : kMostBlocksY);
+  plan.blocks_z = static_cast<unsigned>((blocks + kMostBlocksY - 1) / kMostBlocksY);
+  return plan;
+}
+
+using GemvKernel = void (*)(LinearA4Params);
+
+template <int kTokens, class Run>
+void with_bmma(const LinearA4Params& p, Run&& run) {
+  run(std::integral_constant<GemvKernel, gemv_bmma_kernel<kTokens>>{}, "gemv_bmma",
+      Bmma<kTokens>::shared_bytes(p.in_features));
+}
+
+template <int kBits, class Run>
+void with_imma(int subs, Run&& run) {
+  const auto call = [&](auto kSubs) {
+    constexpr int kGroups = decltype(kSubs)::value;
+    run(std::integral_constant<GemvKernel, gemv_imma_kernel<kBits, kGroups>>{}, "gemv_imma",
+        size_t{Imma<kBits, kGroups>::kSharedBytes});
+  };
+  switch (subs) {
+    case 0:
+      return call(std::integral_constant<int, 0>{});
+    case 1:
+      return call(std::integral_constant<int, 1>{});
+    case 2:
+      return call(std::integral_constant<int, 2>{});
+    default:
+      return call(std::integral_constant<int, 4>{});
+  }
+}
+
+// Calls run(kernel, name, bytes of shared memory), kernel a std::integral_constant of the function.
+template <class Run>
+void with_gemv_kernel(const LinearA4Params& p, const GemvPlan& plan, Run&& run) {
+  if (plan.bmma && plan.tokens == 1) return with_bmma<1>(p, run);
+  if (plan.bmma) return with_bmma<kBmmaTokens>(p, run);
+  p.weight_bits == 2 ? with_imma<2>(plan.subs, run) : with_imma<4>(plan.subs, run);
+}
+
+}  // namespace w2a4::cuda

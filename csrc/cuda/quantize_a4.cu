@@ -1,0 +1,18 @@
+// quantize_a4, hadamard_a4, rmsnorm_a4 and silu_mul_hadamard_a4 on CUDA, see quantize_a4.cuh.
+#include "kernels.h"
+#include "quantize_plan.h"
+#include "runtime.h"
+
+namespace w2a4::cuda {
+
+void quantize_a4(const QuantizeA4Params& p) {
+  if (p.tokens == 0) return;
+  const Device& device = current_device();
+  const QuantizePlan plan = plan_quantize(p, device.processors, device.shared);
+  with_quantize_kernel(plan.args, [&](auto kernel) {
+    launch<decltype(kernel)::value>("quantize_a4", dim3(plan.blocks), plan.threads, plan.shared,
+                                    plan.args);
+  });
+}
+
+}  // namespace w2a4::cuda

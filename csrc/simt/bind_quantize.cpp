@@ -1,0 +1,84 @@
+// hadamard and quantize_a4 of cuda/, run on a CPU: the same plans, kernels and grids as the
+// launchers in cuda/ use. Arrays of 2-byte formats are uint16; outputs are written in place.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "../cuda/hadamard.cuh"
+#include "../cuda/quantize_plan.h"
+
+namespace py = pybind11;
+using namespace w2a4;
+
+namespace {
+
+using Signs = std::optional<py::array_t<int8_t, py::array::c_style>>;
+
+ScalarType dtype_of(const std::string& name) {
+  return name == "float16"    ? ScalarType::Half
+         : name == "bfloat16" ? ScalarType::BFloat16
+         : name == "float64"  ? ScalarType::Double
+                              : ScalarType::Float;
+}
+
+py::dict describe(const cuda::Transform& t, unsigned blocks, size_t shared) {
+  py::dict d;
+  d["rows"] = t.rows, d["columns"] = 1 << t.log_m, d["tiles"] = t.tiles, d["chunks"] = t.chunks;
+  d["warps"] = t.warps, d["slices"] = t.slices, d["units"] = t.units,
+  d["mix"] = static_cast<int>(t.mix);
+  d["exchange"] = t.log_c > 0, d["vector"] = t.vector;
+  d["blocks"] = blocks, d["shared"] = shared;
+  return d;
+}
+
+// x and y [rows, n]. Returns how the transform was divided.
+py::dict hadamard(const py::array& x, py::array& y, const std::string& dtype, const Signs& had_k,
+                  int64_t block_size, bool transpose, int processors, size_t most_shared,
+                  unsigned seed) {
+  HadamardParams p{};
+  p.x = x.data(), p.y = y.mutable_data(), p.dtype = dtype_of(dtype);
+  p.had_k = had_k ? had_k->data() : nullptr, p.k = had_k ? had_k->shape(0) : 1;
+  p.rows = x.shape(0), p.n = x.shape(1), p.block_size = block_size, p.transpose = transpose;
+  const cuda::Transform t = cuda::plan_hadamard(p, processors, most_shared);
+  const size_t shared = t.table_bytes + t.work_bytes;
+  const unsigned blocks = cuda::transform_blocks(t, processors, shared, most_shared);
+  const cuda::HadamardArgs args{p, t};
+  cuda::with_hadamard_kernel(p.dtype, t, [&](auto kernel) {
+    simt::launch({blocks}, t.warps * 32, shared, seed, [&] { decltype(kernel)::value(args); });
+  });
+  return describe(t, blocks, shared);
+}
+
+// x and up [tokens, features], codes uint8 [tokens, ceil(features / 2)], scale float32
+// [tokens, groups], norm_weight [features]. rmsnorm if eps is given.
+py::dict quantize_a4(const py::array& x, const py::array_t<float>& clip,
+                     py::array_t<uint8_t>& codes, py::array_t<float>& scale,
+                     const std::string& dtype, const std::optional<py::array>& up,
+                     const std::optional<float>& eps, const std::optional<py::array>& norm_weight,
+                     const std::string& norm_dtype, const Signs& had_k, int64_t block_size,
+                     int processors, size_t most_shared, unsigned seed) {
+  QuantizeA4Params p{};
+  p.x = x.data(), p.clip = clip.data(), p.dtype = dtype_of(dtype);
+  p.codes = codes.mutable_data(), p.scale = scale.mutable_data();
+  p.tokens = x.shape(0), p.features = x.shape(1), p.group_size = p.features / scale.shape(1);
+  p.up = up ? up->data() : nullptr;
+  p.rmsnorm = eps.has_value(), p.eps = eps.value_or(0.0f);
+  p.norm_weight = norm_weight ? norm_weight->data() : nullptr, p.norm_dtype = dtype_of(norm_dtype);
+  p.had_k = had_k ? had_k->data() : nullptr, p.k = had_k ? had_k->shape(0) : 1;
+  p.block_size = block_size;
+  const cuda::QuantizePlan plan = cuda::plan_quantize(p, processors, most_shared);
+  cuda::with_quantize_kernel(plan.args, [&](auto kernel) {
+    simt::launch({plan.blocks}, plan.threads, plan.shared, seed,
+                 [&] { decltype(kernel)::value(plan.args); });
+  });
+  return describe(plan.args.t, plan.blocks, plan.shared);
+}
+
+}  // namespace
+
+void bind_quantize(py::module_& m) {
+  m.def("hadamard", &hadamard);
+  m.def("quantize_a4", &quantize_a4);
+}

@@ -1,0 +1,10 @@
+// The Python module of the tests that run CUDA kernels on a CPU; tests/simt.py compiles it.
+#include <pybind11/pybind11.h>
+
+void bind_gemv(pybind11::module_& m);
+void bind_quantize(pybind11::module_& m);
+
+PYBIND11_MODULE(w2a4_simt, m) {
+  bind_gemv(m);
+  bind_quantize(m);
+}

@@ -1,0 +1,230 @@
+"""The CUDA kernels on a CUDA device: against the reference on the CPU, and against csrc/simt bit for bit.
+
+All need a GPU; `python -m benchmarks.gpu_suite` runs them. Names with `kernel` are what the sanitizer
+runs over.
+"""
+
+import pytest
+import torch
+from numerics import assert_close
+from test_simt_gemv import SHAPES, assert_rounding, expected, matrix, simulate
+
+from w2a4 import ops, reference
+from w2a4.rotation.hadamard import had_k_matrix, hadamard_spec
+
+pytestmark = pytest.mark.gpu
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [1, 2, 16, 64, 128, 576, 1536, 4096, 5632, 8192, 8960, 11008, 13824, 14336, 27648, 28672]
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_extension():
+    if ops.build_info().find("w2a4._cuda:") < 0:
+        pytest.fail(f"w2a4._cuda is not loaded: {ops.build_info()}")
+
+
+def cuda(case):
+    return {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+
+
+def linear(case, dtype=torch.float32):
+    levels = [case["levels"]] if case["levels"] is not None else []
+    op = ops.linear_w2a4 if levels else ops.linear_w4a4
+    args = [case["a_codes"], case["a_scale"], case["weight"], *levels, case["scale"], case["bias"]]
+    return op(*args, case["group_size"], dtype)
+
+
+def had_k_of(size):
+    spec = hadamard_spec(size)
+    k = had_k_matrix(spec.k) if spec.k > 1 else None
+    return (None if k is None else k.to(torch.int8)), spec.block_size
+
+
+# linear_w2a4, linear_w4a4
+
+
+@pytest.mark.parametrize("bits,out,features,group", SHAPES)
+def test_linear_kernel(bits, out, features, group):
+    for tokens in (1, 2, 3, 8, 16, 33):
+        case = matrix(bits, out, features, group, tokens)
+        assert_rounding(linear(cuda(case)).cpu(), expected(case), case)
+
+
+@pytest.mark.parametrize("gemv", ["bmma", "imma"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("group", [128, 256, 4096])
+def test_gemv_kernel_is_the_simulated_one(gemv, tokens, group, monkeypatch):
+    monkeypatch.setenv("W2A4_GEMV", gemv)
+    case = matrix(2, 50, 4096, group, tokens)
+    assert torch.equal(linear(cuda(case)).cpu(), simulate(case, gemv)[0])
+
+
+@pytest.mark.parametrize("bits,group", [(2, 64), (2, 32), (4, 128), (4, 64), (4, 32), (4, 1920)])
+def test_other_kernels_are_the_simulated_ones(bits, group):
+    case = matrix(bits, 50, 1920, group, 5)
+    assert torch.equal(linear(cuda(case)).cpu(), simulate(case)[0])
+
+
+@pytest.mark.parametrize("out,features", [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 28672)])
+def test_large_linear_kernel(out, features):
+    """Integer sums, with scales of 1 and small levels, in full."""
+    for tokens in (1, 2, 8):
+        case = matrix(2, out, features, 128, tokens)
+        case["levels"] %= 16
+        case["scale"].fill_(1), case["a_scale"].fill_(1), case["bias"].zero_()
+        case = cuda(case)
+        codes = case["weight"][..., None].int() >> torch.tensor([0, 2, 4, 6], device="cuda") & 3
+        levels = case["levels"].repeat_interleave(128, 1).double()
+        weight = levels.gather(2, codes.view(out, features, 1).long()).squeeze(2)
+        a = reference.dequantize_a4(case["a_codes"], case["a_scale"], features).double()
+        assert torch.equal(linear(case).double(), a @ weight.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_output_dtypes_of_the_kernel(dtype):
+    case = cuda(matrix(2, 257, 1024, 128, 3))
+    assert torch.equal(linear(case, dtype), linear(case).to(dtype))
+
+
+def test_a_token_does_not_depend_on_the_others():
+    case = cuda(matrix(2, 300, 4096, 128, 16))
+    together = linear(case)
+    for token in range(16):
+        one = {**case, "a_codes": case["a_codes"][token:][:1], "a_scale": case["a_scale"][token:][:1]}
+        assert torch.equal(linear(one)[0], together[token])
+
+
+def test_repeated_runs_are_the_same_bits():
+    case = cuda(matrix(2, 4096, 4096, 128, 2))
+    first = linear(case)
+    assert all(torch.equal(linear(case), first) for _ in range(20))
+
+
+# hadamard and quantise
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_hadamard_kernel(size, dtype):
+    had_k, block = had_k_of(size)
+    x = torch.randn(5, size).to(dtype)
+    signs = None if had_k is None else had_k.cuda()
+    for transpose in (False, True):
+        exact = reference.hadamard(x.double(), had_k, block, transpose)
+        y = ops.hadamard(x.cuda(), signs, block, transpose).cpu()
+        step = torch.finfo(dtype).eps * exact.abs().max()
+        assert_close(y.double(), exact, atol=float(step) + 4e-6)
+    back = ops.hadamard(ops.hadamard(x.cuda(), signs, block), signs, block, True).cpu()
+    assert_close(back.double(), x.double(), atol=8 * torch.finfo(dtype).eps * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("features,group", [(1, -1), (7, -1), (576, 64), (4096, -1), (11008, 128), (30, 15)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize_kernel(features, group, dtype):
+    x = torch.randn(9, features).to(dtype)
+    x[3] = 0
+    clip = torch.tensor([0.9])
+    codes, scale = ops.quantize_a4(x.cuda(), clip.cuda(), group)
+    want_codes, want_scale = reference.quantize_a4(x, clip, group)
+    assert torch.equal(codes.cpu(), want_codes) and torch.equal(scale.cpu(), want_scale)
+
+
+def close_codes(got, want):
+    """Scales within rounding, and codes of the few values near a tie one apart."""
+    (codes, scale), (want_codes, want_scale) = got, want
+    assert_close(scale.cpu(), want_scale, rtol=1e-5)
+    nibbles = [(t.cpu().int()[..., None] >> torch.tensor([0, 4])) % 16 for t in (codes, want_codes)]
+    values = [(n + 8) % 16 - 8 for n in nibbles]
+    differ = (values[0] - values[1]).abs()
+    assert differ.max() <= 1 and differ.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("size", [576, 1536, 4096, 5632, 11008, 14336, 28672])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_fused_kernels(size, dtype):
+    had_k, block = had_k_of(size)
+    x, up, clip = torch.randn(6, size).to(dtype), torch.randn(6, size).to(dtype), torch.tensor([0.9])
+    weight = torch.rand(size).to(dtype)
+    signs = None if had_k is None else had_k.cuda()
+    close_codes(
+        ops.hadamard_a4(x.cuda(), signs, block, clip.cuda()), reference.hadamard_a4(x, had_k, block, clip)
+    )
+    close_codes(
+        ops.rmsnorm_a4(x.cuda(), weight.cuda(), 1e-5, clip.cuda()),
+        reference.rmsnorm_a4(x, weight, 1e-5, clip),
+    )
+    close_codes(
+        ops.silu_mul_hadamard_a4(x.cuda(), up.cuda(), signs, block, clip.cuda()),
+        reference.silu_mul_hadamard_a4(x, up, had_k, block, clip),
+    )
+
+
+# streams, graphs, the dispatcher
+
+
+def chain(x, clip, case):
+    """Three ops in a row, as a layer runs them."""
+    y = ops.hadamard(x, None, 4096)
+    codes, scale = ops.quantize_a4(y, clip)
+    return linear({**case, "a_codes": codes, "a_scale": scale})
+
+
+def test_on_another_stream():
+    case, clip = cuda(matrix(2, 64, 4096, 128, 1)), torch.tensor([0.9], device="cuda")
+    x = torch.randn(1, 4096, device="cuda")
+    want = chain(x, clip, case)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        # Kernels on the default stream would not wait for this one, and read zeros.
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        got = chain(late, clip, case)
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_in_a_cuda_graph():
+    case, clip = cuda(matrix(2, 64, 4096, 128, 1)), torch.tensor([0.9], device="cuda")
+    x = torch.randn(1, 4096, device="cuda")
+    chain(x, clip, case)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(x, clip, case)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, chain(x, clip, case))
+
+
+@pytest.mark.parametrize("name", ["linear_w2a4", "quantize_a4", "hadamard", "rmsnorm_a4"])
+def test_opcheck(name):
+    case, clip = cuda(matrix(2, 16, 256, 128, 2)), torch.tensor([0.9], device="cuda")
+    x = torch.randn(2, 256, device="cuda")
+    linear_args = [case[k] for k in ("a_codes", "a_scale", "weight", "levels", "scale", "bias")]
+    args = {
+        "linear_w2a4": (*linear_args, 128, torch.float16),
+        "quantize_a4": (x, clip, 64),
+        "hadamard": (x.requires_grad_(), None, 256),
+        "rmsnorm_a4": (x.detach(), None, 1e-5, clip),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.w2a4, name).default, args)
+
+
+def test_bad_arguments():
+    case = cuda(matrix(2, 16, 256, 128, 2))
+    with pytest.raises(RuntimeError, match="weight is on the CPU, a_codes on cuda:0"):
+        linear({**case, "weight": case["weight"].cpu()})
+    with pytest.raises(RuntimeError, match="group_size=16"):
+        linear(cuda(matrix(2, 16, 256, 16, 1)))
+    with pytest.raises(RuntimeError, match="weight starts at an address"):
+        room = torch.zeros(16 * 64 + 8, dtype=torch.uint8, device="cuda")
+        linear({**case, "weight": room[8:].view(16, 64)})
+
+
+def test_no_tokens():
+    assert linear(cuda(matrix(2, 16, 256, 128, 0))).shape == (0, 16)

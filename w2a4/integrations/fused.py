@@ -1,0 +1,212 @@
+"""A packed decoder layer in few ops.
+
+Between two packed linears a LLaMA has a norm, or SiLU, a product and a Hadamard transform; each such
+stretch and the quantisation behind it is one op of `w2a4.ops`. q/k/v and gate/up read the same codes,
+so each of these groups runs as one linear. `fuse` changes the class of decoder layers and nothing
+else: their modules, parameters and checkpoints stay, and a layer goes through its modules one by one
+wherever something looks at them (hooks, torch.compile) or its parts are not those expected.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from .. import ops
+from ..layers import _PackedLinear
+from .attention import NAME, as_bool, packed_attention, w2a4_attention
+from .kv_cache import KV4Cache
+
+#: Activations of these are computed in float32 by the fused ops.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Joint:
+    """Packed linears that read the same input, as one whose rows are all of theirs.
+
+    Their parameters become views into its own, so nothing is held twice. It is made on first use, and
+    again when they have moved (to a device, or by loading a state dict).
+    """
+
+    def __init__(self) -> None:
+        self.linear: _PackedLinear | None = None
+        self._places: list[int] = []
+
+    def of(self, *linears: _PackedLinear) -> _PackedLinear:
+        if _places(linears) != self._places:
+            self._make(linears)
+            self._places = _places(linears)
+        return self.linear
+
+    def _make(self, linears: tuple[_PackedLinear, ...]) -> None:
+        first = linears[0]
+        joint = type(first)(
+            first.in_features, sum(linear.out_features for linear in linears), first.bias is not None,
+            first.group_size, act_bits=first.act_bits, act_group_size=first.act_group_size, device="meta",
+        )  # fmt: skip
+        with torch.inference_mode(False), torch.no_grad():
+            for name in ("weight", "levels", "scale", "bias"):
+                if first._parameters.get(name) is None:
+                    continue
+                rows = torch.cat([linear._parameters[name] for linear in linears])
+                joint._parameters[name] = nn.Parameter(rows, requires_grad=False)
+                parts = rows.split([linear.out_features for linear in linears])
+                for linear, part in zip(linears, parts, strict=True):
+                    linear._parameters[name].data = part
+            joint._parameters["act_clip"] = first.act_clip
+        self.linear = joint
+
+    def __deepcopy__(self, memo: Any) -> Joint:
+        return Joint()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Joint, ()
+
+
+def _places(linears: tuple[_PackedLinear, ...]) -> list[int]:
+    """Addresses of the weights and biases."""
+    tensors = [linear._parameters[name] for linear in linears for name in ("weight", "bias")]
+    return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+
+def fuse(layers: nn.ModuleList) -> None:
+    """Let packed decoder layers of a LLaMA run in few ops, where their parts allow it."""
+    for layer in layers:
+        if not isinstance(layer, FusedLayer):
+            layer.__class__ = _fused_class(type(layer))
+
+
+class Parts:
+    """What the fused forward of a layer needs, looked up once: attributes of modules are slow to get."""
+
+    def __init__(self, layer: nn.Module, modules: tuple[nn.Module, ...]) -> None:
+        attn, mlp = layer.self_attn, layer.mlp
+        self.modules, self.attn = modules, attn
+        self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv, self.gate_up = (attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)
+        self.o_proj, self.down_proj = attn.o_proj, mlp.down_proj
+        self.joint_qkv, self.joint_gate_up = Joint(), Joint()
+        self.fit = self._fit(mlp.config.hidden_act)
+        if self.fit:
+            heads = [linear.out_features // attn.head_dim for linear in self.qkv]
+            self.qk_v, self.q_k = [heads[0] + heads[1], heads[2]], heads[:2]
+
+    def _fit(self, hidden_act: str) -> bool:
+        """The layer is one that the fused ops compute."""
+        return (
+            all(type(norm) is LlamaRMSNorm and norm.weight.dtype in DTYPES for norm in self.norms)
+            and hidden_act in ("silu", "swish")
+            and all(map(_is_packed_a4, (*self.qkv, *self.gate_up, self.o_proj, self.down_proj)))
+            and _share_input(*self.qkv)
+            and _share_input(*self.gate_up)
+        )
+
+    def watched(self) -> bool:
+        """Someone hooked into a module, or replaced its forward (as accelerate does)."""
+        return any(self.hooks) or any("forward" in module.__dict__ for module in self.modules)
+
+
+def _parts(layer: nn.Module) -> Parts:
+    """Those of the layer, made again when a module was replaced."""
+    own = layer._modules
+    modules = (*own.values(), *own["self_attn"]._modules.values(), *own["mlp"]._modules.values())
+    parts = layer.__dict__.get("_parts")
+    if parts is None or parts.modules != modules:
+        layer.__dict__["_parts"] = parts = Parts(layer, modules)
+    return parts
+
+
+def _is_packed_a4(linear: nn.Module) -> bool:
+    return isinstance(linear, _PackedLinear) and linear.act_bits == 4
+
+
+def _share_input(*linears: _PackedLinear) -> bool:
+    """They quantise their input alike, so that it can be done once."""
+
+    def settings(linear: _PackedLinear) -> tuple[Any, ...]:
+        return type(linear), linear.group_size, linear.act_group_size, linear.rotation, linear.bias is None
+
+    first = linears[0]
+    return first.rotation is None and all(
+        settings(linear) == settings(first) and torch.equal(linear.act_clip, first.act_clip)
+        for linear in linears
+    )
+
+
+class FusedLayer:
+    """What a decoder layer whose class `fuse` has changed does differently."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or torch.compiler.is_compiling():
+            return super().forward(hidden_states, *args, **kwargs)
+        parts = _parts(self)
+        own = parts.attn.config._attn_implementation == NAME
+        if not parts.fit or not own or parts.watched():
+            return super().forward(hidden_states, **kwargs)
+        hidden_states = hidden_states + _attention_part(parts, hidden_states, **kwargs)
+        return hidden_states + _mlp_part(parts, hidden_states)
+
+
+def _attention_part(
+    parts: Parts,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Norm, attention and o_proj."""
+    attn, settings = parts.attn, parts.attn.kv_settings
+    qkv = _norm_linear(parts.norms[0], parts.joint_qkv.of(*parts.qkv), hidden_states)
+    heads = qkv.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # [batch, heads, tokens, head_dim]
+    rotated, value = heads.split_with_sizes(parts.qk_v, 1)
+    rotated = _rope(rotated, *position_embeddings)
+    if type(past_key_values) is KV4Cache:
+        # The cache would rotate the keys by itself; here that is done with the queries.
+        query, key = settings.rotate(rotated).split_with_sizes(parts.q_k, 1)
+        key, value = past_key_values.layers[attn.layer_idx].append(key, value)
+        context = packed_attention(query, key, value, as_bool(attention_mask), attn.scaling)
+    else:
+        query, key = rotated.split_with_sizes(parts.q_k, 1)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attn.layer_idx)
+        context, _ = w2a4_attention(attn, query, key, value, attention_mask, attn.scaling)
+    return parts.o_proj.forward(context.flatten(-2))
+
+
+def _mlp_part(parts: Parts, hidden_states: Tensor) -> Tensor:
+    """Norm and MLP."""
+    joint, down = parts.joint_gate_up.of(*parts.gate_up), parts.down_proj
+    gate, up = _norm_linear(parts.norms[1], joint, hidden_states).chunk(2, -1)
+    rotation = down.rotation
+    if rotation is not None and rotation.kind != "hadamard":
+        return down.forward(torch.nn.functional.silu(gate) * up)
+    had_k, block_size = (None, 1) if rotation is None else (rotation.had_k(gate.device), rotation.block_size)
+    clip = down._parameters["act_clip"]
+    codes, scale = ops.silu_mul_hadamard_a4(gate, up, had_k, block_size, clip, down.act_group_size)
+    return down._linear(codes, scale, hidden_states.dtype)
+
+
+def _norm_linear(norm: LlamaRMSNorm, linear: _PackedLinear, x: Tensor) -> Tensor:
+    codes, scale = ops.rmsnorm_a4(
+        x, norm._parameters["weight"], norm.variance_epsilon, linear._parameters["act_clip"],
+        linear.act_group_size,
+    )  # fmt: skip
+    return linear._linear(codes, scale, x.dtype)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of `[batch, heads, tokens, head_dim]` as transformers does it."""
+    first, second = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+
+
+@functools.cache
+def _fused_class(cls: type) -> type:
+    """The class under its own name, which device maps and recorded outputs go by."""
+    return type(cls.__name__, (FusedLayer, cls), {"__module__": cls.__module__})
