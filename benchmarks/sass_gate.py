@@ -61,16 +61,18 @@ class Gate:
 #: The first one that matches holds. gemv_bmma: 16 rows by 256 inputs take three m16n8k256 a token, and
 #: sm_100 has no such instruction. gemv_imma: 16 rows by 32 inputs take one m16n8k32 for eight tokens.
 GATES = (
+    # One token: 56 instructions a step of 16 rows x 256 inputs are the products and sums, 16 of them to
+    # take 2-bit codes apart, since weights are read as the checkpoint stores them; the rest is loads,
+    # scales and the loop. An H200 at full bandwidth leaves 1.74 instructions a weight.
     *(
         Gate(rf"\bgemv_bmma_kernel<{tokens}>", mma="BMMA.168256", archs=range(80, 100), registers=128,
-             warps=16, in_flight=4, side_loads=4, weights=16 * 256 / 3 / tokens,
-             limit=0.5 if tokens == 1 else None)
-        for tokens in (1, 2, 4)
+             warps=16, in_flight=4, side_loads=4, weights=16 * 256 / 3 / tokens, limit=limit)
+        for tokens, limit in ((1, 0.75), (2, 1.0))
     ),
     *(
         Gate(rf"\bgemv_imma_kernel<{bits}, 1>", mma="IMMA.16832", registers=128, warps=16, in_flight=4,
-             side_loads=8, weights=16 * 32, limit=limit)
-        for bits, limit in ((2, 1.05), (4, None))
+             side_loads=8, weights=16 * 32, limit=1.6)
+        for bits in (2, 4)
     ),
     # Groups of 64 and 32 inputs: an IMMA a group, more scales, and one block a multiprocessor.
     *(

@@ -6,6 +6,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -24,7 +25,7 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-inline std::string dtype_name(ScalarType dtype) {
+inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:
       return "float64";
@@ -45,12 +46,27 @@ inline std::string dtype_name(ScalarType dtype) {
   }
 }
 
-inline std::string shape_name(const Tensor& t) {
-  std::ostringstream out;
+// The shape of a tensor, for a message: spelt out only if there is one.
+struct ShapeName {
+  const Tensor& t;
+};
+inline ShapeName shape_name(const Tensor& t) {
+  return {t};
+}
+inline std::ostream& operator<<(std::ostream& out, const ShapeName& shape) {
   out << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << "]";
-  return out.str();
+  for (int64_t i = 0; i < shape.t.dim(); ++i) out << (i ? ", " : "") << shape.t.size(i);
+  return out << "]";
+}
+
+// Where a tensor lies: -1 is the CPU, -2 neither that nor a CUDA device.
+inline int device_of(const Tensor& t) {
+  return t.is_cpu() ? -1 : t.is_cuda() ? t.get_device() : -2;
+}
+inline std::string device_name(int device) {
+  return device == -1   ? "the CPU"
+         : device == -2 ? "another device"
+                        : "cuda:" + std::to_string(device);
 }
 
 // Checks of one op's arguments.
@@ -65,23 +81,22 @@ class Check {
 
   // The first tensor that is checked sets the device; every other one has to lie there.
   void device(const Tensor& t, const char* name) {
-    const std::string where = device_name(t);
-    if (device_.empty()) {
-      device_ = where, first_ = name;
-      return;
-    }
-    that(where == device_, name, " is on ", where, ", ", first_, " on ", device_,
+    const int where = device_of(t);
+    if (!first_) device_ = where, first_ = name;
+    if (where == device_) return;
+    fail(op_, name, " is on ", device_name(where), ", ", first_, " on ", device_name(device_),
          "; move them to one device");
   }
 
   void dtype(const Tensor& t, const char* name, std::initializer_list<ScalarType> allowed) {
     device(t, name);
+    const ScalarType dtype = t.scalar_type();
+    for (ScalarType want : allowed)
+      if (dtype == want) return;
     std::string names;
-    for (ScalarType want : allowed) {
-      if (t.scalar_type() == want) return;
-      names += (names.empty() ? "" : ", ") + dtype_name(want);
-    }
-    fail(op_, name, " has dtype ", dtype_name(t.scalar_type()), ", expected ", names);
+    for (ScalarType want : allowed)
+      names += (names.empty() ? "" : ", ") + std::string(dtype_name(want));
+    fail(op_, name, " has dtype ", dtype_name(dtype), ", expected ", names);
   }
 
   void floating(const Tensor& t, const char* name) {
@@ -97,15 +112,12 @@ class Check {
   void shape(const Tensor& t, const char* name, std::initializer_list<int64_t> want,
              const char* meaning) const {
     bool same = t.dim() == static_cast<int64_t>(want.size());
-    std::ostringstream expected;
-    expected << "[";
     int64_t i = 0;
-    for (int64_t size : want) {
-      same = same && t.size(i) == size;
-      expected << (i++ ? ", " : "") << size;
-    }
-    expected << "] = " << meaning;
-    that(same, name, " has shape ", shape_name(t), ", expected ", expected.str());
+    for (int64_t size : want) same = same && t.size(i++) == size;
+    if (same) return;
+    std::string expected;
+    for (int64_t size : want) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+    fail(op_, name, " has shape ", shape_name(t), ", expected [", expected, "] = ", meaning);
   }
 
   void at_least_1d(const Tensor& t, const char* name) const {
@@ -122,15 +134,9 @@ class Check {
   }
 
  private:
-  static std::string device_name(const Tensor& t) {
-    return t.is_cpu()    ? "the CPU"
-           : t.is_cuda() ? "cuda:" + std::to_string(t.get_device())
-                         : "another device";
-  }
-
   const char* op_;
-  const char* first_ = "";
-  std::string device_;
+  const char* first_ = nullptr;  // the tensor that set device_
+  int device_ = 0;
 };
 
 }  // namespace w2a4

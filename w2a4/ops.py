@@ -228,7 +228,7 @@ def hadamard(x: Tensor, had_k: Tensor | None, block_size: int, transpose: bool =
 
     Equivalent: `(x.unflatten(-1, (-1, block_size)) @ H).flatten(-2)`.
     """
-    return _ops.hadamard(x.contiguous(), had_k, block_size, transpose)
+    return _ops.hadamard.default(x.contiguous(), had_k, block_size, transpose)
 
 
 def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, Tensor]:
@@ -245,7 +245,7 @@ def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, 
 
     Equivalent: `scale = clip * x.abs().amax(-1) / 7; codes = (x / scale).round().clamp(-8, 7)`.
     """
-    return _ops.quantize_a4(x.contiguous(), clip, group_size)
+    return _ops.quantize_a4.default(x.contiguous(), clip, group_size)
 
 
 def hadamard_a4(
@@ -264,7 +264,7 @@ def hadamard_a4(
 
     Equivalent: `quantize_a4(hadamard(x.float(), had_k, block_size), clip, group_size)`.
     """
-    return _ops.hadamard_a4(x.contiguous(), had_k, block_size, clip, group_size)
+    return _ops.hadamard_a4.default(x.contiguous(), had_k, block_size, clip, group_size)
 
 
 def rmsnorm_a4(
@@ -284,7 +284,7 @@ def rmsnorm_a4(
 
     Equivalent: `quantize_a4(weight * x / (x.square().mean(-1, True) + eps).sqrt(), clip, group_size)`.
     """
-    return _ops.rmsnorm_a4(x.contiguous(), weight, eps, clip, group_size)
+    return _ops.rmsnorm_a4.default(x.contiguous(), weight, eps, clip, group_size)
 
 
 def silu_mul_hadamard_a4(
@@ -303,7 +303,7 @@ def silu_mul_hadamard_a4(
     Equivalent: `quantize_a4(hadamard(silu(gate) * up, had_k, block_size), clip, group_size)`.
     """
     gate, up = gate.contiguous(), up.contiguous()
-    return _ops.silu_mul_hadamard_a4(gate, up, had_k, block_size, clip, group_size)
+    return _ops.silu_mul_hadamard_a4.default(gate, up, had_k, block_size, clip, group_size)
 
 
 def linear_w2a4(
@@ -328,7 +328,7 @@ def linear_w2a4(
     Equivalent: `dequantize_a4(a_codes, a_scale, in) @ (scale * levels[codes]).T + bias`.
     """
     a_codes, a_scale = a_codes.contiguous(), a_scale.contiguous()
-    return _ops.linear_w2a4(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype)
+    return _ops.linear_w2a4.default(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype)
 
 
 def linear_w4a4(
@@ -340,7 +340,7 @@ def linear_w4a4(
     Equivalent: `dequantize_a4(a_codes, a_scale, in) @ (scale * codes).T + bias`.
     """
     a_codes, a_scale = a_codes.contiguous(), a_scale.contiguous()
-    return _ops.linear_w4a4(a_codes, a_scale, weight, scale, bias, group_size, out_dtype)
+    return _ops.linear_w4a4.default(a_codes, a_scale, weight, scale, bias, group_size, out_dtype)
 
 
 def linear_w8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -357,7 +357,7 @@ def linear_w8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = No
 
     Equivalent: `x @ (weight * scale[:, None]).T + bias`.
     """
-    return _ops.linear_w8(x.contiguous(), weight, scale, bias)
+    return _ops.linear_w8.default(x.contiguous(), weight, scale, bias)
 
 
 def quantize_kv4(x: Tensor, clip: float) -> tuple[Tensor, Tensor]:
@@ -373,7 +373,7 @@ def quantize_kv4(x: Tensor, clip: float) -> tuple[Tensor, Tensor]:
 
     Equivalent: `codes = ((x - zero) / scale).round().clamp(0, 15)`.
     """
-    return _ops.quantize_kv4(x, clip)
+    return _ops.quantize_kv4.default(x, clip)
 
 
 def append_kv4(x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float) -> None:
@@ -388,7 +388,7 @@ def append_kv4(x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float
 
     Equivalent: `codes[:, :, start:stop], params[:, :, start:stop] = quantize_kv4(x, clip)`.
     """
-    _ops.append_kv4(x, codes, params, start, clip)
+    _ops.append_kv4.default(x, codes, params, start, clip)
 
 
 def attention_kv4(
@@ -414,6 +414,6 @@ def attention_kv4(
 
     Equivalent: `softmax(q @ k.mT * scaling + mask) @ v` with k and v from `dequantize_kv4`.
     """
-    return _ops.attention_kv4(
+    return _ops.attention_kv4.default(
         q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink
     )

@@ -383,6 +383,10 @@ W2A4_TARGET void prepare_rows(const RowsTask& task, int64_t begin, int64_t end) 
   for (int64_t token = begin; token < end; ++token) {
     p.weight_bits == 2 ? prepare_token<2>(task, token) : prepare_token<4>(task, token);
     float* scale = task.a_scale + token * task.padded_blocks;
+    // Vectors reach beyond the last block. What lies there is not used, but denormals are slow.
+    std::fill(scale + task.blocks, scale + task.padded_blocks, 0.0f);
+    std::fill(task.bias + token * task.padded_blocks + task.blocks,
+              task.bias + (token + 1) * task.padded_blocks, 0);
     for (int64_t group = 0; group < act_groups; ++group)
       for (int64_t i = 0; i < in_group; ++i)
         scale[group * in_group + i] = p.a_scale[token * act_groups + group];

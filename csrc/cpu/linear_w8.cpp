@@ -12,6 +12,7 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kTokens = 4;  // tokens and outputs of a tile: 16 vectors of sums
 constexpr int kOuts = 4;
+constexpr int64_t kAhead = 4096;     // bytes of weight that are fetched ahead
 constexpr int64_t kGrain = 1 << 17;  // products of one thread that are worth waking another
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
@@ -103,9 +104,12 @@ W2A4_TARGET void one_token(const Task& task, int64_t begin, int64_t end) {
       rows[o] = p.weight + (first + std::min<int64_t>(o, outs - 1)) * in;
     __m256 sums[kOuts][2];
     for (__m256(&sum)[2] : sums) sum[0] = sum[1] = _mm256_setzero_ps();
-    for (int64_t k = 0; k < whole; k += kLanes)
+    for (int64_t k = 0; k < whole; k += kLanes) {
+      // The rows of a tile follow each other, and so do tiles.
+      _mm_prefetch(reinterpret_cast<const char*>(rows[0] + kOuts * k + kAhead), _MM_HINT_T0);
 #pragma GCC unroll 4
       for (int o = 0; o < kOuts; ++o) add_products(task.x + k, rows[o] + k, sums[o]);
+    }
     // Sums that a loop indexes would live in memory: from here on they do, and not above.
     __m256 ends[kOuts][2];
     std::memcpy(ends, sums, sizeof(ends));

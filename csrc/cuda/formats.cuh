@@ -1,7 +1,7 @@
 // Number formats of activations: how a kernel that computes in float32 loads and stores them.
 #pragma once
 
-#include "ptx.cuh"
+#include "ptx_mma.cuh"
 
 #ifdef __CUDACC__
 #define W2A4_ROLLED _Pragma("unroll 1")

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "../params.h"
-#include "ptx.cuh"
+#include "ptx_mma.cuh"
 
 namespace w2a4::cuda {
 

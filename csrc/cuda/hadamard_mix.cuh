@@ -4,7 +4,7 @@
 
 #include "formats.cuh"
 #include "hadamard_plan.h"
-#include "ptx.cuh"
+#include "ptx_mma.cuh"
 
 namespace w2a4::cuda {
 

@@ -1,0 +1,151 @@
+// Named tensor-core instructions, see ptx.cuh. Fragment layouts are those of the PTX ISA, "Matrix
+// multiply-accumulate operation using mma instruction".
+#pragma once
+
+#include "ptx.cuh"
+#include "ptx_numbers.cuh"
+
+namespace w2a4::cuda {
+
+#ifndef __CUDACC__
+namespace twin {
+struct Fragments {
+  uint32_t a[4], b[2];
+  int32_t c[4];
+};
+struct Sums {
+  int32_t d[4];
+};
+// Element (row, column) of a 16 x 8 result is register `r` of lane `lane`.
+inline int result_lane(int row, int column) {
+  return row % 8 * 4 + column / 2;
+}
+inline int result_register(int row, int column) {
+  return row / 8 * 2 + column % 2;
+}
+
+inline void mma_b1(const Fragments* in, Sums* out) {
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 8; ++column) {
+      int sum = 0;
+      for (int k = 0; k < 8; ++k)  // words of 32 bits
+        sum += __builtin_popcount(in[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2] &
+                                  in[column * 4 + k % 4].b[k / 4]);
+      const int lane = result_lane(row, column), r = result_register(row, column);
+      out[lane].d[r] = in[lane].c[r] + sum;
+    }
+}
+
+inline void mma_s8(const Fragments* in, Sums* out) {
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 8; ++column) {
+      int sum = 0;
+      for (int k = 0; k < 32; ++k) {
+        const uint32_t a = in[row % 8 * 4 + k % 16 / 4].a[row / 8 + k / 16 * 2];
+        const uint32_t b = in[column * 4 + k % 16 / 4].b[k / 16];
+        sum += static_cast<int8_t>(a >> 8 * (k % 4)) * static_cast<int8_t>(b >> 8 * (k % 4));
+      }
+      const int lane = result_lane(row, column), r = result_register(row, column);
+      out[lane].d[r] = in[lane].c[r] + sum;
+    }
+}
+}  // namespace twin
+#endif
+
+// d = a & b, counted, + c: 16 rows x 256 bits times 256 bits x 8 columns.
+W2A4_DEVICE void mma_b1_16x8x256(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                 const int32_t (&c)[4]) {
+#ifdef __CUDACC__
+  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
+        "r"(c[2]), "r"(c[3]));
+#else
+  twin::Fragments mine;
+  for (int i = 0; i < 4; ++i) mine.a[i] = a[i], mine.c[i] = c[i];
+  for (int i = 0; i < 2; ++i) mine.b[i] = b[i];
+  const auto sums =
+      simt::warp_collective<twin::Fragments, twin::Sums, twin::mma_b1>("mma_b1", mine);
+  for (int i = 0; i < 4; ++i) d[i] = sums.d[i];
+#endif
+}
+
+// d = a * b + c on signed bytes: 16 rows x 32 times 32 x 8 columns.
+W2A4_DEVICE void mma_s8_16x8x32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                const int32_t (&c)[4]) {
+#ifdef __CUDACC__
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
+        "r"(c[2]), "r"(c[3]));
+#else
+  twin::Fragments mine;
+  for (int i = 0; i < 4; ++i) mine.a[i] = a[i], mine.c[i] = c[i];
+  for (int i = 0; i < 2; ++i) mine.b[i] = b[i];
+  const auto sums =
+      simt::warp_collective<twin::Fragments, twin::Sums, twin::mma_s8>("mma_s8", mine);
+  for (int i = 0; i < 4; ++i) d[i] = sums.d[i];
+#endif
+}
+
+#ifndef __CUDACC__
+namespace twin {
+struct HalfFragments {
+  uint32_t a[4], b[2];
+  float c[4];
+};
+struct FloatSums {
+  float d[4];
+};
+template <float (*kWiden)(uint16_t)>
+void mma_16bit(const HalfFragments* in, FloatSums* out) {
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 8; ++column) {
+      const int lane = result_lane(row, column), r = result_register(row, column);
+      float sum = in[lane].c[r];
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t a = in[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2] >> 16 * (k % 2);
+        const uint32_t b = in[column * 4 + k % 8 / 2].b[k / 8] >> 16 * (k % 2);
+        sum += kWiden(static_cast<uint16_t>(a)) * kWiden(static_cast<uint16_t>(b));
+      }
+      out[lane].d[r] = sum;
+    }
+}
+}  // namespace twin
+#endif
+
+// d += a * b on float16, summed in float32: 16 rows x 16 times 16 x 8 columns.
+W2A4_DEVICE void mma_f16_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  const twin::HalfFragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {d[0], d[1], d[2], d[3]}};
+  const auto sums = simt::warp_collective<twin::HalfFragments, twin::FloatSums,
+                                          twin::mma_16bit<float_from_half> >("mma_f16", mine);
+  for (int i = 0; i < 4; ++i) d[i] = sums.d[i];
+#endif
+}
+
+// The same on bfloat16.
+W2A4_DEVICE void mma_bf16_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  const twin::HalfFragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {d[0], d[1], d[2], d[3]}};
+  const auto sums = simt::warp_collective<twin::HalfFragments, twin::FloatSums,
+                                          twin::mma_16bit<float_from_bfloat16> >("mma_bf16", mine);
+  for (int i = 0; i < 4; ++i) d[i] = sums.d[i];
+#endif
+}
+
+}  // namespace w2a4::cuda
