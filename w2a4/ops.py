@@ -1,8 +1,8 @@
 """The only door to the kernels: one function an op, its fake, its gradient, the choice of back end.
 
 `torch.ops.w2a4.<op>` runs compiled kernels on the CPU where `w2a4._C` is built, on CUDA where `w2a4._cuda`
-is, and `w2a4.reference` everywhere else (slowly, with one warning). Functions here are what other modules call; they
-make activations contiguous and check nothing, since the ops check everything.
+is, and `w2a4.reference` everywhere else (slowly, with one warning). Functions here are what other modules
+call; they make activations contiguous and check nothing, since the ops check everything.
 """
 
 from __future__ import annotations
@@ -92,8 +92,10 @@ def _warn_slow(name: str, device: str) -> None:
     if has_kernels:
         message = f"w2a4.{name} has no {device} kernel: it runs on its slow PyTorch reference"
     elif device == "cuda":
-        message = (f"w2a4's CUDA kernels are not loaded ({_no_cuda}): ops run on their slow PyTorch "
-                   f"reference; to build them, put nvcc on PATH and run W2A4_BUILD_CUDA=1 pip install .")  # fmt: skip
+        message = (
+            f"w2a4's CUDA kernels are not loaded ({_no_cuda}): ops run on their slow PyTorch reference; "
+            "to build them, put nvcc on PATH and run W2A4_BUILD_CUDA=1 pip install ."
+        )
     else:
         message = f"w2a4 has no kernels for {device!r}: ops run on their slow PyTorch reference there"
     warnings.warn(message, stacklevel=3)
