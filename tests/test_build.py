@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,90 @@ def test_build_info_is_one_line_that_says_why_there_is_no_cuda():
     from w2a4 import ops
 
     assert "\n" not in ops.build_info() and ops.build_info().startswith("w2a4._C: ")
+    assert re.search(r"w2a4\._cuda: (not loaded \(.+\)|CUDA kernels)", ops.build_info())
+
+
+def test_a_slow_path_warns_once(monkeypatch):
+    from w2a4 import ops
+
+    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(ops, "_cuda", None)
+    with pytest.warns(UserWarning, match="CUDA kernels are not loaded .*W2A4_BUILD_CUDA=1 pip install"):
+        ops._warn_slow("hadamard", "cuda")
+    with pytest.warns(UserWarning, match="no kernels for 'mps'"):
+        ops._warn_slow("hadamard", "mps")
+    monkeypatch.setattr(ops, "_cuda", object())
+    with pytest.warns(UserWarning, match="w2a4.linear_w8 has no cuda kernel"):
+        ops._warn_slow("linear_w8", "cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops._warn_slow("linear_w8", "cuda")
+        ops._warn_slow("quantize_a4", "mps")
+
+
+@pytest.fixture
+def cuda_build(monkeypatch, tmp_path):
+    """build_backend/w2a4_cuda.py, with a torch of CUDA 13 and an nvcc that knows three architectures."""
+    monkeypatch.syspath_prepend(str(ROOT / "build_backend"))
+    import w2a4_cuda
+
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/version.py").write_text("__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\n")
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        "#!/bin/sh\nif [ $1 = --version ]; then echo 'release 13.0, V13'; "
+        "else printf 'compute_75\\ncompute_80\\ncompute_90\\n'; fi\n"
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    for name in ("W2A4_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(w2a4_cuda, "_archs_here", list)
+    return w2a4_cuda, tmp_path / "torch"
+
+
+def test_cuda_is_built_where_torch_has_it_and_nvcc_is_there(cuda_build, monkeypatch):
+    module, torch = cuda_build
+    nvcc, _ = module.choose_cuda(torch)
+    assert (nvcc.version, nvcc.archs, nvcc.ptx) == ("13.0", (80, 90), 90)
+    assert nvcc.names() == "sm_80 sm_90 compute_90"
+    monkeypatch.setenv("W2A4_BUILD_CUDA", "0")
+    assert module.choose_cuda(torch) == (None, "W2A4_BUILD_CUDA=0")
+    monkeypatch.setenv("W2A4_BUILD_CUDA", "yes")
+    with pytest.raises(SystemExit, match="W2A4_BUILD_CUDA='yes'; give 0 or 1"):
+        module.choose_cuda(torch)
+
+
+def test_cuda_is_left_out_with_a_reason(cuda_build, monkeypatch):
+    module, torch = cuda_build
+    monkeypatch.setattr(module, "find_nvcc", lambda: None)
+    assert module.choose_cuda(torch) == (None, "there is no nvcc on PATH or in CUDA_HOME/bin")
+    (torch / "version.py").write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")
+    assert module.choose_cuda(torch) == (None, "torch 2.13.0+cpu is built without CUDA")
+    monkeypatch.setenv("W2A4_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match="there is no nvcc"):
+        module.choose_cuda(torch)
+
+
+@pytest.mark.parametrize(
+    "asked,archs,ptx", [("9.0", [90], None), ("8.0;9.0+PTX", [80, 90], 90), ("8.0 12.0a", [80], None)]
+)
+def test_architectures_asked_for(cuda_build, monkeypatch, asked, archs, ptx):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert cuda_build[0].wanted_archs([75, 80, 90]) == (archs, ptx)
+
+
+def test_architectures_that_are_too_old(cuda_build, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0")
+    with pytest.raises(SystemExit, match="give versions >= 8.0"):
+        cuda_build[0].wanted_archs([75, 80, 90])
+
+
+def test_architectures_of_the_gpus_here_come_first(cuda_build, monkeypatch):
+    module = cuda_build[0]
+    monkeypatch.setattr(module, "_archs_here", lambda: [90])
+    assert module.wanted_archs([80, 90]) == ([90], None)
 
 
 @pytest.mark.skipif(tomllib is None, reason="tomllib needs Python 3.11")

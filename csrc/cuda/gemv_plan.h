@@ -68,10 +68,6 @@ inline GemvPlan plan_gemv(const LinearA4Params& p, int arch, size_t most_shared,
                              " with activation groups of " + std::to_string(p.act_group) +
                              "; the CUDA kernels take multiples of 32 and whole rows");
   }
-  if (p.block > 65536) {  // products are up to 16 * 8 * 128, and sums have 32 bits
-    throw std::runtime_error("w2a4: in_features=" + std::to_string(p.in_features) +
-                             " in one group; the CUDA kernels take groups of up to 65536");
-  }
   if (regular(p)) {
     check_aligned(p.weight, "weight", 16);
     check_aligned(p.a_codes, "a_codes", 16);
@@ -88,9 +84,8 @@ inline GemvPlan plan_gemv(const LinearA4Params& p, int arch, size_t most_shared,
   const bool can = p.weight_bits == 2 && whole_units && fits_bmma(p, tokens, most_shared);
   if (asked == Gemv::kBmma && !can) {
     throw std::runtime_error(
-        "w2a4: W2A4_GEMV=bmma does not serve this call (2-bit weights, groups of 128 * 2**i or "
-        "whole "
-        "rows of a multiple of 128, one activation scale a token); use imma or auto");
+        "w2a4: W2A4_GEMV=bmma does not serve this call; it takes 2-bit weights in groups of 128 * "
+        "2**i or rows of a multiple of 128, and one activation scale a token; use imma or auto");
   }
   GemvPlan plan{};
   plan.bmma = asked == Gemv::kBmma ||
