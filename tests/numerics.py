@@ -1,9 +1,14 @@
-"""The one comparison every test uses: shape, dtype, places of NaN and infinity, worst element."""
+"""The comparisons tests share: shape, dtype, places of NaN and infinity, worst element; codes and scales."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from w2a4.packing import unpack
+
+#: Rounding to nearest float32 is off by at most this, relatively.
+UNIT = 2.0**-24
 
 
 def assert_close(
@@ -36,6 +41,31 @@ def assert_close(
             f"rtol={rtol:g} * |expected|, largest error {float(error.max()):g}, "
             f"worst {_place(worst, actual, expected)}"
         )
+
+
+def assert_quantized(
+    got: tuple[Tensor, Tensor], exact: Tensor, error: Tensor, clip: Tensor, group: int = -1
+) -> None:
+    """`got` is `quantize_a4(exact, clip, group)` of values known to `error`, both float64 of one shape.
+
+    Scales are within the error and their roundings; a code may be one off where the value lies within the
+    error of a tie, and few values do.
+    """
+    codes, scale = got
+    features = exact.shape[-1]
+    group = features if group == -1 else group
+    values, error = exact.unflatten(-1, (-1, group)), error.expand_as(exact).unflatten(-1, (-1, group))
+    want = clip.double() * values.abs().amax(-1) / 7
+    want = torch.where(want == 0, 1.0, want)
+    # The largest magnitude carries its error; the product with clip and the quotient round once each.
+    assert ((scale - want).abs() <= clip.double() * error.amax(-1) / 7 + 3 * UNIT * want).all()
+    steps = values / scale.double()[..., None]
+    allowed = error / scale.double()[..., None] + 2 * UNIT * steps.abs()
+    near_tie = ((steps - steps.floor() - 0.5).abs() <= allowed).flatten(-2)
+    found = unpack(codes, 4, features, signed=True)
+    wanted = steps.round().clamp(-8, 7).to(torch.int8).flatten(-2)
+    assert ((found == wanted) | near_tie & ((found - wanted).abs() <= 1)).all()
+    assert near_tie.double().mean() < 0.01 or near_tie.numel() < 200
 
 
 def _place(where: Tensor, actual: Tensor, expected: Tensor) -> str:

@@ -3,16 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_close
+from numerics import UNIT, assert_close, assert_quantized
 
 from w2a4 import ops, reference
-from w2a4.packing import unpack
 from w2a4.rotation.hadamard import had_k_matrix
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 CLIP = torch.tensor([0.9])
 EPS = 1e-5
-UNIT = 2.0**-24  # rounding to nearest float32 is off by at most this, relatively
 
 #: features, K of had_k, block_size, group_size
 SHAPES = [
@@ -20,25 +18,6 @@ SHAPES = [
     (1536, 12, 1536, -1), (688, 172, 344, -1), (2048, 1, 512, 1024), (20, 1, 4, 5), (12, 12, 12, -1),
     (7, 1, 1, -1), (1, 1, 1, -1), (90, 1, 2, 15), (4096, 1, 4096, -1), (11008, 172, 11008, -1),
 ]  # fmt: skip
-
-
-def check(got, exact, error, clip=CLIP, group=-1):
-    """`got` is `quantize_a4` of float64 `exact` computed with at most `error` (float64, same shape)."""
-    codes, scale = got
-    features = exact.shape[-1]
-    group = features if group == -1 else group
-    values, error = exact.unflatten(-1, (-1, group)), error.expand_as(exact).unflatten(-1, (-1, group))
-    want = clip.double() * values.abs().amax(-1) / 7
-    want = torch.where(want == 0, 1.0, want)
-    # The largest magnitude carries its error; the product with clip and the quotient round once each.
-    assert ((scale - want).abs() <= clip.double() * error.amax(-1) / 7 + 3 * UNIT * want).all()
-    steps = values / scale.double()[..., None]
-    allowed = error / scale.double()[..., None] + 2 * UNIT * steps.abs()
-    near_tie = ((steps - steps.floor() - 0.5).abs() <= allowed).flatten(-2)
-    found = unpack(codes, 4, features, signed=True)
-    wanted = steps.round().clamp(-8, 7).to(torch.int8).flatten(-2)
-    assert ((found == wanted) | near_tie & ((found - wanted).abs() <= 1)).all()
-    assert near_tie.double().mean() < 0.01 or near_tie.numel() < 200
 
 
 def hadamard_error(x, had_k, block):
@@ -55,13 +34,8 @@ def test_hadamard_a4(features, k, block, group, dtype):
     had_k = had_k_matrix(k)
     x = torch.randn(2, 3, features).to(dtype)
     exact = reference.hadamard(x.double(), had_k, block)
-    check(
-        ops.hadamard_a4(x, had_k, block, CLIP, group),
-        exact,
-        hadamard_error(x.double(), had_k, block),
-        CLIP,
-        group,
-    )
+    error = hadamard_error(x.double(), had_k, block)
+    assert_quantized(ops.hadamard_a4(x, had_k, block, CLIP, group), exact, error, CLIP, group)
 
 
 @pytest.mark.parametrize("features,k,block,group", SHAPES)
@@ -84,7 +58,7 @@ def test_rmsnorm_a4(features, group, dtype, weight_dtype):
     exact = exact if weight is None else exact * weight.double()
     # The mean square adds features / 16 numbers in a lane and then 16 lanes; its root halves the error.
     error = (features / 32 + 16) * UNIT * exact.abs()
-    check(ops.rmsnorm_a4(x, weight, EPS, CLIP, group), exact, error, CLIP, group)
+    assert_quantized(ops.rmsnorm_a4(x, weight, EPS, CLIP, group), exact, error, CLIP, group)
 
 
 @pytest.mark.parametrize("features,k,block,group", SHAPES)
@@ -97,7 +71,7 @@ def test_silu_mul_hadamard_a4(features, k, block, group, dtype):
     # Ten roundings of one number before the sums: the exponential is within 2 units, the rest within 1.
     error = hadamard_error(inner, had_k, block) if block > 1 else 0.0
     error = error + 10 * UNIT * reference_abs_hadamard(inner, block)
-    check(ops.silu_mul_hadamard_a4(gate, up, had_k, block, CLIP, group), exact, error, CLIP, group)
+    assert_quantized(ops.silu_mul_hadamard_a4(gate, up, had_k, block, CLIP, group), exact, error, CLIP, group)
 
 
 def reference_abs_hadamard(x, block):
@@ -136,7 +110,7 @@ def test_silu_of_large_inputs():
     gate = torch.tensor([-87.0, -20.0, 0.0, 20.0, 100.0, 1e30, -87.5, -100.0, -1e30])[:, None].repeat(1, 2)
     exact = F.silu(gate.double())
     codes, scale = ops.silu_mul_hadamard_a4(gate, torch.ones_like(gate), None, 1, CLIP)
-    check((codes[:6], scale[:6]), exact[:6], 10 * UNIT * exact[:6].abs())
+    assert_quantized((codes[:6], scale[:6]), exact[:6], 10 * UNIT * exact[:6].abs(), CLIP)
     assert reference.dequantize_a4(codes[6:], scale[6:], 2).abs().max() < 1e-35
 
 

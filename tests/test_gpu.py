@@ -130,7 +130,7 @@ def test_quantize_kernel(features, group, dtype):
     assert torch.equal(codes.cpu(), want_codes) and torch.equal(scale.cpu(), want_scale)
 
 
-def close_codes(got, want):
+def assert_close_codes(got, want):
     """Scales within rounding, and codes of the few values near a tie one apart."""
     (codes, scale), (want_codes, want_scale) = got, want
     assert_close(scale.cpu(), want_scale, rtol=1e-5)
@@ -147,14 +147,14 @@ def test_fused_kernels(size, dtype):
     x, up, clip = torch.randn(6, size).to(dtype), torch.randn(6, size).to(dtype), torch.tensor([0.9])
     weight = torch.rand(size).to(dtype)
     signs = None if had_k is None else had_k.cuda()
-    close_codes(
+    assert_close_codes(
         ops.hadamard_a4(x.cuda(), signs, block, clip.cuda()), reference.hadamard_a4(x, had_k, block, clip)
     )
-    close_codes(
+    assert_close_codes(
         ops.rmsnorm_a4(x.cuda(), weight.cuda(), 1e-5, clip.cuda()),
         reference.rmsnorm_a4(x, weight, 1e-5, clip),
     )
-    close_codes(
+    assert_close_codes(
         ops.silu_mul_hadamard_a4(x.cuda(), up.cuda(), signs, block, clip.cuda()),
         reference.silu_mul_hadamard_a4(x, up, had_k, block, clip),
     )

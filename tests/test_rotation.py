@@ -310,18 +310,18 @@ class TestLearned:
     def test_wrong_files(self, tmp_path, drop, changes, message):
         model = tiny_llama()
         config = self.write(tmp_path / "r.safetensors", model, drop, **changes)
-        fails_untouched(model, message, config)
+        assert_fails_untouched(model, message, config)
 
     def test_missing_and_damaged_files(self, tmp_path):
         model = tiny_llama()
         config = self.write(tmp_path / "r.safetensors", model)
         (tmp_path / "r.safetensors").write_bytes(b"not safetensors at all")
-        fails_untouched(model, "r.safetensors' is not a safetensors file", config)
+        assert_fails_untouched(model, "r.safetensors' is not a safetensors file", config)
         (tmp_path / "r.safetensors").unlink()
-        fails_untouched(model, "r.safetensors' does not exist", config)
+        assert_fails_untouched(model, "r.safetensors' does not exist", config)
 
 
-def fails_untouched(model: nn.Module, message: str, config: RotationConfig | None = None) -> None:
+def assert_fails_untouched(model: nn.Module, message: str, config: RotationConfig | None = None) -> None:
     before = {name: p.clone() for name, p in model.state_dict().items()}
     with pytest.raises(RotationError, match=message):
         rotate(model, config or RotationConfig())
@@ -332,18 +332,18 @@ def fails_untouched(model: nn.Module, message: str, config: RotationConfig | Non
 class TestFailsLoudly:
     def test_twice(self):
         model = rotate(tiny_llama(), RotationConfig(**NONE))
-        fails_untouched(model, "rotated already.*original weights")
+        assert_fails_untouched(model, "rotated already.*original weights")
 
     def test_other_architectures(self):
         config = MistralConfig(
             vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=1,
         )  # fmt: skip
-        fails_untouched(MistralForCausalLM(config), "'mistral'.*only LLaMA")
-        fails_untouched(nn.Linear(2, 2), "type None")
+        assert_fails_untouched(MistralForCausalLM(config), "'mistral'.*only LLaMA")
+        assert_fails_untouched(nn.Linear(2, 2), "type None")
 
     def test_bare_decoder(self):
-        fails_untouched(tiny_llama().model, "LlamaModel is not shaped like LlamaForCausalLM")
+        assert_fails_untouched(tiny_llama().model, "LlamaModel is not shaped like LlamaForCausalLM")
 
     def test_adapter_around_a_linear(self):
         class Lora(nn.Module):
@@ -354,7 +354,9 @@ class TestFailsLoudly:
         model = tiny_llama()
         attention = model.model.layers[1].self_attn
         attention.q_proj = Lora(attention.q_proj)
-        fails_untouched(model, r"layers\.1\.self_attn\.q_proj is a Lora.*not a floating-point nn.Linear")
+        assert_fails_untouched(
+            model, r"layers\.1\.self_attn\.q_proj is a Lora.*not a floating-point nn.Linear"
+        )
 
     def test_quantised_linear(self):
         class Linear4bit(nn.Linear):
@@ -362,41 +364,41 @@ class TestFailsLoudly:
 
         model = tiny_llama()
         model.model.layers[0].mlp.up_proj = Linear4bit(32, 48, bias=False)
-        fails_untouched(model, r"layers\.0\.mlp\.up_proj is a Linear4bit")
+        assert_fails_untouched(model, r"layers\.0\.mlp\.up_proj is a Linear4bit")
         model = tiny_llama()
         up_proj = model.model.layers[0].mlp.up_proj
         up_proj.weight = nn.Parameter(up_proj.weight.detach().to(torch.int8), requires_grad=False)
-        fails_untouched(model, r"up_proj is a Linear of torch.int8")
+        assert_fails_untouched(model, r"up_proj is a Linear of torch.int8")
 
     def test_extra_consumer_of_the_residual_stream(self):
         model = tiny_llama()
         model.value_head = nn.Linear(32, 1)
-        fails_untouched(model, "value_head.weight is not part of a plain LLaMA")
+        assert_fails_untouched(model, "value_head.weight is not part of a plain LLaMA")
         model = tiny_llama()
         model.model.layers[0].register_buffer("steering", torch.zeros(32))
-        fails_untouched(model, "layers.0.steering is not part")
+        assert_fails_untouched(model, "layers.0.steering is not part")
 
     def test_weights_shared_between_layers(self):
         model = tiny_llama()
         first, second = model.model.layers
         second.mlp.up_proj.weight = first.mlp.up_proj.weight
-        fails_untouched(model, "up_proj.weight shares its memory")
+        assert_fails_untouched(model, "up_proj.weight shares its memory")
 
     def test_nan_weight(self):
         model = tiny_llama()
         with torch.no_grad():
             model.model.layers[1].self_attn.k_proj.weight[3, 4] = float("nan")
-        fails_untouched(model, r"layers\.1\.self_attn\.k_proj\.weight holds NaN")
+        assert_fails_untouched(model, r"layers\.1\.self_attn\.k_proj\.weight holds NaN")
 
     def test_meta_weight(self):
         model = tiny_llama()
         model.model.layers[0].mlp.gate_proj.to("meta")
-        fails_untouched(model, r"gate_proj\.weight is on the meta device")
+        assert_fails_untouched(model, r"gate_proj\.weight is on the meta device")
 
     def test_head_dim_that_does_not_fit(self):
         model = tiny_llama()
         model.config.head_dim = 5
-        fails_untouched(model, "v_proj is 16 wide, not a multiple of head_dim=5")
+        assert_fails_untouched(model, "v_proj is 16 wide, not a multiple of head_dim=5")
 
     @pytest.mark.parametrize(
         "change, message",

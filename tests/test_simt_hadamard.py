@@ -5,17 +5,15 @@ import pytest
 import simt
 import torch
 import torch.nn.functional as F
-from numerics import assert_close
+from numerics import UNIT, assert_close, assert_quantized
 
 from w2a4 import reference
-from w2a4.packing import unpack
 from w2a4.rotation.hadamard import had_k_matrix, hadamard_spec
 
 HALF, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 NAMES = {F32: "float32", HALF: "float16", BF16: "bfloat16", torch.float64: "float64"}
 CLIP = torch.tensor([0.9])
 EPS = 1e-5
-UNIT = 2.0**-24  # rounding to nearest float32 is off by at most this, relatively
 SMALL, LARGE = 99 << 10, 227 << 10  # bytes of shared memory a block may have: sm_86, sm_90
 
 pytest.importorskip("pybind11")
@@ -269,24 +267,6 @@ def test_quotients_are_correctly_rounded():
         assert_close(got, want)
 
 
-def check_codes(got, exact, error, group):
-    """`got` is `quantize_a4` of float64 `exact` computed with at most `error`."""
-    codes, scale = got
-    features = exact.shape[-1]
-    group = features if group == -1 else group
-    values, error = exact.unflatten(-1, (-1, group)), error.expand_as(exact).unflatten(-1, (-1, group))
-    want = CLIP.double() * values.abs().amax(-1) / 7
-    want = torch.where(want == 0, 1.0, want)
-    assert ((scale - want).abs() <= CLIP.double() * error.amax(-1) / 7 + 3 * UNIT * want).all()
-    steps = values / scale.double()[..., None]
-    allowed = error / scale.double()[..., None] + 2 * UNIT * steps.abs()
-    near_tie = ((steps - steps.floor() - 0.5).abs() <= allowed).flatten(-2)
-    found = unpack(codes, 4, features, signed=True)
-    wanted = steps.round().clamp(-8, 7).to(torch.int8).flatten(-2)
-    assert ((found == wanted) | near_tie & ((found - wanted).abs() <= 1)).all()
-    assert near_tie.double().mean() < 0.01 or near_tie.numel() < 200
-
-
 #: tokens, features, K of had_k, block_size, group_size
 FUSED = [
     (5, 64, 1, 64, -1), (3, 96, 12, 96, -1), (3, 96, 12, 48, 32), (3, 224, 28, 112, -1),
@@ -308,7 +288,7 @@ def test_hadamard_a4(tokens, features, k, block, group, dtype):
     had_k, x = had_k_matrix(k), aligned(torch.randn(tokens, features).to(dtype))
     got, _ = quantize(x, group=group, had_k=had_k, block=block)
     wide = x.double()
-    check_codes(got, fast_hadamard(wide, had_k, block), error_of(wide, had_k, block), group)
+    assert_quantized(got, fast_hadamard(wide, had_k, block), error_of(wide, had_k, block), CLIP, group)
 
 
 @pytest.mark.parametrize("tokens,features,k,block,group", [*FUSED, (3, 7, 1, 1, -1), (2, 4096, 1, 1, 64)])
@@ -321,7 +301,7 @@ def test_silu_mul_hadamard_a4(tokens, features, k, block, group, dtype, shared):
     inner = F.silu(gate.double()) * up.double()
     exact = fast_hadamard(inner, had_k, block)
     error = (error_of(inner, had_k, block) if block > 1 else 0) + 10 * UNIT * sums_of(inner, block)
-    check_codes(got, exact, error, group)
+    assert_quantized(got, exact, error, CLIP, group)
 
 
 def test_inputs_are_staged_where_several_warps_read_them_and_memory_allows():
@@ -342,7 +322,7 @@ def test_rmsnorm_a4(features, group, dtype, weight_dtype):
     exact = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
     exact = exact if weight is None else exact * weight.double()
     got, _ = quantize(x, group=group, eps=EPS, weight=weight)
-    check_codes(got, exact, (features / 32 + 16) * UNIT * exact.abs(), group)
+    assert_quantized(got, exact, (features / 32 + 16) * UNIT * exact.abs(), CLIP, group)
 
 
 @pytest.mark.parametrize("kwargs", [
