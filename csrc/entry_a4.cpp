@@ -83,31 +83,6 @@ Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Ten
   return y;
 }
 
-// K of had_k, after checks that `block_size` is K times a power of two and divides x's last
-// dimension.
-int64_t check_hadamard(Check& check, const Tensor& x, const char* name,
-                       const std::optional<Tensor>& had_k, int64_t block_size) {
-  int64_t k = 1;
-  if (had_k) {
-    check.dtype(*had_k, "had_k", {kI8});
-    check.that(had_k->dim() == 2 && had_k->size(0) == had_k->size(1) && had_k->size(0) >= 1,
-               "had_k has shape ", shape_name(*had_k), ", expected a square matrix [K, K]");
-    check.contiguous(*had_k, "had_k");
-    k = had_k->size(0);
-  }
-  const int64_t power = block_size / k;
-  check.that(block_size >= 1 && block_size % k == 0 && (power & (power - 1)) == 0,
-             "block_size=", block_size, ", expected K times a power of two with K=", k,
-             " of had_k");
-  check.that(x.size(-1) % block_size == 0, "block_size=", block_size,
-             " does not divide the last dimension of ", name, ", shape ", shape_name(x));
-  return k;
-}
-
-const int8_t* had_k_data(const std::optional<Tensor>& had_k) {
-  return had_k ? static_cast<const int8_t*>(had_k->data_ptr()) : nullptr;
-}
-
 void check_activations(Check& check, const Tensor& x, const char* name) {
   check.floating(x, name);
   check.at_least_1d(x, name);

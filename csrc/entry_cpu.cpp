@@ -100,6 +100,66 @@ void append_kv4(const Tensor& x, const Tensor& codes, const Tensor& params, int6
   kernels::quantize_kv4(p);
 }
 
+Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+                       const std::optional<Tensor>& had_k, int64_t block_size,
+                       const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
+                       const Tensor& v_params, int64_t start, double clip) {
+  Check check("rope_append_kv4");
+  RopeAppendKV4Params p{};
+  check.floating(qkv, "qkv");
+  check.that(qkv.dim() == 3, "qkv has shape ", shape_name(qkv),
+             ", expected [batch, tokens, (q_heads + 2 * kv_heads) * head_dim]");
+  check.contiguous(qkv, "qkv");
+  check.floating(cos, "cos");
+  check.that(cos.dim() == 3 && (cos.size(0) == qkv.size(0) || cos.size(0) == 1) &&
+                 cos.size(1) == qkv.size(1) && cos.size(2) >= 2 && cos.size(2) % 2 == 0,
+             "cos has shape ", shape_name(cos), ", expected [", qkv.size(0), " or 1, ", qkv.size(1),
+             ", head_dim] with an even head_dim");
+  check.contiguous(cos, "cos");
+  p.batch = qkv.size(0);
+  p.tokens = qkv.size(1);
+  p.head_dim = cos.size(2);
+  check.dtype(sin, "sin", {cos.scalar_type()});
+  check.shape(sin, "sin", {cos.size(0), p.tokens, p.head_dim}, "the shape of cos");
+  check.contiguous(sin, "sin");
+  check.that(k_codes.dim() == 4, "k_codes has shape ", shape_name(k_codes),
+             ", expected [batch, kv_heads, capacity, head_dim / 2]");
+  p.kv_heads = k_codes.size(1);
+  const int64_t heads = qkv.size(2) / p.head_dim;
+  p.q_heads = heads - 2 * p.kv_heads;
+  check.that(qkv.size(2) % p.head_dim == 0 && p.kv_heads >= 1 && p.q_heads >= 1, "qkv has shape ",
+             shape_name(qkv), ", expected a last dimension of (q_heads + 2 * ", p.kv_heads, ") * ",
+             p.head_dim, " with at least one query head");
+  for (auto [codes, codes_name, params, params_name] :
+       {std::tuple{&k_codes, "k_codes", &k_params, "k_params"},
+        {&v_codes, "v_codes", &v_params, "v_params"}}) {
+    check_cache(check, *codes, codes_name, *params, params_name, p.batch, p.kv_heads, 0,
+                p.head_dim);
+    const int64_t capacity = std::min(codes->size(2), params->size(2));
+    check.that(start >= 0 && start <= capacity - p.tokens, "start=", start, " with ", p.tokens,
+               " tokens of qkv does not fit ", codes_name, " of capacity ", capacity);
+  }
+  p.k_codes = check.strided(k_codes, "k_codes");
+  p.k_params = check.strided(k_params, "k_params");
+  p.v_codes = check.strided(v_codes, "v_codes");
+  p.v_params = check.strided(v_params, "v_params");
+  p.k = check_hadamard(check, cos, "cos", had_k, block_size);
+  p.had_k = had_k_data(had_k);
+  p.block_size = block_size;
+  Tensor q = empty(qkv, {p.batch, p.q_heads, p.tokens, p.head_dim}, qkv.scalar_type());
+  p.qkv = qkv.data_ptr();
+  p.cos = cos.data_ptr();
+  p.sin = sin.data_ptr();
+  p.rope_batch = cos.size(0) == 1 ? 0 : p.tokens * p.head_dim;
+  p.q = q.data_ptr();
+  p.dtype = qkv.scalar_type();
+  p.rope_dtype = cos.scalar_type();
+  p.start = start;
+  p.clip = static_cast<float>(clip);
+  kernels::rope_append_kv4(p);
+  return q;
+}
+
 Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
                      const Tensor& v_codes, const Tensor& v_params, int64_t length,
                      const std::optional<Tensor>& mask, bool causal, double scaling,

@@ -1,8 +1,6 @@
 // The op table: schemas, and which entry point serves which device.
 #include "ops.h"
 
-#include <torch/csrc/stable/library.h>
-
 STABLE_TORCH_LIBRARY(w2a4, m) {
   m.def("hadamard(Tensor x, Tensor? had_k, int block_size, bool transpose=False) -> Tensor");
   m.def("quantize_a4(Tensor x, Tensor clip, int group_size=-1) -> (Tensor, Tensor)");
@@ -26,21 +24,20 @@ STABLE_TORCH_LIBRARY(w2a4, m) {
   m.def(
       "append_kv4(Tensor x, Tensor(a!) codes, Tensor(b!) params, SymInt start, float clip) -> ()");
   m.def(
+      "rope_append_kv4(Tensor qkv, Tensor cos, Tensor sin, Tensor? had_k, int block_size, "
+      "Tensor(a!) k_codes, Tensor(b!) k_params, Tensor(c!) v_codes, Tensor(d!) v_params, "
+      "SymInt start, float clip) -> Tensor");
+  m.def(
       "attention_kv4(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, "
       "SymInt length, Tensor? mask, bool causal, float scaling, Tensor? k_sink=None, "
       "Tensor? v_sink=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(w2a4, CPU, m) {
-  m.impl("hadamard", TORCH_BOX(&w2a4::hadamard));
-  m.impl("quantize_a4", TORCH_BOX(&w2a4::quantize_a4));
-  m.impl("hadamard_a4", TORCH_BOX(&w2a4::hadamard_a4));
-  m.impl("rmsnorm_a4", TORCH_BOX(&w2a4::rmsnorm_a4));
-  m.impl("silu_mul_hadamard_a4", TORCH_BOX(&w2a4::silu_mul_hadamard_a4));
-  m.impl("linear_w2a4", TORCH_BOX(&w2a4::linear_w2a4));
-  m.impl("linear_w4a4", TORCH_BOX(&w2a4::linear_w4a4));
+  w2a4::register_a4(m);
   m.impl("linear_w8", TORCH_BOX(&w2a4::linear_w8));
   m.impl("quantize_kv4", TORCH_BOX(&w2a4::quantize_kv4));
   m.impl("append_kv4", TORCH_BOX(&w2a4::append_kv4));
+  m.impl("rope_append_kv4", TORCH_BOX(&w2a4::rope_append_kv4));
   m.impl("attention_kv4", TORCH_BOX(&w2a4::attention_kv4));
 }

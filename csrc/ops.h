@@ -1,6 +1,7 @@
 // Entry points of the ops: check the arguments, allocate the result, launch the kernel.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
@@ -43,9 +44,25 @@ std::tuple<Tensor, Tensor> quantize_kv4(const Tensor& x, double clip);
 void append_kv4(const Tensor& x, const Tensor& codes, const Tensor& params, int64_t start,
                 double clip);
 
+Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+                       const std::optional<Tensor>& had_k, int64_t block_size,
+                       const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
+                       const Tensor& v_params, int64_t start, double clip);
+
 Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
                      const Tensor& v_codes, const Tensor& v_params, int64_t length,
                      const std::optional<Tensor>& mask, bool causal, double scaling,
                      const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink);
+
+// Registers the ops of entry_a4.cpp, which w2a4._C and w2a4._cuda each compile for their device.
+inline void register_a4(torch::stable::detail::StableLibrary& m) {
+  m.impl("hadamard", TORCH_BOX(&hadamard));
+  m.impl("quantize_a4", TORCH_BOX(&quantize_a4));
+  m.impl("hadamard_a4", TORCH_BOX(&hadamard_a4));
+  m.impl("rmsnorm_a4", TORCH_BOX(&rmsnorm_a4));
+  m.impl("silu_mul_hadamard_a4", TORCH_BOX(&silu_mul_hadamard_a4));
+  m.impl("linear_w2a4", TORCH_BOX(&linear_w2a4));
+  m.impl("linear_w4a4", TORCH_BOX(&linear_w4a4));
+}
 
 }  // namespace w2a4

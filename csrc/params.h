@@ -86,6 +86,22 @@ struct QuantizeKV4Params {
   float clip;
 };
 
+// Queries, keys and values of new tokens on their way to attention: queries and keys are turned by
+// RoPE and R3; keys and values go into their caches.
+struct RopeAppendKV4Params {
+  const void* qkv;        // [batch, tokens, (q_heads + 2 * kv_heads) * head_dim], of dtype
+  const void *cos, *sin;  // [batch, tokens, head_dim], of rope_dtype
+  int64_t rope_batch;     // their stride of batch, 0 where they are broadcast
+  void* q;                // [batch, q_heads, tokens, head_dim], of dtype
+  Strided4 k_codes, v_codes, k_params, v_params;  // as in QuantizeKV4Params
+  const int8_t* had_k;                            // [k, k] of +-1, or null for k = 1
+  ScalarType dtype, rope_dtype;
+  int64_t batch, tokens, q_heads, kv_heads, head_dim;
+  int64_t block_size, k;  // of R3: k * 2**m, divides head_dim; 1: no R3
+  int64_t start;
+  float clip;
+};
+
 struct AttentionKV4Params {
   Strided4 q;                   // [batch, q_heads, q_tokens, head_dim], of dtype
   Strided4 k_codes, v_codes;    // uint8 [batch, kv_heads, >= length, head_dim / 2]

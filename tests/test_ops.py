@@ -10,7 +10,7 @@ import torch
 from numerics import assert_close
 
 from w2a4 import ops, reference
-from w2a4.packing import pack, packed_width
+from w2a4.packing import pack, packed_width, unpack
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 CLIP = torch.tensor([0.9])
@@ -280,6 +280,74 @@ def test_append_kv4_into_a_view():
     assert not big[:, :, 0].any() and not big[:, :2].any() and not big[:, 7:].any()
 
 
+# rope_append_kv4
+
+
+def rope_arguments(
+    batch, tokens, q_heads, kv_heads, head_dim, capacity, rope_batch=None, dtype=torch.float32
+):
+    qkv = torch.randn(batch, tokens, (q_heads + 2 * kv_heads) * head_dim).to(dtype)
+    angles = torch.randn(rope_batch or batch, tokens, head_dim // 2).repeat(1, 1, 2)
+    caches = [
+        torch.full((batch, kv_heads, capacity, head_dim // 2), 9, dtype=torch.uint8),
+        torch.full((batch, kv_heads, capacity, 2), 7.0, dtype=torch.float16),
+    ]
+    return qkv, angles.cos().to(dtype), angles.sin().to(dtype), [t.clone() for t in caches + caches]
+
+
+@pytest.mark.parametrize(
+    "batch,tokens,q_heads,kv_heads,head_dim,had_k,block",
+    [
+        (1, 1, 9, 3, 64, None, 64),
+        (2, 5, 4, 1, 16, None, 16),
+        (3, 33, 2, 2, 128, None, 1),
+        (1, 3, 3, 3, 80, None, 16),
+        (2, 2, 2, 1, 96, HAD12, 96),
+        (2, 2, 2, 1, 2, -torch.ones(1, 1, dtype=torch.int8), 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rope_append_kv4(batch, tokens, q_heads, kv_heads, head_dim, had_k, block, dtype):
+    start, capacity = 3, tokens + 5
+    qkv, cos, sin, caches = rope_arguments(batch, tokens, q_heads, kv_heads, head_dim, capacity, None, dtype)
+    want = [t.clone() for t in caches]
+    q = ops.rope_append_kv4(qkv, cos, sin, had_k, block, *caches, start, 0.95)
+    exact = reference.rope_append_kv4(qkv, cos, sin, had_k, block, *want, start, 0.95)
+    assert q.dtype == dtype and q.is_contiguous()
+    rounding = 4 * torch.finfo(dtype).eps * float(exact.abs().max()) if dtype != torch.float32 else 0
+    assert_close(q.float(), exact.float(), atol=3e-6 + rounding)
+    # Values go into the cache as they are; keys pass a transform that may sum in another order, so a
+    # code next to a tie may differ by one step, and a parameter by one rounding of float16.
+    for got, expected in zip(caches[2:], want[2:], strict=True):
+        assert torch.equal(got, expected)
+    assert_close(caches[1].float(), want[1].float(), atol=2e-3 * float(want[1].abs().max()))
+    steps = [(unpack(t, 4, head_dim, signed=False).int()) for t in (caches[0], want[0])]
+    assert (steps[0] - steps[1]).abs().max() <= 1 and (steps[0] != steps[1]).float().mean() < 0.01
+    for t in caches:  # nothing else is written
+        assert len(t[:, :, :start].unique()) == 1 and len(t[:, :, start + tokens :].unique()) == 1
+
+
+@pytest.mark.parametrize("had_k,block", [(None, 64), (None, 1)])
+def test_rope_append_kv4_has_the_bits_of_the_single_ops(had_k, block):
+    qkv, cos, sin, caches = rope_arguments(2, 7, 3, 1, 64, 9, rope_batch=1)
+    want = [t.clone() for t in caches]
+    q = ops.rope_append_kv4(qkv, cos, sin, had_k, block, *caches, 2, 0.95)
+    heads = qkv.unflatten(-1, (-1, 64)).transpose(1, 2)
+    first, second = heads[:, :4].chunk(2, -1)
+    x = heads[:, :4] * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    x = ops.hadamard(x, had_k, block)
+    ops.append_kv4(x[:, 3:], *want[:2], 2, 0.95)
+    ops.append_kv4(heads[:, 4:], *want[2:], 2, 0.95)
+    assert torch.equal(q, x[:, :3])
+    assert all(torch.equal(a, b) for a, b in zip(caches, want, strict=True))
+
+
+def test_rope_append_kv4_of_no_token():
+    qkv, cos, sin, caches = rope_arguments(2, 0, 2, 1, 16, 4)
+    assert ops.rope_append_kv4(qkv, cos, sin, None, 16, *caches, 4, 0.9).shape == (2, 2, 0, 16)
+    assert caches[0].unique().tolist() == [9]
+
+
 # attention_kv4
 
 
@@ -424,6 +492,11 @@ cache = [*ops.quantize_kv4(keys, 0.95), *ops.quantize_kv4(values, 0.95)]
 out += cache
 for tokens in (1, 7, 100):
     out.append(ops.attention_kv4(torch.randn(1, 4, tokens, 64), *cache, 150, None, True, 0.125))
+for head_dim in (64, 80):
+    turns = torch.randn(2, 1, 7, head_dim)
+    kv = [t[:, :, :7].clone() for t in ops.quantize_kv4(torch.randn(2, 3, 7, head_dim), 0.9) * 2]
+    out.append(ops.rope_append_kv4(torch.randn(2, 7, 8 * head_dim), *turns, None, 16, *kv, 0, 0.95))
+    out += kv
 print([zlib.crc32(t.contiguous().view(torch.uint8).numpy().tobytes()) for t in out])
 """
 
@@ -503,6 +576,23 @@ def bad_calls():
     yield "append_kv4", (kv, codes, params.float(), 0, 0.9), "params has dtype float32"
 
     attention = [torch.randn(1, 4, 3, 16), codes, params, codes, params, 5, None, True, 0.25, None, None]
+    qkv, cos, sin, caches = rope_arguments(2, 3, 4, 2, 16, 9)
+    rope = (qkv, cos, sin, None, 16, *caches, 0, 0.9)
+    yield "rope_append_kv4", replaced(rope, 0, qkv[0]), r"qkv has shape \[3, 128\], expected \[batch, tokens"
+    yield "rope_append_kv4", replaced(rope, 0, qkv[..., :120].contiguous()), "qkv has shape.*2 [*] 2"
+    yield "rope_append_kv4", replaced(rope, 0, qkv[..., :64].contiguous()), "at least one query head"
+    yield "rope_append_kv4", replaced(rope, 1, cos[:, :2].contiguous()), r"cos has shape \[2, 2, 16\]"
+    yield "rope_append_kv4", replaced(rope, 2, sin.half()), "sin has dtype float16, expected float32"
+    yield "rope_append_kv4", replaced(rope, 2, sin[:1]), r"sin has shape \[1, 3, 16\], expected \[2, 3, 16\]"
+    yield "rope_append_kv4", replaced(rope, 4, 32), "block_size=32 does not divide.*cos"
+    yield "rope_append_kv4", replaced(rope, 5, caches[0][..., :4]), "k_codes has shape"
+    yield "rope_append_kv4", replaced(rope, 8, caches[3].float()), "v_params has dtype float32"
+    yield (
+        "rope_append_kv4",
+        replaced(rope, 7, caches[2][:, :, :2]),
+        "start=0 with 3 tokens.*v_codes of capacity 2",
+    )
+    yield "rope_append_kv4", replaced(rope, 9, 7), "start=7 with 3 tokens of qkv does not fit k_codes"
     yield "attention_kv4", replaced(attention, 0, attention[0][:, :3]), "q has 3 heads and k_codes 2"
     yield "attention_kv4", replaced(attention, 0, torch.randn(1, 4, 3, 18)), "k_codes has shape"
     yield "attention_kv4", replaced(attention, 3, codes[:, :, :4]), r"v_codes has shape \[1, 2, 4, 8\].*>= 5"
@@ -552,6 +642,8 @@ def opcheck_calls():
     yield "linear_w8", (torch.randn(2, 64), torch.zeros(5, 64, dtype=torch.int8), torch.ones(5).half(), None)
     yield "quantize_kv4", (q.transpose(1, 2), 0.9)
     yield "append_kv4", (sink, kv[0].clone(), kv[1].clone(), 3, 0.9)
+    rope_qkv, cos, sin, caches = rope_arguments(2, 3, 4, 2, 16, 9)
+    yield "rope_append_kv4", (rope_qkv, cos, sin, None, 16, *caches, 2, 0.9)
     yield "attention_kv4", (q, *kv, 7, torch.ones(1, 1, 3, 7, dtype=torch.bool), True, 0.25, sink, sink)
 
 

@@ -30,6 +30,9 @@ _SCHEMAS = {
     "linear_w8": "(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
     "quantize_kv4": "(Tensor x, float clip) -> (Tensor, Tensor)",
     "append_kv4": "(Tensor x, Tensor(a!) codes, Tensor(b!) params, SymInt start, float clip) -> ()",
+    "rope_append_kv4": "(Tensor qkv, Tensor cos, Tensor sin, Tensor? had_k, int block_size, "
+    "Tensor(a!) k_codes, Tensor(b!) k_params, Tensor(c!) v_codes, Tensor(d!) v_params, SymInt start, "
+    "float clip) -> Tensor",
     "attention_kv4": "(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, "
     "SymInt length, Tensor? mask, bool causal, float scaling, Tensor? k_sink=None, "
     "Tensor? v_sink=None) -> Tensor",
@@ -189,6 +192,15 @@ def _(x, clip):
 @torch.library.register_fake("w2a4::append_kv4")
 def _(x, codes, params, start, clip):
     _one_device(x=x, codes=codes, params=params)
+
+
+@torch.library.register_fake("w2a4::rope_append_kv4")
+def _(qkv, cos, sin, had_k, block_size, k_codes, k_params, v_codes, v_params, start, clip):
+    _one_device(qkv=qkv, cos=cos, sin=sin, had_k=had_k, k_codes=k_codes, k_params=k_params,
+                v_codes=v_codes, v_params=v_params)  # fmt: skip
+    batch, tokens, width = qkv.shape
+    head_dim = cos.shape[-1]
+    return qkv.new_empty((batch, width // head_dim - 2 * k_codes.shape[1], tokens, head_dim))
 
 
 @torch.library.register_fake("w2a4::attention_kv4")
@@ -391,6 +403,33 @@ def append_kv4(x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float
     Equivalent: `codes[:, :, start:stop], params[:, :, start:stop] = quantize_kv4(x, clip)`.
     """
     _ops.append_kv4.default(x, codes, params, start, clip)
+
+
+def rope_append_kv4(
+    qkv: Tensor, cos: Tensor, sin: Tensor, had_k: Tensor | None, block_size: int,
+    k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, start: int, clip: float,
+) -> Tensor:  # fmt: skip
+    """RoPE on queries and keys, R3 on both, and the new keys and values into their caches, in one pass.
+
+    Args:
+        qkv: floating `[batch, tokens, (q_heads + 2 * kv_heads) * head_dim]`: queries, keys, values.
+        cos, sin: floating `[batch or 1, tokens, head_dim]`, of one dtype, as transformers' rotary
+            embedding returns them.
+        had_k, block_size: R3, as in `hadamard`; block_size 1 is no rotation.
+        k_codes, v_codes: uint8 `[batch, kv_heads, capacity, head_dim / 2]`, written, and
+        k_params, v_params: float16 `[batch, kv_heads, capacity, 2]`, written, as by `append_kv4`.
+        start: token of the caches written first; `start + tokens <= capacity`.
+        clip: see `quantize_kv4`.
+
+    Returns:
+        queries `[batch, q_heads, tokens, head_dim]` in qkv's dtype, contiguous; float32 in between.
+
+    Equivalent: `q, k = (hadamard(rope(x)) for x in (q, k)); append_kv4(k, …); append_kv4(v, …)`.
+    """
+    return _ops.rope_append_kv4.default(
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), had_k, block_size,
+        k_codes, k_params, v_codes, v_params, start, clip,
+    )  # fmt: skip
 
 
 def attention_kv4(

@@ -231,6 +231,41 @@ def append_kv4(x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float
     codes[:, :, start:stop], params[:, :, start:stop] = quantize_kv4(x, clip)
 
 
+def rope_append_kv4(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    had_k: Tensor | None,
+    block_size: int,
+    k_codes: Tensor,
+    k_params: Tensor,
+    v_codes: Tensor,
+    v_params: Tensor,
+    start: int,
+    clip: float,
+) -> Tensor:
+    """RoPE on queries and keys, R3 on both, and the new keys and values into their caches, in place.
+
+    Args:
+        qkv: floating `[batch, tokens, (q_heads + 2 * kv_heads) * head_dim]`, queries, keys, values.
+        cos, sin: floating `[batch or 1, tokens, head_dim]`, as transformers' rotary embedding gives them.
+        had_k, block_size: R3, as in `hadamard`; block_size 1 is no rotation.
+        k_codes, k_params, v_codes, v_params, start, clip: caches as in `append_kv4`, kv_heads of them.
+
+    Returns:
+        queries `[batch, q_heads, tokens, head_dim]` in qkv's dtype; float32 in between.
+    """
+    kv_heads = k_codes.shape[1]
+    heads = qkv.float().unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)
+    x, v = heads[:, :-kv_heads], heads[:, -kv_heads:]
+    first, second = x.chunk(2, -1)
+    x = x * cos.float()[:, None] + torch.cat([-second, first], -1) * sin.float()[:, None]
+    x = hadamard(x, had_k, block_size, False)
+    append_kv4(x[:, -kv_heads:], k_codes, k_params, start, clip)
+    append_kv4(v, v_codes, v_params, start, clip)
+    return x[:, :-kv_heads].to(qkv.dtype).contiguous()
+
+
 def attention_kv4(
     q: Tensor,
     k_codes: Tensor,

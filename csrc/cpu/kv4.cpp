@@ -1,7 +1,9 @@
-// quantize_kv4 and append_kv4: asymmetric 4-bit keys and values, bit-exact to the reference.
+// Asymmetric 4-bit keys and values, bit-exact to the reference: quantize_kv4, append_kv4, and the
+// latter behind RoPE and R3.
 #include <limits>
 #include <vector>
 
+#include "hadamard.h"
 #include "kernels.h"
 #include "numbers.h"
 
@@ -61,7 +63,58 @@ W2A4_INLINE void quantize_heads(const QuantizeKV4Params& p, int64_t begin, int64
 }
 W2A4_DISPATCH(quantize_heads, QuantizeKV4Params)
 
+// x turned by RoPE: its halves are the two coordinates of planes, each with its angle.
+W2A4_INLINE void rope(float* x, const float* cos, const float* sin, int64_t n) {
+  for (int64_t i = 0, j = n / 2; j < n; ++i, ++j) {
+    const float first = x[i], second = x[j];
+    x[i] = first * cos[i] - second * sin[i];
+    x[j] = second * cos[j] + first * sin[j];
+  }
+}
+
+// A row is one head of one token of qkv.
+template <class Arch>
+W2A4_INLINE void rope_append_heads(const RopeAppendKV4Params& p, int64_t begin, int64_t end) {
+  const int64_t n = p.head_dim, rotated = p.q_heads + p.kv_heads, heads = rotated + p.kv_heads;
+  HadamardBlock<float> hadamard(p.had_k, p.k, p.block_size, false);
+  std::vector<float> x(n), cos(n), sin(n);
+  for (int64_t i = begin, loaded = -1; i < end; ++i) {
+    const int64_t head = i % heads, token = i / heads % p.tokens, batch = i / heads / p.tokens;
+    load(p.qkv, p.dtype, i * n, n, x.data());
+    if (head < rotated) {
+      const int64_t angles = batch * p.rope_batch + token * n;
+      if (angles != loaded) {
+        load(p.cos, p.rope_dtype, angles, n, cos.data());
+        load(p.sin, p.rope_dtype, angles, n, sin.data());
+        loaded = angles;
+      }
+      rope(x.data(), cos.data(), sin.data(), n);
+      if (p.block_size > 1 || p.had_k)
+        for (int64_t at = 0; at < n; at += p.block_size)
+          transform_block<Arch>(hadamard, x.data() + at, x.data() + at);
+    }
+    if (head < p.q_heads) {
+      store(x.data(), p.q, p.dtype, ((batch * p.q_heads + head) * p.tokens + token) * n, n);
+      continue;
+    }
+    const Strided4& codes = head < rotated ? p.k_codes : p.v_codes;
+    const Strided4& params = head < rotated ? p.k_params : p.v_params;
+    const int64_t kv_head = head < rotated ? head - p.q_heads : head - rotated;
+    const auto offset = [&](const Strided4& t) {
+      return batch * t.batch + kv_head * t.head + (p.start + token) * t.token;
+    };
+    quantize_head(x.data(), n, p.clip, static_cast<uint8_t*>(codes.data) + offset(codes),
+                  static_cast<F16*>(params.data) + offset(params));
+  }
+}
+W2A4_DISPATCH(rope_append_heads, RopeAppendKV4Params)
+
 }  // namespace
+
+void rope_append_kv4(const RopeAppendKV4Params& p) {
+  const int64_t heads = p.q_heads + 2 * p.kv_heads;
+  parallel(p.batch * p.tokens * heads, 1 + 16384 / p.head_dim, p, rope_append_heads_dispatch);
+}
 
 void quantize_kv4(const QuantizeKV4Params& p) {
   parallel(p.batch * p.heads * p.tokens, 1 + 16384 / p.head_dim, p, quantize_heads_dispatch);

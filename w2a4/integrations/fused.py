@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .. import ops
 from ..layers import _PackedLinear
+from ..rotation.online import OnlineRotation
 from .attention import NAME, as_bool, packed_attention, w2a4_attention
 from .kv_cache import KV4Cache
 
@@ -163,13 +164,18 @@ def _attention_part(
     """Norm, attention and o_proj."""
     attn, settings = parts.attn, parts.attn.kv_settings
     qkv = _norm_linear(parts.norms[0], parts.joint_qkv.of(*parts.qkv), hidden_states)
+    own_cache = past_key_values.layers[attn.layer_idx] if type(past_key_values) is KV4Cache else None
+    appended = own_cache and own_cache.append_qkv(qkv, parts.qk_v[1], *position_embeddings)
+    if appended:
+        context = packed_attention(*appended, as_bool(attention_mask), attn.scaling)
+        return parts.o_proj.forward(context.flatten(-2))
     heads = qkv.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # [batch, heads, tokens, head_dim]
     rotated, value = heads.split_with_sizes(parts.qk_v, 1)
     rotated = _rope(rotated, *position_embeddings)
-    if type(past_key_values) is KV4Cache:
+    if own_cache:
         # The cache would rotate the keys by itself; here that is done with the queries.
         query, key = settings.rotate(rotated).split_with_sizes(parts.q_k, 1)
-        key, value = past_key_values.layers[attn.layer_idx].append(key, value)
+        key, value = own_cache.append(key, value)
         context = packed_attention(query, key, value, as_bool(attention_mask), attn.scaling)
     else:
         query, key = rotated.split_with_sizes(parts.q_k, 1)
@@ -183,12 +189,10 @@ def _mlp_part(parts: Parts, hidden_states: Tensor) -> Tensor:
     """Norm and MLP."""
     joint, down = parts.joint_gate_up.of(*parts.gate_up), parts.down_proj
     gate, up = _norm_linear(parts.norms[1], joint, hidden_states).chunk(2, -1)
-    rotation = down.rotation
-    if rotation is not None and rotation.kind != "hadamard":
+    r4 = OnlineRotation.for_ops(down.rotation, gate.device)
+    if r4 is None:
         return down.forward(torch.nn.functional.silu(gate) * up)
-    had_k, block_size = (None, 1) if rotation is None else (rotation.had_k(gate.device), rotation.block_size)
-    clip = down._parameters["act_clip"]
-    codes, scale = ops.silu_mul_hadamard_a4(gate, up, had_k, block_size, clip, down.act_group_size)
+    codes, scale = ops.silu_mul_hadamard_a4(gate, up, *r4, down._parameters["act_clip"], down.act_group_size)
     return down._linear(codes, scale, hidden_states.dtype)
 
 

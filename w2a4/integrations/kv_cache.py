@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import ops
+from ..rotation.online import OnlineRotation
 from .attention import KVSettings, PackedKV
 
 #: Tokens a new layer holds before it first grows; it then doubles.
@@ -26,7 +27,10 @@ class KV4Layer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         batch, heads, _, head_dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self._initialize(key_states, batch, heads, head_dim)
+
+    def _initialize(self, like: Tensor, batch: int, heads: int, head_dim: int) -> None:
+        self.dtype, self.device = like.dtype, like.device
         shapes = {"codes": (head_dim // 2, torch.uint8), "params": (2, torch.float16)}
         for side in ("keys", "values"):
             empty = {
@@ -52,6 +56,34 @@ class KV4Layer(CacheLayerMixin):
             side.length = stop
         self.length = stop
         return self.keys, self.values
+
+    def append_qkv(
+        self, qkv: Tensor, kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, PackedKV, PackedKV] | None:
+        """RoPE, R3 and packing in one op.
+
+        Args:
+            qkv: `[batch, tokens, (q_heads + 2 * kv_heads) * head_dim]`, queries, keys, values.
+            cos, sin: `[batch or 1, tokens, head_dim]`.
+
+        Returns:
+            rotated queries, all keys and all values so far; None if R3 is of a kind that the op does not
+            compute, or tokens are to be kept in 16 bits too.
+        """
+        r3 = OnlineRotation.for_ops(self.settings.rotation, qkv.device)
+        if r3 is None or self.length < self.settings.sink_tokens:
+            return None
+        if not self.is_initialized:
+            self._initialize(qkv, qkv.shape[0], kv_heads, cos.shape[-1])
+        keys, values, stop = self.keys, self.values, self.length + qkv.shape[1]
+        _reserve(keys, stop)
+        _reserve(values, stop)
+        query = ops.rope_append_kv4(
+            qkv, cos, sin, *r3, keys.codes, keys.params, values.codes, values.params, self.length,
+            self.settings.kv_clip,
+        )  # fmt: skip
+        self.length = keys.length = values.length = stop
+        return query, keys, values
 
     def get_seq_length(self, *args) -> int:
         return self.length

@@ -99,6 +99,13 @@ class OnlineRotation:
         """The K part of the Hadamard kinds, as the ops take it."""
         return had_k_matrix(self.k, device)
 
+    @staticmethod
+    def for_ops(rotation: OnlineRotation | None, device: torch.device) -> tuple[Tensor | None, int] | None:
+        """had_k and block_size by which the fused ops do a rotation; None if they cannot."""
+        if rotation is None or rotation.kind == "none":
+            return None, 1
+        return (rotation.had_k(device), rotation.block_size) if rotation.kind == "hadamard" else None
+
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """R as a dense `[size, size]`, computed in float64 and cast once."""
         if self.kind == "none":
