@@ -7,7 +7,7 @@ serves Python >= 3.10 and torch >= 2.11. Environment variables:
     W2A4_BUILD_CUDA=1  build w2a4._cuda even for a torch without CUDA; 0: leave it out
     TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX'  what w2a4._cuda is compiled for
     W2A4_TORCH=DIR     site-packages folder of the torch to build against
-    MAX_JOBS=N         compile so many files at a time
+    MAX_JOBS=N         compile so many files, and architectures of each, at a time
 """
 
 import os
@@ -69,9 +69,10 @@ class BuildExtension(build_ext):
         compile = [ext.nvcc.path, "-c", "-std=c++17", "-O3", *ext.nvcc.flags(), *ext.extra_compile_args]
         compile += [f"-I{path}" for path in [*ext.include_dirs, *self.compiler.include_dirs]]
         compile += [f"-D{name}={value}" if value else f"-D{name}" for name, value in ext.define_macros]
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        jobs = max(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1), 1)
+        compile += [f"--threads={jobs}"]  # architectures of one file at a time
         print(f"w2a4: compiling the CUDA kernels for {ext.nvcc.names()} (minutes)", flush=True)
-        with ThreadPoolExecutor(max(jobs, 1)) as pool:
+        with ThreadPoolExecutor(jobs) as pool:
             commands = [
                 [*compile, source, "-o", str(path)] for source, path in zip(ext.sources, objects, strict=True)
             ]

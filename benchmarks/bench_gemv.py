@@ -1,7 +1,7 @@
 """Linear layers on quantised activations, and with the quantisation before them.
 
     python -m benchmarks.bench_gemv [--device cpu|cuda] [--json FILE] [--models NAME] ...
-        [--tokens 1,8,16] [--threads N] [--quick]
+        [--shapes 4096x4096,11008x4096] [--tokens 1,8,16] [--threads N] [--quick]
 
 Peers: torch.nn.functional.linear in float32 on the CPU, in float16 and bfloat16 (cuBLAS) on CUDA, and there
 gemlite, humming-kernels and torch._int_mm where they can run.
@@ -100,17 +100,18 @@ def subject(op: str, shape: LinearShape, tokens: int, dtype: torch.dtype, device
 def plan(options: Options) -> list[Case]:
     models = options.models or (("llama-3.2-1b",) if options.quick else tuple(MODELS))
     tokens = options.tokens or ((1, 8) if options.quick else TOKENS)
+    shapes = [LinearShape(*shape) for shape in options.shapes] or linear_shapes(models)
     return [
         Case(op, str(shape), count, str(dtype).removeprefix("torch."),
              partial(subject, op, shape, count, dtype, options.device))
-        for shape in linear_shapes(models)
+        for shape in shapes
         for dtype in DTYPES[options.device][: 1 if options.quick else None]
         for op in OPS
         for count in tokens
     ]  # fmt: skip
 
 
-main = command(__doc__, plan)
+main = command(__doc__, plan, "OUTxIN")
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """The Hadamard transform, at every width that models have.
 
     python -m benchmarks.bench_hadamard [--device cpu|cuda] [--json FILE] [--models NAME] ...
-        [--tokens 1,8,16] [--threads N] [--quick]
+        [--shapes 4096,11008] [--tokens 1,8,16] [--threads N] [--quick]
 
 Peers: a copy of the same bytes, the dense product, and fast-hadamard-transform where it can run. Without
 `--tokens`, one token, and as many as fill 16 MB: from there on the transform should take what a copy takes.
@@ -25,8 +25,8 @@ DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}
 QUICK = (128, 576, 8192, 11008, 14336)
 #: Bytes of x and the result together in the large case.
 LARGE = 16 << 20
-#: A dense matrix beyond this says nothing new, and its product takes seconds.
-MAX_DENSE = {"cpu": 64 << 20, "cuda": 2 << 30}
+#: A dense matrix beyond this says nothing new, and its product takes long.
+MAX_DENSE = {"cpu": 512 << 20, "cuda": 2 << 30}
 
 
 def spec_of(size: int) -> HadamardSpec:
@@ -69,8 +69,8 @@ def subject(size: int, tokens: int, dtype: torch.dtype, device: str) -> Subject:
 
 
 def plan(options: Options) -> list[Case]:
-    sizes = hadamard_sizes(options.models or None)
-    if options.quick and not options.models:
+    sizes = [width for (width,) in options.shapes] or hadamard_sizes(options.models or None)
+    if options.quick and not (options.models or options.shapes):
         sizes = list(QUICK)
     return [
         Case("hadamard", str(size), count, str(dtype).removeprefix("torch."),
@@ -81,7 +81,7 @@ def plan(options: Options) -> list[Case]:
     ]  # fmt: skip
 
 
-main = command(__doc__, plan)
+main = command(__doc__, plan, "WIDTH")
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """Quantisation of activations to 4 bits, alone and fused with what comes before it.
 
     python -m benchmarks.bench_quantize [--device cpu|cuda] [--json FILE] [--models NAME] ...
-        [--tokens 1,8,16] [--threads N] [--quick]
+        [--shapes 4096,11008] [--tokens 1,8,16] [--threads N] [--quick]
 
 Peers: the same in eager PyTorch, and a copy of the same bytes.
 """
@@ -103,13 +103,13 @@ def plan(options: Options) -> list[Case]:
         Case(op, str(size), count, str(dtype).removeprefix("torch."),
              partial(subject, op, size, count, dtype, options.device))
         for op, (_, _, sizes) in OPS.items()
-        for size in sizes(models)
+        for size in ([width for (width,) in options.shapes] or sizes(models))
         for dtype in DTYPES[options.device][: 1 if options.quick else None]
         for count in tokens
     ]  # fmt: skip
 
 
-main = command(__doc__, plan)
+main = command(__doc__, plan, "WIDTH")
 
 if __name__ == "__main__":
     main()

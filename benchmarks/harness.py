@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,14 +28,21 @@ from benchmarks.files import commit, now, write_json
 from benchmarks.shapes import MODELS
 from benchmarks.timing import COLD_FACTOR, Copies, Workload, can_be_cold, last_level_cache, median_us
 
+#: What the samples of a row may take on the CPU, and with --quick.
+ROW_SECONDS, QUICK_SECONDS = 10.0, 1.0
+
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says; empty tuples stand for the benchmark's own choice."""
+    """What the command line says; empty tuples stand for the benchmark's own choice.
+
+    A shape is what the benchmark's `command` names: `(out, in)` of a linear, or a width alone.
+    """
 
     device: str = "cpu"
     json: Path | None = None
     models: tuple[str, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
     tokens: tuple[int, ...] = ()
     threads: int | None = None
     quick: bool = False
@@ -75,6 +84,7 @@ class Row:
         cache: "cold", each call finds its data in memory, or "hot", where the last call left it.
         us: microseconds a call; None if it is not correct.
         ratio: peer_us / us.
+        repeats: samples of which `us` and `peer_us` are the medians.
         bytes: that a call has to move.
         gbps: bytes a second, in 10**9.
         bound: microseconds that `bytes` take at the measured bandwidth of a copy.
@@ -93,6 +103,7 @@ class Row:
     bytes: int
     gbps: float | None
     bound: float | None
+    repeats: int | None
     correct: bool
     note: str | None = field(default=None)
 
@@ -103,18 +114,26 @@ class Row:
         return entries
 
 
-def command(description: str, plan: Callable[[Options], list[Case]]) -> click.Command:
-    """The program of a benchmark. `plan` says which cases the options ask for."""
+def command(description: str, plan: Callable[[Options], list[Case]], shape: str) -> click.Command:
+    """The program of a benchmark.
+
+    Args:
+        plan: says which cases the options ask for.
+        shape: what --shapes takes, a number for each part between an `x`: "OUTxIN" or "WIDTH".
+    """
 
     @click.command(help="\b\n" + description)
     @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
     @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Result file.")
     @click.option("--models", multiple=True, type=click.Choice(list(MODELS)), help="May be repeated.")
+    @click.option(
+        "--shapes", callback=partial(parse_shapes, shape), metavar=f"{shape},...", help="Instead of --models."
+    )
     @click.option("--tokens", callback=parse_tokens, help="A list such as 1,8,16.")
     @click.option("--threads", type=click.IntRange(min=1), help="Threads of the CPU's ops and peers.")
-    @click.option("--quick", is_flag=True, help="Few shapes.")
-    def main(device, json_file, models, tokens, threads, quick):
-        options = Options(device, json_file, models, tokens, threads, quick)
+    @click.option("--quick", is_flag=True, help="Fewer shapes and repeats, and hot only what is never cold.")
+    def main(device, json_file, models, shapes, tokens, threads, quick):
+        options = Options(device, json_file, models, shapes, tokens, threads, quick)
         try:
             rows = run(options, plan)
         except torch.cuda.OutOfMemoryError as error:
@@ -137,6 +156,14 @@ def parse_tokens(context, parameter, value: str | None) -> tuple[int, ...]:
     if any(count < 1 for count in tokens):
         raise click.BadParameter(f"{value!r} is not a list of positive numbers such as 1,8,16")
     return tokens
+
+
+def parse_shapes(form: str, context, parameter, value: str | None) -> tuple[tuple[int, ...], ...]:
+    """`"64x32,96x64"` as `((64, 32), (96, 64))`."""
+    parts = value.split(",") if value else []
+    if not all(re.fullmatch(re.sub("[A-Z]+", "[1-9][0-9]*", form), part) for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list of {form}")
+    return tuple(tuple(int(number) for number in part.split("x")) for part in parts)
 
 
 def run(options: Options, plan: Callable[[Options], list[Case]]) -> list[Row]:
@@ -162,7 +189,7 @@ def run(options: Options, plan: Callable[[Options], list[Case]]) -> list[Row]:
     progress = tqdm(plan(options), unit="case", disable=not sys.stderr.isatty())
     for case in progress:
         progress.set_description(f"{case.op} {case.shape} {case.tokens}")
-        rows += measure(case, options.device, rows[0].gbps)
+        rows += measure(case, options, rows[0].gbps)
         write(options.json, meta, rows)
     return rows
 
@@ -181,29 +208,33 @@ def copy_row(device: str) -> Row:
     source = torch.empty(count, dtype=torch.uint8, device=device).random_()
     target = torch.zeros_like(source)
     data = Copies(target, source)
-    (us,), note = median_us([Workload("copy", torch.Tensor.copy_, data)], device, cold=True)
+    (us,), repeats, note = median_us([Workload("copy", torch.Tensor.copy_, data)], device, cold=True)
     gbps = data.bytes / us / 1e3
     correct = torch.equal(target, source)
     return Row(
-        "copy", str(count), 1, "uint8", "cold", us, None, None, None, data.bytes, gbps, us, correct, note
-    )
+        "copy", str(count), 1, "uint8", "cold", us, None, None, None, data.bytes, gbps, us, repeats, correct,
+        note,
+    )  # fmt: skip
 
 
-def measure(case: Case, device: str, copy_gbps: float) -> list[Row]:
+def measure(case: Case, options: Options, copy_gbps: float) -> list[Row]:
     """The rows of one case: cold and hot, unless it is too small for the one or too large for the other."""
-    subject = case.build()
+    subject, device = case.build(), options.device
     bound = subject.bytes / copy_gbps / 1e3
     fixed = dict(op=case.op, shape=case.shape, tokens=case.tokens, dtype=case.dtype, bytes=subject.bytes)
     if not subject.check():
-        nothing = dict.fromkeys(("us", "peer", "peer_us", "ratio", "gbps"))
+        nothing = dict.fromkeys(("us", "peer", "peer_us", "ratio", "gbps", "repeats"))
         return [Row(**fixed, **nothing, cache="cold", bound=bound, correct=False)]
     rows = []
     size = subject.ours.data.bytes
     possible = {"cold": can_be_cold(size, device), "hot": size < last_level_cache(device)}
-    for cache in (name for name, sensible in possible.items() if sensible):
-        (us, *peer_us), note = median_us([subject.ours, *subject.peers], device, cache == "cold")
-        shared = dict(**fixed, cache=cache, us=us, gbps=subject.bytes / us / 1e3, bound=bound, correct=True,
-                      note=note)  # fmt: skip
+    caches = [cache for cache, sensible in possible.items() if sensible]
+    for cache in caches[: 1 if options.quick else None]:
+        seconds = QUICK_SECONDS if options.quick else ROW_SECONDS
+        loads = [subject.ours, *subject.peers]
+        (us, *peer_us), repeats, note = median_us(loads, device, cache == "cold", seconds)
+        shared = dict(**fixed, cache=cache, us=us, gbps=subject.bytes / us / 1e3, bound=bound,
+                      repeats=repeats, correct=True, note=note)  # fmt: skip
         for peer, theirs in zip(subject.peers, peer_us, strict=True):
             rows.append(Row(**shared, peer=peer.name, peer_us=theirs, ratio=theirs / us))
         if not subject.peers:

@@ -16,14 +16,14 @@ from functools import cache, partial
 from itertools import cycle as cycle_of
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 #: Cold data is spread over so many times the last-level cache.
 COLD_FACTOR = 5
-#: Samples of which the median is taken.
-REPEATS = 20
+#: Samples of which the median is taken; on the CPU as many of them as fit the time, and five at least.
+REPEATS, LEAST_REPEATS = 20, 5
 #: Launches in one CUDA graph, at least.
 LAUNCHES = 64
 #: Shortest sample on the CPU, in seconds: far above the clock's resolution.
@@ -97,18 +97,26 @@ def can_be_cold(bytes: int, device: str) -> bool:
     return bytes * MAX_COPIES >= COLD_FACTOR * last_level_cache(device)
 
 
-def median_us(workloads: list[Workload], device: str, cold: bool) -> tuple[list[float], str | None]:
-    """Microseconds a call of each workload, and what one should know about these times, or None."""
+class Times(NamedTuple):
+    """Median microseconds a call of each workload, of so many samples, and what to know about them."""
+
+    us: list[float]
+    repeats: int
+    note: str | None
+
+
+def median_us(workloads: list[Workload], device: str, cold: bool, seconds: float = math.inf) -> Times:
+    """Time workloads that take turns, on the CPU for about so many seconds."""
     budget = _memory_budget(device) // len(workloads)
     counts = [copies_for(w.data.bytes, last_level_cache(device), budget) for w in workloads]
     calls = [w.calls(count if cold else 1) for w, (count, _) in zip(workloads, counts, strict=True)]
-    samples = _cuda_us(calls) if device == "cuda" else _cpu_us(calls, warm=not cold)
+    samples = _cuda_us(calls) if device == "cuda" else _cpu_us(calls, not cold, seconds)
     notes = []
     if cold and any(capped for _, capped in counts):
         notes.append(f"at the limit of memory: less than {COLD_FACTOR} caches of data")
     if any(_is_noisy(sample) for sample in samples):
         notes.append(f"noisy: the middle half of the samples spreads by more than {NOISY} times")
-    return [statistics.median(sample) for sample in samples], "; ".join(notes) or None
+    return Times([statistics.median(sample) for sample in samples], len(samples[0]), "; ".join(notes) or None)
 
 
 def _is_noisy(sample: list[float]) -> bool:
@@ -125,12 +133,15 @@ def _memory_budget(device: str) -> int:
     return min(MAX_BYTES, int(available[0].split()[1]) * 1024 // 2) if available else MAX_BYTES
 
 
-def _cpu_us(calls: list[list[Callable]], warm: bool) -> list[list[float]]:
-    """`REPEATS` samples of each; the workloads take turns, so that a slow spell hits all of them."""
+def _cpu_us(calls: list[list[Callable]], warm: bool, seconds: float) -> list[list[float]]:
+    """As many samples of each; the workloads take turns, so that a slow spell hits all of them."""
     streams = [cycle_of(copies) for copies in calls]
     inner = [_calls_a_sample(stream) for stream in streams]
     samples: list[list[float]] = [[] for _ in calls]
-    for _ in range(REPEATS):
+    end = time.perf_counter() + seconds
+    for repeat in range(REPEATS):
+        if repeat >= LEAST_REPEATS and time.perf_counter() > end:
+            break
         for stream, count, sample in zip(streams, inner, samples, strict=True):
             if warm:
                 next(stream)()  # the workload before this one took the cache
@@ -143,12 +154,14 @@ def _cpu_us(calls: list[list[Callable]], warm: bool) -> list[list[float]]:
 
 
 def _calls_a_sample(stream) -> int:
-    """Calls that fill `SAMPLE_SECONDS`, from the second of two."""
+    """Calls that fill `SAMPLE_SECONDS`, from the second of two unless the first is far longer."""
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()
         next(stream)()
         seconds = time.perf_counter() - start
+        if seconds > 20 * SAMPLE_SECONDS:
+            break
     return max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
 
 

@@ -80,10 +80,12 @@ def test_times_are_medians_of_turns():
     order = []
     loads = [timing.Workload(name, lambda _, n=name: order.append(n), timing.Copies(torch.ones(1)))
              for name in ("a", "b")]  # fmt: skip
-    us, _ = timing.median_us(loads, "cpu", cold=False)
-    assert len(us) == 2 and all(0 < value < 1e4 for value in us)
+    us, repeats, _ = timing.median_us(loads, "cpu", cold=False)
+    assert len(us) == 2 and all(0 < value < 1e4 for value in us) and repeats == timing.REPEATS
     turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert len(turns) >= 2 * timing.REPEATS, "the workloads must take turns"
+    _, repeats, _ = timing.median_us(loads, "cpu", cold=False, seconds=0)
+    assert repeats == timing.LEAST_REPEATS
     assert timing._is_noisy([1.0] * 10 + [2.0] * 10) and not timing._is_noisy([1.0] * 20)
 
 
@@ -135,7 +137,7 @@ def test_a_wrong_output_is_found():
 
 # harness
 
-FIELDS = "op shape tokens dtype cache us peer peer_us ratio bytes gbps bound correct".split()
+FIELDS = "op shape tokens dtype cache us peer peer_us ratio bytes gbps bound repeats correct".split()
 
 
 def case(correct: bool) -> harness.Case:
@@ -147,7 +149,7 @@ def case(correct: bool) -> harness.Case:
 
 
 def test_a_row_is_what_the_json_holds():
-    (row,) = harness.measure(case(True), "cpu", copy_gbps=2.0)
+    (row,) = harness.measure(case(True), harness.Options(), copy_gbps=2.0)
     entries = row.to_dict()
     assert [name for name in entries if name != "note"] == FIELDS
     assert entries["ratio"] == entries["peer_us"] / entries["us"]
@@ -157,17 +159,24 @@ def test_a_row_is_what_the_json_holds():
     json.dumps(entries)
 
 
+def test_shapes_take_the_place_of_models():
+    options = harness.Options(shapes=((64, 32), (96, 64)), tokens=(3,))
+    assert {(case.shape, case.tokens) for case in bench_gemv.plan(options)} == {("64x32", 3), ("96x64", 3)}
+    for bench in (bench_hadamard, bench_quantize):
+        assert {case.shape for case in bench.plan(harness.Options(shapes=((64,),)))} == {"64"}
+
+
 def test_no_time_without_a_correct_result():
-    (row,) = harness.measure(case(False), "cpu", copy_gbps=2.0)
+    (row,) = harness.measure(case(False), harness.Options(), copy_gbps=2.0)
     assert not row.correct and row.us is row.ratio is row.gbps is row.peer_us is None
     assert "NO" in harness.table([row])
 
 
 def test_a_wrong_result_fails_the_program(monkeypatch, capsys):
-    copy = harness.Row("copy", "1", 1, "uint8", "cold", 1.0, None, None, None, 2, 2.0, 1.0, True)
+    copy = harness.Row("copy", "1", 1, "uint8", "cold", 1.0, None, None, None, 2, 2.0, 1.0, 20, True)
     monkeypatch.setattr(harness, "copy_row", lambda device: copy)
     with pytest.raises(SystemExit) as failure:
-        harness.command("A test.", lambda options: [case(False)])(["--threads", "1"])
+        harness.command("A test.", lambda options: [case(False)], "WIDTH")(["--threads", "1"])
     output = capsys.readouterr()
     assert failure.value.code == 1
     assert "copy" in output.out and "wrong results, so no times: sum 64, 1 tokens" in output.err
@@ -451,6 +460,9 @@ def test_programs_answer_in_a_line(tmp_path, monkeypatch):
         code, output = answer(bench.main, "--device", "cuda")
         assert code == 1 and "torch sees no CUDA device here" in output
     assert "'1,x' is not a list" in answer(bench_gemv.main, "--tokens", "1,x")[1]
+    assert "'64' is not a list of OUTxIN" in answer(bench_gemv.main, "--shapes", "64")[1]
+    assert "'64x0' is not a list of OUTxIN" in answer(bench_gemv.main, "--shapes", "64x0")[1]
+    assert "'64x32' is not a list of WIDTH" in answer(bench_hadamard.main, "--shapes", "64x32")[1]
     assert "'ninety' is not a list" in answer(sass_gate.main, "--arch", "ninety")[1]
     assert "no NVIDIA GPU here" in answer(gpu_suite.main, "--json", tmp_path / "x.json")[1]
     assert "no NVIDIA GPU here" in answer(mma_rate.main)[1]
