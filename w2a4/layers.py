@@ -245,6 +245,10 @@ class W8Linear(_PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear_w8(x, self.weight, self.scale, self.bias)
 
+    def dequantize(self) -> Tensor:
+        """The float32 weight `[out, in]` that the codes stand for."""
+        return self.weight.float() * self.scale.float()[:, None]
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 

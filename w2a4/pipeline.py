@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from tqdm import tqdm
 
 from .calibrate import STAGES, LayerQuantizer, Streams
 from .config import Recipe, RotationConfig, resolve_group_size
-from .data import TextSource, calibration_windows, describe_text, load_text
-from .errors import CalibrationError, CheckpointError, RotationError, W2A4Error
+from .data import TextSource, calibration_windows, check_token_ids, describe_text, load_text
+from .errors import CheckpointError, RotationError, W2A4Error
 from .integrations.checkpoint import atomic_directory
 from .integrations.hf import W2A4Config, decoder_linears, install, kv_settings, prepare_layer
 from .layers import W8Embedding, W8Linear, _PackedModule
+from .learn_rotation import learn_rotation
 from .report import Report, checkpoint_summary, peak_memory_mb, source_name, versions
 from .resume import Progress, fingerprint
 from .rotation import fuse
@@ -27,6 +30,9 @@ STAGED = [name for stage in STAGES for name in stage]
 
 #: Tokens that run through a layer at once while quantising.
 BATCH_TOKENS = 2048
+
+#: See `quantize`.
+Refine = Callable[[int, LayerQuantizer, list[Tensor], Streams], None]
 
 #: A recipe that keeps everything in 16 bits: what a model is that was rotated only.
 ROTATED_ONLY = {"weight_bits": 16, "act_bits": 16, "kv_bits": 16, "head_bits": 16, "embed_bits": 16}
@@ -132,6 +138,29 @@ def rotate(model: nn.Module, config: RotationConfig | None = None) -> nn.Module:
     return model
 
 
+def rotate_by_recipe(
+    model: nn.Module,
+    tokenizer: Any,
+    recipe: Recipe,
+    calibration: TextSource | Tensor = "builtin",
+    progress: bool = True,
+    resume: str | Path | None = None,
+) -> nn.Module:
+    """`rotate` as `recipe.rotation` says; what is to be learned and names no file is learned first.
+
+    Args: as for `quantize`; learning keeps its state in `resume` too.
+    """
+    rotation = recipe.rotation
+    if "learned" not in (rotation.r1, rotation.r2) or rotation.learned is not None:
+        return rotate(model, rotation)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(resume if resume is not None else temporary)
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / "rotation.safetensors"
+        learn_rotation(model, tokenizer, recipe, calibration, file, progress, resume is not None)
+        return rotate(model, dataclasses.replace(rotation, learned=str(file)))
+
+
 @torch.no_grad()
 def quantize(
     model: nn.Module,
@@ -140,8 +169,11 @@ def quantize(
     calibration: TextSource | Tensor = "builtin",
     progress: bool = True,
     resume: str | Path | None = None,
+    refine: Refine | None = None,
 ) -> Report:
     """Rotate and quantise a LLaMA in place, one decoder layer at a time.
+
+    Rotations that the recipe calls `learned` without naming their file are learned first, on the same text.
 
     Args:
         model: LlamaForCausalLM, float, unrotated or fresh from `rotate`.
@@ -151,6 +183,8 @@ def quantize(
         progress: show a bar.
         resume: a directory that receives every finished layer; if it holds some of the same
             quantisation, interrupted, go on behind them. Yours to remove when the model is saved.
+        refine: improves a packed layer; called with its index and quantiser, the quantised hidden
+            states before it and both streams behind it, see `training.block.BlockTrainer`.
 
     Returns:
         what was done and how well each linear fits; also in `model.w2a4_report`.
@@ -163,7 +197,7 @@ def quantize(
     _check_quantizable(model, recipe)
     ids, described = _calibration_ids(tokenizer, calibration, recipe, model.config.vocab_size)
     if not isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
-        rotate(model, recipe.rotation)
+        rotate_by_recipe(model, tokenizer, recipe, calibration, progress, resume)
     before: W2A4Config = model.config.quantization_config
     recipe = recipe.override(rotation=before.recipe["rotation"])
     config = W2A4Config(recipe.to_dict(), before.rotation, before.provenance)
@@ -180,7 +214,7 @@ def quantize(
     with tqdm(
         total=layers * len(STAGED), desc=f"quantize {recipe.name}", unit="linear", disable=not progress
     ) as bar:
-        _quantize_layers(model, recipe, config, ids.to(model.device), state, bar)
+        _quantize_layers(model, recipe, config, ids.to(model.device), state, bar, refine)
     for entry in (entry for layer in state.entries for entry in layer):
         report.add_layer(**entry)
     if recipe.head_bits == 8:
@@ -206,16 +240,8 @@ def _calibration_ids(
     tokenizer: Any, calibration: TextSource | Tensor, recipe: Recipe, vocab_size: int
 ) -> tuple[Tensor, str]:
     if isinstance(calibration, Tensor):
-        if calibration.dim() != 2 or not calibration.numel() or calibration.dtype != torch.long:
-            raise CalibrationError(
-                f"calibration has shape {tuple(calibration.shape)} and dtype {calibration.dtype}; "
-                "give int64 token ids [samples, tokens]"
-            )
-        if int(calibration.max()) >= vocab_size or int(calibration.min()) < 0:
-            raise CalibrationError(
-                f"calibration holds token {int(calibration.max())}; the model knows 0..{vocab_size - 1}"
-            )
-        return calibration, f"{calibration.shape[0]} x {calibration.shape[1]} tokens"
+        ids = check_token_ids(calibration, vocab_size)
+        return ids, f"{ids.shape[0]} x {ids.shape[1]} tokens"
     text = load_text(calibration, "calibration")
     ids = calibration_windows(
         tokenizer, text, recipe.calib_samples, recipe.calib_seqlen, recipe.rotation.seed
@@ -224,8 +250,9 @@ def _calibration_ids(
 
 
 def _quantize_layers(
-    model: nn.Module, recipe: Recipe, config: W2A4Config, ids: Tensor, progress: Progress, bar: tqdm
-) -> None:
+    model: nn.Module, recipe: Recipe, config: W2A4Config, ids: Tensor, progress: Progress, bar: tqdm,
+    refine: Refine | None,
+) -> None:  # fmt: skip
     """All decoder layers, those that `progress` holds loaded instead, and the embedding."""
     batches = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
     embed = model.model.embed_tokens
@@ -248,7 +275,10 @@ def _quantize_layers(
                 streams = progress.streams().to(ids.device, len(batches[0]))
             continue
         quantizer = LayerQuantizer(layer, recipe, settings, cos_sin)
+        inputs = streams.quantized
         errors = quantizer.run(streams, bar.update)
+        if refine is not None:
+            refine(index, quantizer, inputs, streams)
         entries = [
             {"name": f"model.layers.{index}.{name}", "bits": packed.bits, "group_size": packed.group_size,
              "relative_error": errors[name.rpartition(".")[2]]}

@@ -113,13 +113,63 @@ def ldp_fake_quant(
         `[out, in]` in w's dtype.
     """
     groups = _groups(w, group_size)
-    soft = _sorted_levels(groups, beta, gamma, s1, s2)
-    levels, scale = _round_levels(soft)
-    codes = nearest_codes(groups, levels, scale).long()
-    exact = levels.to(soft.dtype) * scale.to(soft.dtype)[..., None]
-    chosen = straight_through(soft, exact).gather(-1, codes)
-    inside = groups * ((groups >= soft[..., :1]) & (groups <= soft[..., 3:]))
-    return (chosen + (inside - inside.detach())).flatten(-2).to(w.dtype)
+    return _Codebook.apply(groups, _sorted_levels(groups, beta, gamma, s1, s2)).flatten(-2).to(w.dtype)
+
+
+class _Codebook(torch.autograd.Function):
+    """Groups `[..., g]` as the nearest of their levels `[..., 4]`, ascending, in their stored form.
+
+    By hand, since a whole model's weights pass through it: beside its input, backward needs a byte a
+    weight.
+    """
+
+    @staticmethod
+    def forward(ctx, groups: Tensor, soft: Tensor) -> Tensor:
+        ints, scale = _round_levels(soft)
+        codes = nearest_codes(groups, ints, scale)
+        ctx.save_for_backward(groups, soft, codes)
+        exact = ints.to(soft.dtype) * scale.to(soft.dtype)[..., None]
+        first, second, third, fourth = (exact[..., i : i + 1] for i in range(4))
+        low, high = torch.where(codes > 0, second, first), torch.where(codes > 2, fourth, third)
+        return torch.where(codes > 1, high, low)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        groups, soft, codes = ctx.saved_tensors
+        # Sums over "code >= k", whose differences are those of one code each.
+        above = [grad.sum(-1), *((grad * (codes > k)).sum(-1) for k in range(3)), 0 * grad[..., 0]]
+        inside = (groups >= soft[..., :1]) & (groups <= soft[..., 3:])
+        return grad * inside, -torch.stack(above, -1).diff(dim=-1)
+
+
+def lsq_fake_quant(w: Tensor, step: Tensor, group_size: int | str = 128) -> Tensor:
+    """Latent weights as their packed 4-bit form gives them back: `scale * code` to the bit.
+
+    Gradients: to w the identity where it is not clipped, else 0; to step exactly that of
+    `scale * code` with both roundings passed through.
+
+    Args:
+        w: floating `[out, in]`.
+        step: float32 `[out, G]`, positive; its float16 is the scale.
+        group_size: as in `ldp_fake_quant`.
+
+    Returns:
+        `[out, in]` in w's dtype.
+
+    Source: learned step size, S. Esser et al. (arXiv 1902.08153).
+    """
+    info = torch.finfo(torch.float16)
+    scale = _half(step.clamp(info.smallest_normal, info.max))[..., None]
+    codes = (_groups(w, group_size) / scale).clamp(-8, 7)
+    return (straight_through(codes, codes.round()) * scale).flatten(-2).to(w.dtype)
+
+
+@torch.no_grad()
+def lsq_to_codes(w: Tensor, step: Tensor, group_size: int | str = 128) -> tuple[Tensor, Tensor]:
+    """The stored form: codes int8 `[out, in]` and scale float16 `[out, G]`. Args: as `lsq_fake_quant`."""
+    scale = _safe_half(step)
+    groups = _groups(w, group_size)
+    return (groups / scale.to(groups.dtype)[..., None]).round().clamp(-8, 7).to(torch.int8).flatten(-2), scale
 
 
 @torch.no_grad()
@@ -191,11 +241,17 @@ def _sorted_levels(groups: Tensor, beta: Tensor, gamma: Tensor, s1: Tensor, s2: 
 
 
 def _round_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels `[..., 4]` as int8 `[..., 4]` and a float16 scale `[...]` that is safe to divide by."""
-    levels, info = levels.detach(), torch.finfo(torch.float16)
-    scale = (levels.abs().amax(-1) / 127).clamp(info.smallest_normal, info.max).half()
+    """Levels `[..., 4]` as int8 `[..., 4]` and a float16 scale `[...]`."""
+    levels = levels.detach()
+    scale = _safe_half(levels.abs().amax(-1) / 127)
     ints = (levels / scale.to(levels.dtype)[..., None]).round().clamp(-127, 127)
     return ints.to(torch.int8), scale
+
+
+def _safe_half(scale: Tensor) -> Tensor:
+    """A scale in float16 that is safe to divide by."""
+    info = torch.finfo(torch.float16)
+    return scale.detach().clamp(info.smallest_normal, info.max).half()
 
 
 def _logit(part: Tensor, whole: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class Report:
         versions: of the software used.
         evaluation: what was measured, `{"before": …, "after": …}` with the dicts that
             `evaluate.perplexity` returns, or None.
+        training: what `w2a4 train` did: steps, tokens, losses, learning rates; or None.
     """
 
     recipe: dict[str, Any]
@@ -67,6 +68,7 @@ class Report:
     peak_memory_mb: float = 0.0
     versions: dict[str, str] = field(default_factory=lambda: versions())
     evaluation: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.source = source_name(self.source)
@@ -110,6 +112,13 @@ class Report:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise CheckpointError(f"the report is not JSON: {error}") from None
+
+
+def training_text(training: Mapping[str, Any]) -> str:
+    """One line on a training run, see `Report.training`."""
+    losses = training.get("losses") or []
+    fall = f", loss {losses[0]:.4g} to {losses[-1]:.4g}" if losses else ""
+    return f"{training['steps']} steps in {training['minutes']:.1f} minutes on {training['text']}{fall}"
 
 
 def source_name(source: str | Path) -> str:

@@ -202,12 +202,7 @@ def kv_settings(config: W2A4Config) -> attention.KVSettings:
 
 def install(model: nn.Module, config: W2A4Config, report: Report | None = None) -> None:
     """Give a rotated or quantised LLaMA its attention, cache and `save_pretrained`."""
-    model.config.quantization_config = config
-    model.config.tie_word_embeddings = False
-    settings = kv_settings(config)
-    for layer in model.model.layers:
-        layer.self_attn.kv_settings = settings
-    model.set_attn_implementation(attention.NAME)
+    set_attention(model, config)
     if config.parsed_recipe.weight_bits < 16:
         model.is_quantized = True
         fuse(model.model.layers)
@@ -215,6 +210,16 @@ def install(model: nn.Module, config: W2A4Config, report: Report | None = None) 
         model.__class__ = _packed_class(type(model))
         model.register_forward_pre_hook(_default_cache, with_kwargs=True)
     model.w2a4_report = report or _report_beside(getattr(model.config, "_name_or_path", ""))
+
+
+def set_attention(model: nn.Module, config: W2A4Config) -> None:
+    """Record `config` in the model and let it attend with R3 and the KV cache that this asks for."""
+    model.config.quantization_config = config
+    model.config.tie_word_embeddings = False
+    settings = kv_settings(config)
+    for layer in model.model.layers:
+        layer.self_attn.kv_settings = settings
+    model.set_attn_implementation(attention.NAME)
 
 
 def _report_beside(source: str) -> Report | None:

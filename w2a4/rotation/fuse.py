@@ -208,6 +208,11 @@ def _head_dim(llama: object) -> int:
 
 def _load_learned(config: RotationConfig, hidden: int, layers: int, head_dim: int) -> dict[str, _Learned]:
     """The tensors `R1` and `R2.<layer>` that the configuration asks for, as `r1` and `r2.<layer>`."""
+    if config.learned is None:
+        raise RotationError(
+            f"r1={config.r1!r}, r2={config.r2!r}, but learned names no file with R1 and R2.<layer>: "
+            "learn them with `w2a4 learn-rotation`, or use `quantize`, which learns them first"
+        )
     path = Path(config.learned)
     if not path.is_file():
         raise RotationError(

@@ -1,4 +1,4 @@
-"""Descent on rotations: Cayley SGD, whose every iterate is orthogonal.
+"""Descent on rotations: Cayley SGD, whose every iterate is orthogonal, and what it may descend on.
 
 Source: J. Li, L. Fuxin, S. Todorovic, "Efficient Riemannian optimization on the Stiefel manifold via
 the Cayley transform" (arXiv 2002.01113), as SpinQuant (arXiv 2405.16406) uses it.
@@ -6,6 +6,7 @@ the Cayley transform" (arXiv 2002.01113), as SpinQuant (arXiv 2405.16406) uses i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,16 @@ import torch
 from torch import Tensor
 
 from ..errors import RotationError
+
+#: Kurtosis of a uniform distribution, which a uniform quantiser fits best; a Gaussian's is 3.
+UNIFORM_KURTOSIS = 1.8
+
+#: Share of the first learning rate that is left after a fraction f of the steps.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda f: 1 - f,
+    "cosine": lambda f: (1 + math.cos(math.pi * f)) / 2,
+    "constant": lambda f: 1.0,
+}
 
 
 def tangent_skew(r: Tensor, direction: Tensor) -> Tensor:
@@ -49,7 +60,11 @@ def cayley_step(
     Returns:
         `[n, n]`, a new tensor.
     """
-    a = tangent_skew(r, direction)
+    return _move(r, tangent_skew(r, direction), lr, q, iterations, eps)
+
+
+def _move(r: Tensor, a: Tensor, lr: float, q: float, iterations: int, eps: float) -> Tensor:
+    """`cayley_step` along a skew matrix."""
     # A tensor, not a float: no synchronisation with the device.
     alpha = (2 * q / (torch.linalg.matrix_norm(a, 1) + eps)).clamp(max=lr)
     half = alpha / 2 * a
@@ -62,8 +77,10 @@ def cayley_step(
 class CayleySGD(torch.optim.Optimizer):
     """SGD with momentum on orthogonal matrices: `m <- momentum * m - grad`, then `cayley_step` along m.
 
-    After each step one Newton-Schulz iteration removes what the truncated fixed point and rounding left
-    of `RᵀR - I`, so that nothing builds up over a run.
+    The momentum keeps only its part in the tangent space. The rest says how the loss would change off the
+    rotations, can be many times larger, and would turn into motion as soon as the matrix has turned.
+    After each step two Newton-Schulz iterations remove what the truncated fixed point (up to 1e-2 if all
+    of A is one plane) and rounding left of `RᵀR - I`, so that nothing builds up over a run.
 
     Args:
         params: orthogonal float `[n, n]` parameters, or groups of them.
@@ -111,11 +128,12 @@ class CayleySGD(torch.optim.Optimizer):
                 state = self.state[r]
                 if not state:
                     state["momentum"] = torch.zeros_like(r)
-                state["momentum"].mul_(group["momentum"]).sub_(r.grad)
-                y = cayley_step(
-                    r, state["momentum"], group["lr"], group["q"], group["iterations"], group["eps"]
-                )
-                r.copy_(1.5 * y - 0.5 * y @ (y.T @ y))
+                a = tangent_skew(r, state["momentum"].mul_(group["momentum"]).sub_(r.grad))
+                state["momentum"].copy_(a @ r)
+                y = _move(r, a, group["lr"], group["q"], group["iterations"], group["eps"])
+                for _ in range(2):
+                    y = 1.5 * y - 0.5 * y @ (y.T @ y)
+                r.copy_(y)
         return loss
 
 
@@ -123,3 +141,32 @@ def orthogonality_error(r: Tensor) -> float:
     """max |RᵀR - I|, computed in float64."""
     r = r.detach().double()
     return (r.T @ r - torch.eye(r.shape[0], dtype=r.dtype, device=r.device)).abs().max().item()
+
+
+def kurtosis(x: Tensor) -> Tensor:
+    """Fourth central moment over the squared variance, of each row: how heavy its tails are.
+
+    Args:
+        x: floating `[..., n]`.
+
+    Returns:
+        `[...]`, at least 1; 0 for a constant row.
+    """
+    squares = (x - x.mean(-1, keepdim=True)).square()
+    return squares.square().mean(-1) / squares.mean(-1).clamp_min(1e-12).square()
+
+
+def kurtosis_gap(x: Tensor) -> Tensor:
+    """How far the rows' mean kurtosis is from a uniform distribution's.
+
+    Rows, since each has a quantisation scale of its own.
+
+    Args:
+        x: floating `[rows, n]`.
+
+    Returns:
+        scalar, >= 0.
+
+    Source: KurTail, M. Akhondzadeh et al. (arXiv 2503.01483).
+    """
+    return (kurtosis(x).mean() - UNIFORM_KURTOSIS).abs()

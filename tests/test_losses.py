@@ -1,0 +1,55 @@
+"""Distillation losses against their definitions."""
+
+import pytest
+import torch
+from numerics import assert_close
+
+from w2a4.training import losses
+from w2a4.training.losses import distillation_loss
+
+
+def definition(student, teacher, mask, kind):
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    keep = torch.ones(student.shape[:-1], dtype=torch.bool) if mask is None else mask
+    b = q.amax(-1)[keep].mean() if kind == "cakld" else 0.0
+    rows = b * (p * (log_p - log_q)).sum(-1) + (1 - b) * (q * (log_q - log_p)).sum(-1)
+    return rows[keep].mean()
+
+
+@pytest.mark.parametrize("kind", ["cakld", "kl"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk", [3, 256])
+def test_value_and_gradient(kind, masked, chunk, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    student = (3 * torch.randn(2, 5, 11)).requires_grad_()
+    teacher = 3 * torch.randn(2, 5, 11)
+    mask = torch.rand(2, 5) < 0.6 if masked else None
+    loss, want = distillation_loss(student, teacher, mask, kind), definition(student, teacher, mask, kind)
+    assert_close(loss, want, atol=1e-6)
+    (grad,) = torch.autograd.grad(2 * loss, student)
+    (expected,) = torch.autograd.grad(2 * want, student)
+    assert_close(grad, expected, atol=1e-6)
+
+
+def test_zero_where_they_agree():
+    logits = torch.randn(4, 7).requires_grad_()
+    loss = distillation_loss(logits, logits.detach() + 3.0)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert abs(loss.item()) < 1e-6 and grad.abs().max() < 1e-6
+
+
+def test_nothing_counts():
+    logits = torch.randn(4, 7).requires_grad_()
+    loss = distillation_loss(logits, torch.randn(4, 7), torch.zeros(4, dtype=torch.bool))
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == 0 and not grad.any()
+
+
+def test_half_precision_logits():
+    student, teacher = torch.randn(6, 33).bfloat16().requires_grad_(), torch.randn(6, 33).bfloat16()
+    loss = distillation_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    assert_close(loss, definition(student.float(), teacher.float(), None, "cakld"), atol=1e-5)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert grad.dtype == torch.bfloat16

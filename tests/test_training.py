@@ -1,0 +1,225 @@
+"""Training end to end on tiny models: the trainer, resuming, blocks, and what goes wrong."""
+
+import copy
+import dataclasses
+import functools
+
+import pytest
+import torch
+from packed import SHAPE, calibration
+from tiny_llama import tiny_llama
+
+import w2a4
+from w2a4.config import Training
+from w2a4.errors import CalibrationError, TrainingError
+from w2a4.training import run, trainer
+from w2a4.training.losses import distillation_loss
+from w2a4.training.prepare import prepare
+from w2a4.training.trainer import QATTrainer, Windows, parameter_groups, rate, training_arguments
+
+TRAINING = Training(steps=6, batch_size=4, seqlen=24, micro_batch=2, lr=1e-3, quantizer_lr=2e-3, warmup=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def stream(tokens=600):
+    """Text with something to predict: each token follows from the one before, most of the time."""
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randint(3, SHAPE["vocab_size"], (tokens,), generator=generator)
+    keep = torch.rand(tokens, generator=generator) < 0.2
+    ids = [5]
+    for i in range(1, tokens):
+        ids.append(int(noise[i]) if keep[i] else (ids[-1] * 7 + 11) % SHAPE["vocab_size"])
+    return torch.tensor(ids)
+
+
+def llama():
+    return tiny_llama(dtype=torch.float32, **SHAPE)
+
+
+@functools.cache
+def _prepared():
+    recipe = w2a4.Recipe.load("w2a4kv4").override(gptq_refine=0)
+    return prepare(llama(), None, recipe, calibration(), progress=False)
+
+
+def make_trainer(folder, training=TRAINING, text=None):
+    text = stream() if text is None else text
+    windows = Windows(text, training.seqlen, training.steps * training.batch_size)
+    args = training_arguments(training, folder, world=1, seed=0, progress=False)
+    return QATTrainer(copy.deepcopy(_prepared()), llama().eval(), training, args, train_dataset=windows)
+
+
+def test_windows_are_the_same_whatever_was_drawn_before():
+    text = torch.arange(100)
+    windows = Windows(text, 8, 40, seed=1)
+    again = Windows(text, 8, 40, seed=1)
+    assert len(windows) == 40
+    for index in (39, 0, 17):
+        assert torch.equal(windows[index]["input_ids"], again[index]["input_ids"])
+    for index in range(40):
+        window = windows[index]["input_ids"]
+        assert len(window) == 8 and bool((window.diff() == 1).all())
+    first_pass = torch.cat([windows[i]["input_ids"] for i in range(windows.in_pass)])
+    assert len(first_pass.unique()) == len(first_pass)  # nothing twice within a pass
+    other = Windows(text, 8, 40, seed=2)
+    assert any(not torch.equal(windows[i]["input_ids"], other[i]["input_ids"]) for i in range(5))
+    with pytest.raises(CalibrationError, match="15 tokens; windows of seqlen=8 need at least 16"):
+        Windows(text[:15], 8, 1)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_rate(schedule):
+    training = Training(schedule=schedule, warmup=0.2)
+    assert 0 < rate(training, 0.0) <= 0.05
+    assert rate(training, 0.1) == pytest.approx(0.5)
+    assert rate(training, 0.2) == pytest.approx(1.0)
+    end = rate(training, 1.0)
+    assert end == (1.0 if schedule == "constant" else pytest.approx(0.0, abs=1e-9))
+    assert rate(training, 1.5) == pytest.approx(end, abs=1e-9)
+
+
+def divergence(trainer_, ids):
+    with torch.no_grad():
+        logits = (trainer_.model.eval()(ids, use_cache=False).logits, trainer_.teacher(ids).logits)
+    return float(distillation_loss(*logits))
+
+
+def test_training_brings_the_student_nearer(tmp_path):
+    training = dataclasses.replace(TRAINING, steps=40, lr=2e-3)
+    long, ids = make_trainer(tmp_path, training, text=stream(120)), stream(120).view(-1, 24)
+    before = divergence(long, ids)
+    long.train()
+    assert divergence(long, ids) < 0.8 * before
+
+
+def test_accumulation_does_not_matter(tmp_path):
+    losses = []
+    for micro in (4, 1):
+        short = make_trainer(tmp_path / str(micro), dataclasses.replace(TRAINING, micro_batch=micro))
+        short.train()
+        losses.append([entry["loss"] for entry in short.state.log_history if "loss" in entry])
+    assert len(losses[0]) == TRAINING.steps
+    # CAKLD weighs by the confidence in each forward pass, so that parts differ a little.
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_groups_have_their_own_rates():
+    groups = parameter_groups(_prepared(), TRAINING)
+    assert [group["lr"] for group in groups] == [1e-3, 2e-3]
+    counts = [len(group["params"]) for group in groups]
+    assert counts == [14, 14 * 5] and sum(counts) == sum(p.requires_grad for p in _prepared().parameters())
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    folder = tmp_path / "part"
+    part = make_trainer(folder)
+    part.args.save_steps = part.state.save_steps = 3
+
+    class Stop(trainer.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    part.add_callback(Stop())
+    part.train()
+    assert trainer.last_checkpoint(folder).name == "checkpoint-3"
+    again = make_trainer(folder)
+    again.train(resume_from_checkpoint=str(trainer.last_checkpoint(folder)))
+    assert again.state.global_step == 6 and again.spent > 0
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_budget_of_time_ends_the_run(tmp_path):
+    training = Training(steps=10_000, batch_size=1, seqlen=24, minutes=0.05, lr=1e-4)
+    timed = make_trainer(tmp_path, training)
+    timed.train()
+    assert 0 < timed.state.global_step < 10_000
+    assert 0.05 <= timed.minutes() < 0.5
+    assert timed.state.log_history[-2]["learning_rate"] < 0.5e-4  # the schedule follows the clock
+
+
+def test_explosion_stops_and_keeps_the_checkpoint(tmp_path):
+    run_ = make_trainer(tmp_path)
+    run_.args.save_steps = run_.state.save_steps = 2
+
+    class Poison(trainer.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.model.layers[1].mlp.up_proj.beta.data[0, 0] = float("nan")
+
+    run_.add_callback(Poison())
+    with pytest.raises(
+        TrainingError, match=r"step 4: the loss is nan, model.layers.1.mlp.up_proj.beta holds NaN"
+    ):
+        run_.train()
+    assert trainer.last_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run_ = make_trainer(tmp_path)
+    run_._save(str(tmp_path / "checkpoint-1"))
+    shorter = tiny_llama(dtype=torch.float32, **{**SHAPE, "num_hidden_layers": 1})
+    recipe = w2a4.Recipe.load("w2a4kv4").override(**{"training.init": "lloyd"})
+    other = prepare(shorter, None, recipe, calibration(), progress=False)
+    with pytest.raises(TrainingError, match="is of another model or recipe: 'model.layers.1"):
+        trainer.load_trained(other, tmp_path / "checkpoint-1")
+
+
+def test_batches_must_divide():
+    with pytest.raises(TrainingError, match="batch_size=4 is not a multiple of 3 processes"):
+        training_arguments(TRAINING, "x", world=3, seed=0, progress=False)
+
+
+class Letters:
+    """A tokenizer of bytes, as far as training needs one."""
+
+    bos_token_id = None
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": [3 + byte % 120 for byte in text.encode()]}
+
+
+def small_recipe(**changes):
+    recipe = w2a4.Recipe.load("w2a4kv4").override(gptq_refine=0, calib_samples=8, calib_seqlen=32)
+    changes = {"steps": 3, "batch_size": 2, "seqlen": 16, "lr": 1e-3, **changes}
+    return recipe.override(**{f"training.{key}": value for key, value in changes.items()})
+
+
+@pytest.mark.parametrize("route", ["end_to_end", "block"])
+def test_train_gives_a_packed_model(route, tmp_path):
+    model = run.train(
+        llama(),
+        Letters(),
+        small_recipe(route=route, steps=20, init="lloyd"),
+        tmp_path / "work",
+        progress=False,
+    )
+    facts = model.w2a4_report.training
+    assert facts["steps"] == (20 if route == "end_to_end" else 40) and facts["minutes"] >= 0
+    model.save_pretrained(tmp_path / "out")
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = stream(20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    if route == "block":
+        assert all(after < before for before, after in facts["errors"].values())
+
+
+@pytest.mark.parametrize("grid,loss", [("uniform", "kl"), ("ldp", "cross_entropy")])
+def test_baselines_train(grid, loss, tmp_path):
+    model = run.train(llama(), Letters(), small_recipe(grid=grid, loss=loss), tmp_path, progress=False)
+    assert all(torch.isfinite(torch.tensor(model.w2a4_report.training["losses"])))
+
+
+def test_work_of_another_run_is_refused(tmp_path):
+    run.train(llama(), Letters(), small_recipe(), tmp_path, progress=False)
+    with pytest.raises(TrainingError, match="another model, recipe or text"):
+        run.train(llama(), Letters(), small_recipe(lr=5e-4), tmp_path, progress=False)

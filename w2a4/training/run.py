@@ -1,0 +1,135 @@
+"""`train`: from a float LLaMA to a packed one that was trained as it computes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import data, pipeline
+from ..config import Recipe
+from ..errors import TrainingError
+from ..report import peak_memory_mb, write_json
+from ..resume import fingerprint
+from .block import BlockTrainer
+from .generations import write_generations
+from .prepare import convert, prepare, start_recipe
+from .trainer import QATTrainer, Windows, last_checkpoint, training_arguments
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    recipe: Recipe | str,
+    work: str | Path,
+    calibration: data.TextSource = "builtin",
+    progress: bool = True,
+) -> nn.Module:
+    """Prepare, train and pack a LLaMA, in place.
+
+    Args:
+        model: LlamaForCausalLM, float; its full-precision copy is the teacher.
+        recipe: with `training`, see `config.Training`.
+        work: a directory for the start and the checkpoints. If it holds an interrupted run of the same
+            model, recipe and text, that is gone on with. Yours to remove when the model is saved.
+        calibration: text for the fit that training begins with; `recipe.training.data` is trained on.
+        progress: show bars.
+
+    Returns:
+        the same model, packed; `model.w2a4_report.training` has losses, tokens and minutes.
+
+    Raises:
+        W2A4Error: as `prepare`; `TrainingError` for a loss that explodes, or a `work` of another run.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    work = Path(work)
+    if recipe.training.route == "block":
+        return _train_blocks(model, tokenizer, recipe, work, calibration, progress)
+    return _train_whole(model, tokenizer, recipe, work, calibration, progress)
+
+
+def _train_blocks(model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool) -> nn.Module:
+    trainer, begun = BlockTrainer(recipe), time.perf_counter()
+    report = pipeline.quantize(
+        model, tokenizer, start_recipe(recipe), calibration, progress, work / "start", trainer
+    )
+    report.recipe = recipe.override(rotation=report.recipe["rotation"]).to_dict()
+    report.training = {
+        "errors": {str(index): errors for index, errors in trainer.errors.items()},
+        "steps": recipe.training.steps * len(model.model.layers),
+        "minutes": round((time.perf_counter() - begun) / 60, 2),
+        "text": report.calibration,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    return model
+
+
+def _train_whole(model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool) -> nn.Module:
+    training = recipe.training
+    text = _text(model, tokenizer, recipe, work, calibration, progress)
+    stream, _ = data.token_stream(tokenizer, text)
+    windows = Windows(stream, training.seqlen, training.steps * training.batch_size, recipe.rotation.seed)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    args = training_arguments(training, work / "checkpoints", world, recipe.rotation.seed, progress)
+    teacher = _teacher(model) if training.loss != "cross_entropy" else None
+    prepare(model, tokenizer, recipe, calibration, progress, resume=work / "start")
+    trainer = QATTrainer(model, teacher, training, args, train_dataset=windows)
+    checkpoint = last_checkpoint(work / "checkpoints")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    facts = {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step * training.batch_size * training.seqlen,
+        "minutes": round(trainer.minutes(), 2),
+        "text": data.describe_text(training.data, text),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    return convert(model, facts)
+
+
+def check_text(recipe: Recipe) -> None:
+    """Raise CalibrationError if the text to train on is missing; cheap, for before a model is loaded."""
+    if recipe.training.route == "end_to_end" and recipe.training.data != "self":
+        data.load_text(recipe.training.data, "calibration")
+
+
+def _text(model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool) -> str:
+    """What is trained on; `work` is claimed for this run."""
+    training = recipe.training
+    own = training.data == "self"
+    text = data.load_text(calibration if own else training.data, "calibration")
+    stream, _ = data.token_stream(tokenizer, text)
+    _claim(work, recipe, stream, model)
+    if not own:
+        return text
+    tokens = training.steps * training.batch_size * training.seqlen
+    path = work / "generations.jsonl"
+    return write_generations(model, tokenizer, stream, tokens, path, recipe.rotation.seed, progress)
+
+
+def _teacher(model: nn.Module) -> nn.Module:
+    """The full-precision model, in bfloat16 where there is a GPU for it."""
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    return teacher.to(torch.bfloat16) if torch.cuda.is_available() else teacher
+
+
+def _claim(work: Path, recipe: Recipe, stream: torch.Tensor, model: nn.Module) -> None:
+    """Mark `work` as of this run, or refuse one of another."""
+    key = fingerprint(recipe.to_dict(), {}, stream, model)
+    path = work / "run.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("fingerprint") != key:
+            raise TrainingError(
+                f"{str(work)!r} holds a run of {found.get('recipe')!r} with another model, recipe or text; "
+                "remove it, or give the settings of that run to go on with it"
+            )
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"recipe": recipe.name, "fingerprint": key})

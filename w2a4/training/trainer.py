@@ -1,0 +1,269 @@
+"""`QATTrainer`: Hugging Face's Trainer for a prepared model, with a full-precision teacher."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..config import Training
+from ..errors import CalibrationError, TrainingError
+from .losses import distillation_loss
+from .prepare import fake_quant_linears
+
+WEIGHTS = "model.safetensors"
+
+#: A loss this many times that of the first step means that training has blown up.
+EXPLODED = 10.0
+
+
+class Windows(Dataset):
+    """Windows of a token stream: item i is the same whatever was drawn before, so that runs can be resumed.
+
+    Every pass over the text cuts it at another offset and shuffles the pieces.
+
+    Args:
+        stream: int64 `[tokens]`.
+        seqlen: tokens in a window.
+        count: windows in all.
+    """
+
+    def __init__(self, stream: Tensor, seqlen: int, count: int, seed: int = 0):
+        if len(stream) < 2 * seqlen:
+            raise CalibrationError(
+                f"the training text has {len(stream)} tokens; windows of seqlen={seqlen} need at least "
+                f"{2 * seqlen}: give a longer text or a smaller training.seqlen"
+            )
+        self.stream, self.seqlen, self.count, self.seed = stream, seqlen, count, seed
+        self.in_pass = len(stream) // seqlen - 1
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number, within = divmod(index, self.in_pass)
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + number)
+        offset = int(torch.randint(self.seqlen, (1,), generator=generator))
+        piece = int(torch.randperm(self.in_pass, generator=generator)[within])
+        start = offset + piece * self.seqlen
+        return {"input_ids": self.stream[start : start + self.seqlen]}
+
+
+class QATTrainer(Trainer):
+    """Trains what `prepare` made trainable, against the teacher's logits.
+
+    Latent weights and quantiser parameters have their own learning rates; checkpoints hold the model's
+    state in safetensors. A loss that is not finite or explodes stops the run with `TrainingError`;
+    checkpoints saved before stay.
+
+    Args:
+        model: prepared.
+        teacher: the full-precision model, in eval mode; None for `loss: cross_entropy`.
+        training: see `Training`.
+        args: as for Trainer; `training_arguments` makes them from a `Training`.
+        train_dataset: of `{"input_ids": int64 [seqlen]}`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        training: Training,
+        args: TrainingArguments,
+        **kwargs,
+    ):
+        super().__init__(model=model, args=args, data_collator=_collate, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean; Trainer is to average accumulated ones
+        self.training = training
+        self.teacher = teacher.to(self.args.device) if teacher is not None else None
+        self.started, self.spent = time.monotonic(), 0.0
+        self.first_loss: float | None = None
+        self.add_callback(_StopInTime(self))
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_Bar())
+        if training.gradient_checkpointing:
+            # transformers 5 has renamed it.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids = inputs["input_ids"]
+        if self.training.loss == "cross_entropy":
+            output = model(input_ids=ids, labels=ids, use_cache=False)
+            loss = output.loss
+        else:
+            with torch.no_grad():
+                target = self.teacher(input_ids=ids, use_cache=False).logits
+            output = model(input_ids=ids, use_cache=False)
+            loss = distillation_loss(output.logits, target, kind=self.training.loss)
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        value = float(loss.detach())
+        if self.first_loss is None and math.isfinite(value):
+            self.first_loss = value
+        if not math.isfinite(value) or value > EXPLODED * (self.first_loss or math.inf):
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the loss is {value:.4g}{self._culprit()}; lower "
+                f"training.lr (now {self.training.lr:g}) or training.quantizer_lr (now "
+                f"{self.training.quantizer_lr:g}); checkpoints saved before stay in {self.args.output_dir!r}"
+            )
+        return loss
+
+    def _culprit(self) -> str:
+        for what, values in (
+            ("", self.model.named_parameters()),
+            (
+                "the gradient of ",
+                ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None),
+            ),
+        ):
+            for name, value in values:
+                if not bool(torch.isfinite(value).all()):
+                    return f", {what}{name} holds NaN or infinity"
+        return ""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(model if model is not None else self.model, self.training)
+            self.optimizer = torch.optim.AdamW(groups, fused=True)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            optimizer = optimizer if optimizer is not None else self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: rate(self.training, self.progress(step, num_training_steps))
+            )
+        return self.lr_scheduler
+
+    def minutes(self) -> float:
+        """Spent on this run, interrupted parts included."""
+        return self.spent + (time.monotonic() - self.started) / 60
+
+    def progress(self, step: int, steps: int) -> float:
+        """The share of the run that is over, by steps or by time, whichever ends it first."""
+        limit = self.training.minutes
+        return max(step / steps, self.minutes() / limit if limit else 0.0)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = state_dict if state_dict is not None else self.model.state_dict()
+        trained = {n: t.contiguous() for n, t in state.items() if n in set(_trained(self.model))}
+        save_file(trained, folder / WEIGHTS, {"minutes": f"{self.minutes():.3f}"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(model if model is not None else self.model, Path(resume_from_checkpoint))
+        self.spent = _minutes(Path(resume_from_checkpoint))
+
+
+class _Bar(ProgressCallback):
+    """Trainer's bar with the loss behind it, instead of a line for each step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}", refresh=False)
+
+
+class _StopInTime(TrainerCallback):
+    def __init__(self, trainer: QATTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        limit = self.trainer.training.minutes
+        if limit and self.trainer.minutes() >= limit:
+            control.should_training_stop = True
+
+
+def training_arguments(
+    training: Training, out: Path, world: int, seed: int, progress: bool
+) -> TrainingArguments:
+    """Trainer's settings for a recipe: `world` processes share each step's sequences."""
+    share, rest = divmod(training.batch_size, world)
+    micro = share if training.micro_batch == -1 else min(training.micro_batch, share)
+    if rest or share % micro:
+        raise TrainingError(
+            f"training.batch_size={training.batch_size} is not a multiple of {world} processes times "
+            f"training.micro_batch={training.micro_batch}"
+        )
+    return TrainingArguments(
+        output_dir=str(out), max_steps=training.steps, per_device_train_batch_size=micro,
+        gradient_accumulation_steps=share // micro, max_grad_norm=training.max_grad_norm,
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(), logging_steps=1, save_steps=max(1, training.steps // 10),
+        save_total_limit=2, seed=seed, report_to=[], disable_tqdm=not progress, remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any]]:
+    """The optimiser's groups: latent weights (and biases), and quantiser parameters, without decay."""
+    special = {id(p) for m in fake_quant_linears(model).values() for p in m.quantizer_parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in trained if id(p) not in special]
+    quantizers = [p for p in trained if id(p) in special]
+    return [
+        {"params": weights, "lr": training.lr, "weight_decay": training.weight_decay},
+        {"params": quantizers, "lr": training.quantizer_lr, "weight_decay": 0.0},
+    ]
+
+
+def rate(training: Training, progress: float) -> float:
+    """Factor on the learning rates where `progress`, 0..1, of the run is over."""
+    if progress < training.warmup:
+        return progress / training.warmup if progress > 0 else 0.01
+    left = max(0.0, 1 - progress) / (1 - training.warmup)
+    if training.schedule == "constant":
+        return 1.0
+    return left if training.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of an interrupted run."""
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return Path(found) if found else None
+
+
+def load_trained(model: nn.Module, checkpoint: Path) -> None:
+    """Load the trained parameters of a checkpoint, which must be those of this model."""
+    state, names = load_file(checkpoint / WEIGHTS), set(_trained(model))
+    strange = sorted(names ^ set(state))
+    if strange:
+        raise TrainingError(
+            f"{str(checkpoint)!r} is of another model or recipe: {strange[0]!r} does not match"
+        )
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise TrainingError(f"{str(checkpoint)!r} is of another model or recipe: {error}") from None
+
+
+def _trained(model: nn.Module) -> list[str]:
+    return [
+        f"{name}.{key}" for name, m in fake_quant_linears(model).items() for key, _ in m.named_parameters()
+    ]
+
+
+def _minutes(checkpoint: Path) -> float:
+    from safetensors import safe_open
+
+    with safe_open(checkpoint / WEIGHTS, "pt") as file:
+        return float((file.metadata() or {}).get("minutes", 0))
+
+
+def _collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {"input_ids": torch.stack([item["input_ids"] for item in items])}
