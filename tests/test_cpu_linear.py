@@ -60,6 +60,7 @@ SHAPES = [
     *[(6, 720, group, act) for group, act in [(36, -1), (20, 60), (48, 24), (90, 15), (18, -1), (5, 45)]],
     (2, 32, 32, -1),
     (70, 8448, 64, 128),
+    (9, 8448, 128, -1),
 ]
 
 
@@ -109,7 +110,9 @@ def check_extremes(torch):
         for a_byte in (0x88, 0x77, 0x87):
             for level in (-128, 127):
                 weight = torch.randint(0, 256, (9, features // 4), dtype=torch.uint8)
+                weight[:2] = 0xFF  # one code alone, which is as far from the first as can be
                 levels = torch.full((9, features // group, 4), level, dtype=torch.int8)
+                levels[:2, :, 0] = -1 - level
                 scale = torch.ones(9, features // group).half()
                 activations = torch.full((11, features // 2), a_byte, dtype=torch.uint8), torch.ones(11, 1)
                 weights = [weight, levels, scale]

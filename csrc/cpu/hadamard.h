@@ -134,93 +134,114 @@ W2A4_INLINE void butterfly(const double* x, double* y, int64_t n, double scale) 
   butterfly_plain(x, y, n, scale);
 }
 
-// How a step of the K part reads signs [k, k]: factor of input `in` for output `out` is
-// signs[out * out_stride + in * in_stride].
-template <class Real>
-struct Signs {
-  const Real* data;
-  int64_t out_stride, in_stride;
+// Four inputs of the K part come to an output in one of 16 ways. Their sums are tabulated for a
+// vector of columns, so that an output takes one addition for four inputs.
+constexpr int64_t kInputs = 4;
+constexpr int64_t kOutputs = 4;  // two times as many sums are kept in registers
+constexpr int kTableLanes = 8;   // at most, so that the table of K = 172 stays in the first cache
+
+struct alignas(64) TableLine {
+  float values[16];
 };
 
-// y[out] = sum over in, in order, of sign * x[in] for kOuts rows out and kVectors vectors of
-// columns; x and y are rows of m values.
-template <int kLanes, int kOuts, int kVectors>
-W2A4_INLINE void mix_tile(const float* x, Signs<float> signs, int64_t k, int64_t m, float scale,
-                          float* y) {
+// table [k / kInputs, 16]: entry i has minus input j where bit j of i is set; x is k rows of m.
+template <int kLanes>
+W2A4_INLINE void fill_table(const float* x, int64_t k, int64_t m, float* table) {
   typedef typename Lanes<kLanes>::Vec Vec;
-  Vec sums[kOuts][kVectors] = {};
-  for (int64_t in = 0; in < k; ++in) {
-    Vec row[kVectors];
+  Vec* to = reinterpret_cast<Vec*>(table);
+  for (int64_t first = 0; first < k; first += kInputs, to += 16) {
+    Vec in[kInputs] = {};
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      row[v] = *reinterpret_cast<const Vec*>(x + in * m + v * kLanes);
-#pragma GCC unroll 8
-    for (int o = 0; o < kOuts; ++o) {
-      const float sign = signs.data[o * signs.out_stride + in * signs.in_stride];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[o][v] += sign * row[v];
-    }
+    for (int64_t i = 0; i < kInputs; ++i)
+      if (first + i < k) in[i] = *reinterpret_cast<const Vec*>(x + (first + i) * m);
+    const Vec low[4] = {in[0] + in[1], in[1] - in[0], in[0] - in[1], -in[0] - in[1]};
+    const Vec high[4] = {in[2] + in[3], in[3] - in[2], in[2] - in[3], -in[2] - in[3]};
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) to[i] = low[i % 4] + high[i / 4];
   }
-#pragma GCC unroll 8
-  for (int o = 0; o < kOuts; ++o)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      *reinterpret_cast<Vec*>(y + o * m + v * kLanes) = sums[o][v] * scale;
 }
 
-template <int kLanes, int kVectors>
-W2A4_INLINE void mix_columns(const float* x, Signs<float> signs, int64_t k, int64_t m, float scale,
-                             float* y) {
-  constexpr int kOuts = 4;
+// y[out] = scale * sum, in order, of the entries that ways [k / kOutputs, groups, kOutputs] names,
+// for kTiles times kOutputs outputs of which `outs` are there.
+template <int kLanes, int kTiles>
+W2A4_INLINE void add_entries(const float* table, const uint8_t* ways, int64_t groups, int64_t outs,
+                             int64_t m, float scale, float* y) {
+  typedef typename Lanes<kLanes>::Vec Vec;
+  const char* entries = reinterpret_cast<const char*>(table);
+  Vec sums[kTiles * kOutputs] = {};
+  for (int64_t g = 0; g < groups; ++g, entries += 16 * sizeof(Vec), ways += kOutputs)
+#pragma GCC unroll 8
+    for (int64_t o = 0; o < kTiles * kOutputs; ++o) {
+      const int64_t way = ways[o / kOutputs * groups * kOutputs + o % kOutputs];
+      sums[o] += *reinterpret_cast<const Vec*>(entries + way * (sizeof(Vec) / 16));
+    }
+#pragma GCC unroll 8
+  for (int64_t o = 0; o < kTiles * kOutputs; ++o)
+    if (o < outs) *reinterpret_cast<Vec*>(y + o * m) = sums[o] * scale;
+}
+
+template <int kLanes>
+W2A4_INLINE void mix_columns(const float* x, const uint8_t* ways, int64_t k, int64_t m, float scale,
+                             float* table, float* y) {
+  fill_table<kLanes>(x, k, m, table);
+  const int64_t groups = (k + kInputs - 1) / kInputs;
   int64_t out = 0;
-  for (; out + kOuts <= k; out += kOuts) {
-    mix_tile<kLanes, kOuts, kVectors>(x, signs, k, m, scale, y + out * m);
-    signs.data += kOuts * signs.out_stride;
-  }
-  for (; out < k; ++out) {
-    mix_tile<kLanes, 1, kVectors>(x, signs, k, m, scale, y + out * m);
-    signs.data += signs.out_stride;
-  }
-}
-
-// y[out] = scale * sum over in, in order, of sign * x[in]; x and y are k rows of m values.
-template <class Arch, class Real>
-W2A4_INLINE void mix_rows(const Real* x, Signs<Real> signs, int64_t k, int64_t m, Real scale,
-                          Real* y) {
-  int64_t j = 0;
-  if constexpr (std::is_same_v<Real, float>) {
-    // Four rows of so many vectors are the sums that registers hold beside signs and inputs.
-    constexpr int64_t kLanes = Arch::kLanes, kVectors = kLanes == 16 ? 4 : 2;
-    for (; j + kVectors * kLanes <= m; j += kVectors * kLanes)
-      mix_columns<kLanes, kVectors>(x + j, signs, k, m, scale, y + j);
-    for (; j + 4 <= m; j += 4) mix_columns<4, 1>(x + j, signs, k, m, scale, y + j);
-  }
-  for (; j < m; ++j)
-    for (int64_t out = 0; out < k; ++out) {
-      Real sum = 0;
-      for (int64_t in = 0; in < k; ++in)
-        sum += signs.data[out * signs.out_stride + in * signs.in_stride] * x[in * m + j];
-      y[out * m + j] = sum * scale;
-    }
+  for (; out + 2 * kOutputs <= k; out += 2 * kOutputs)
+    add_entries<kLanes, 2>(table, ways + out * groups, groups, k - out, m, scale, y + out * m);
+  for (; out < k; out += kOutputs)
+    add_entries<kLanes, 1>(table, ways + out * groups, groups, k - out, m, scale, y + out * m);
 }
 
 // What all blocks of a call share, and the room to transform one.
 template <class Real>
 struct HadamardBlock {
   int64_t size, k, m;  // size = k * m, m a power of two
-  bool transpose;
   Real scale;
-  std::vector<Real> signs, parts;  // had_k [k, k]; [size] between the two steps
+  std::vector<Real> signs, parts;  // [k outputs, k inputs]; [2, size] after the two steps
+  std::vector<uint8_t> ways;       // see add_entries: 16 times a number of an entry
+  std::vector<TableLine> table;
 
   HadamardBlock(const int8_t* had_k, int64_t k, int64_t size, bool transpose)
-      : size(size),
-        k(k),
-        m(size / k),
-        transpose(transpose),
-        scale(Real(1) / std::sqrt(static_cast<Real>(size))),
-        signs(had_k, had_k ? had_k + k * k : had_k),
-        parts(had_k ? size : 0) {}
+      : size(size), k(k), m(size / k), scale(Real(1) / std::sqrt(static_cast<Real>(size))) {
+    if (!had_k) return;
+    parts.resize(2 * size);
+    signs.resize(k * k);
+    // x @ kron(had_k, S): output `out` of the K part takes input `in` times had_k[in][out].
+    for (int64_t out = 0; out < k; ++out)
+      for (int64_t in = 0; in < k; ++in)
+        signs[out * k + in] = had_k[transpose ? out * k + in : in * k + out];
+    if (!std::is_same_v<Real, float> || m < 4) return;
+    const int64_t groups = (k + kInputs - 1) / kInputs;
+    table.resize(groups * 16 * kTableLanes / 16);
+    ways.resize((k + kOutputs - 1) / kOutputs * groups * kOutputs);
+    for (int64_t out = 0; out < k; ++out)
+      for (int64_t in = 0; in < k; ++in)
+        if (signs[out * k + in] < 0)
+          ways[(out / kOutputs * groups + in / kInputs) * kOutputs + out % kOutputs] |=
+              16 << in % kInputs;
+  }
 };
+
+// y[out] = scale * sum over in of sign * x[in]; x and y are k rows of m values.
+template <class Arch, class Real>
+W2A4_INLINE void mix_rows(HadamardBlock<Real>& h, const Real* x, Real* y) {
+  const int64_t k = h.k, m = h.m;
+  if constexpr (std::is_same_v<Real, float>) {
+    constexpr int kLanes = Arch::kLanes < kTableLanes ? Arch::kLanes : kTableLanes;
+    float* table = reinterpret_cast<float*>(h.table.data());
+    int64_t j = 0;
+    for (; j + kLanes <= m; j += kLanes)
+      mix_columns<kLanes>(x + j, h.ways.data(), k, m, h.scale, table, y + j);
+    for (; j + 4 <= m; j += 4) mix_columns<4>(x + j, h.ways.data(), k, m, h.scale, table, y + j);
+    if (j > 0) return;
+  }
+  for (int64_t j = 0; j < m; ++j)
+    for (int64_t out = 0; out < k; ++out) {
+      Real sum = 0;
+      for (int64_t in = 0; in < k; ++in) sum += h.signs[out * k + in] * x[in * m + j];
+      y[out * m + j] = sum * h.scale;
+    }
+}
 
 // y [size] = x @ H; y may be x.
 template <class Arch, class Real>
@@ -228,9 +249,9 @@ W2A4_INLINE void transform_block(HadamardBlock<Real>& h, const Real* x, Real* y)
   if (h.signs.empty()) return butterfly<Arch>(x, y, h.size, h.scale);
   Real* parts = h.parts.data();
   for (int64_t i = 0; i < h.k; ++i) butterfly<Arch>(x + i * h.m, parts + i * h.m, h.m, Real(1));
-  // x @ kron(had_k, S): output `out` of the K part takes input `in` times had_k[in][out].
-  const Signs<Real> signs{h.signs.data(), h.transpose ? h.k : 1, h.transpose ? 1 : h.k};
-  mix_rows<Arch>(parts, signs, h.k, h.m, h.scale, y);
+  // Not into y: where that misses the caches, stores to the table would wait behind those to it.
+  mix_rows<Arch>(h, parts, parts + h.size);
+  std::memcpy(y, parts + h.size, h.size * sizeof(Real));
 }
 
 }  // namespace w2a4::cpu

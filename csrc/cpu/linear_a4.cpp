@@ -64,9 +64,9 @@ void run_rows(const LinearA4Params& p, const LinearA4Kernels& kernels) {
   const auto a = aligned<int8_t>(p.tokens * task.cells * task.cell_vectors * vector);
   const auto bias = aligned<int32_t>(p.tokens * task.padded_blocks);
   const auto a_scale = aligned<float>(p.tokens * task.padded_blocks);
-  const auto cell_group = aligned<int32_t>(task.cells);
+  const auto cell_group = aligned<int64_t>(task.cells);
   for (int64_t cell = 0; cell < task.cells; ++cell)
-    cell_group[cell] = static_cast<int32_t>(cell * task.cell_blocks * p.block / p.group_size);
+    cell_group[cell] = cell * task.cell_blocks * p.block / p.group_size;
   task.a = a.get();
   task.bias = bias.get();
   task.a_scale = a_scale.get();

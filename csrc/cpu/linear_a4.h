@@ -64,7 +64,7 @@ struct RowsTask {
   int8_t* a;                          // [tokens, cells, cell_vectors, planes, kVectorBytes]
   int32_t* bias;        // [tokens, padded_blocks]: bias times the sum of the block's activations
   float* a_scale;       // [tokens, padded_blocks]
-  int32_t* cell_group;  // [cells]: the weight group of a cell's first input
+  int64_t* cell_group;  // [cells]: the weight group of a cell's first input
 };
 
 // Panels hold the weights of some outputs by units of 4 bytes of their rows: [units, planes,

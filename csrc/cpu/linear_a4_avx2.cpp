@@ -8,15 +8,24 @@
 namespace w2a4::cpu {
 namespace {
 
-// sum + the products of w and the activations at a, four of each to a lane.
+// Products of w and the activations at a, in lanes of 16 bits: 8 products of at most 255 * 8, so
+// that two of these can be added.
 template <int kPlanes>
-W2A4_FN __m256i dot(__m256i sum, const __m256i* w, const int8_t* a) {
+W2A4_FN __m256i dot(const __m256i* w, const int8_t* a) {
   const __m256i* from = reinterpret_cast<const __m256i*>(a);
-  __m256i pairs = _mm256_maddubs_epi16(w[0], _mm256_loadu_si256(from));
-#pragma GCC unroll 4
-  for (int i = 1; i < kPlanes; ++i)
-    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[i], _mm256_loadu_si256(from + i)));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  __m256i twos[kPlanes / 2];
+#pragma GCC unroll 2
+  for (int i = 0; i < kPlanes; i += 2)
+    twos[i / 2] =
+        _mm256_add_epi16(_mm256_maddubs_epi16(w[i], _mm256_loadu_si256(from + i)),
+                         _mm256_maddubs_epi16(w[i + 1], _mm256_loadu_si256(from + i + 1)));
+  return kPlanes == 2 ? twos[0] : _mm256_add_epi16(twos[0], twos[kPlanes / 2 - 1]);
+}
+W2A4_FN __m256i add_products(__m256i x, __m256i y) {
+  return _mm256_add_epi16(x, y);
+}
+W2A4_FN __m256i widen(__m256i products) {
+  return _mm256_madd_epi16(products, _mm256_set1_epi16(1));
 }
 
 using Sums = __m256i;

@@ -156,9 +156,103 @@ void unpack_tokens(const BaseTask& task, int64_t begin, int64_t end) {
   }
 }
 
+// One token with 2-bit weights, whose blocks are made of units of 16 bytes: no weight is decoded.
+// With sum[c] the sum of the activations that meet code c, a block's sum is that of sum[c] *
+// level[c], or level[0] times the sum of all plus sum[c] * (level[c] - level[0]) for the others.
+struct TokenTask {
+  const LinearA4Params* p;
+  const int8_t* a;       // [in], units by planes
+  const int32_t* a_sum;  // [blocks]
+};
+
+constexpr int64_t kUnitSize = 16, kUnitCodes = 64;
+constexpr int64_t kByteUnits = 4;  // units whose sums fit a byte: each adds four times -8 .. 7
+
+typedef uint8_t Codes __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(16), may_alias));
+
+// sums [3, 8] = eight parts of the sums of the activations that meet the codes 1, 2 and 3.
+W2A4_INLINE void sum_by_code(const uint8_t* codes, const int8_t* a, int64_t units, int16_t* sums) {
+  Bytes bytes[3] = {};
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const Codes x = reinterpret_cast<const Codes*>(codes)[unit];
+#pragma GCC unroll 4
+    for (int plane = 0; plane < 4; ++plane) {
+      const Bytes values = reinterpret_cast<const Bytes*>(a)[4 * unit + plane];
+      const Codes code = x & static_cast<uint8_t>(3 << 2 * plane);
+#pragma GCC unroll 3
+      for (int c = 1; c <= 3; ++c)
+        bytes[c - 1] += values & (Bytes)(code == static_cast<uint8_t>(c << 2 * plane));
+    }
+  }
+#pragma GCC unroll 3
+  for (int c = 0; c < 3; ++c) {
+    const Shorts both = (Shorts)bytes[c];
+    reinterpret_cast<Shorts*>(sums)[c] = ((both << 8) >> 8) + (both >> 8);
+  }
+}
+
+// Over outputs.
+void linear_token(const TokenTask& task, int64_t begin, int64_t end) {
+  const LinearA4Params& p = *task.p;
+  const int64_t groups = p.in_features / p.group_size, blocks = p.in_features / p.block;
+  const int64_t in_group = p.group_size / p.block, in_act = p.act_group / p.block;
+  const int64_t units = p.block / kUnitCodes;
+  for (int64_t out = begin; out < end; ++out) {
+    const uint8_t* codes = p.weight + out * p.in_features / 4;
+    const int8_t *a = task.a, *levels = p.levels + out * groups * 4;
+    const uint16_t* scale = p.scale + out * groups;
+    const float* a_scale = p.a_scale;
+    int64_t group_left = in_group, act_left = in_act;
+    float acc = 0.0f;
+    for (int64_t b = 0; b < blocks; ++b, --group_left, --act_left) {
+      if (group_left == 0) levels += 4, ++scale, group_left = in_group;
+      if (act_left == 0) ++a_scale, act_left = in_act;
+      alignas(16) int16_t sums[24], above[24];
+      for (int c = 0; c < 3; ++c)
+        reinterpret_cast<Shorts*>(above)[c] =
+            Shorts{} + static_cast<int16_t>(levels[c + 1] - levels[0]);
+      int32_t sum = levels[0] * task.a_sum[b];
+      for (int64_t left = units; left > 0; left -= kByteUnits) {
+        const int64_t n = std::min(left, kByteUnits);
+        sum_by_code(codes, a, n, sums);
+        for (int i = 0; i < 24; ++i) sum += sums[i] * above[i];
+        codes += n * kUnitSize, a += n * kUnitCodes;
+      }
+      acc += static_cast<float>(sum) * (to_float(F16{*scale}) * *a_scale);
+    }
+    if (p.bias) {
+      float bias;
+      load(p.bias, p.bias_dtype, out, 1, &bias);
+      acc += bias;
+    }
+    store(&acc, p.y, p.out_dtype, out, 1);
+  }
+}
+
+void one_token(const LinearA4Params& p) {
+  const int64_t blocks = p.in_features / p.block;
+  const auto a = aligned<int8_t>(p.in_features);
+  const auto a_sum = aligned<int32_t>(blocks);
+  for (int64_t b = 0, k = 0; b < blocks; ++b) {
+    int32_t sum = 0;
+    for (const int64_t end = k + p.block; k < end; ++k) {
+      const int value = signed_nibble(p.a_codes[k / 2] >> (k % 2 * 4) & 15);
+      const int64_t unit = k / kUnitCodes, byte = k % kUnitCodes / 4, plane = k % 4;
+      a[unit * kUnitCodes + plane * kUnitSize + byte] = static_cast<int8_t>(value);
+      sum += value;
+    }
+    a_sum[b] = sum;
+  }
+  const TokenTask task{&p, a.get(), a_sum.get()};
+  parallel(p.out_features, 1 + (1 << 17) / p.in_features, task, linear_token);
+}
+
 }  // namespace
 
 void linear_a4_base(const LinearA4Params& p) {
+  if (p.tokens == 1 && p.levels && p.block % kUnitCodes == 0) return one_token(p);
   const int64_t in_word = 16 / p.weight_bits;
   const int64_t unit_words = p.block % (8 * in_word) == 0   ? 8
                              : p.block % (4 * in_word) == 0 ? 4

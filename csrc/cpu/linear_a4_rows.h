@@ -1,10 +1,13 @@
 // Few tokens: a vector of a weight row is decoded in registers and met by every token. Included
-// once for each x86 instruction set, by a file that defines W2A4_FN and `dot`.
+// once for each x86 instruction set, by a file that defines W2A4_FN and
+//
+//     dot           products of a vector of weights, added together in lanes of 32 or 16 bits
+//     add_products  sums of two such results, lane by lane
+//     widen         the lanes of 32 bits of one
 
 constexpr int64_t kAhead = 2048;  // bytes of weight that are fetched ahead: rows follow each other
 constexpr int kRowsTile = 8;      // outputs whose sums are scaled and added together
-constexpr int kChunkCells = 16;   // cells between two such additions
-constexpr int kChunkBlocks = 64;  // the blocks in them at most
+constexpr int kChunkBlocks = 64;  // blocks between two such additions, at most
 
 W2A4_FN __m256i load_bytes(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
@@ -68,27 +71,39 @@ W2A4_FN void decode_vector(const uint8_t* codes, const Tables& tables, __m256i* 
   }
 }
 
-// sums = block sums of eight cells, each the sum of 8 / cell_blocks neighbours of cells[i].
-W2A4_FN void sum_neighbours(const __m256i* cells, int64_t cell_blocks, int32_t* sums) {
-  __m256i* to = reinterpret_cast<__m256i*>(sums);
-  __m256i twos[4];  // of cells 2i, 2i + 1 by turns of two lanes
+// Lanes of 32 bits, of x and y by turns of two: the even ones and the odd ones.
+W2A4_FN __m256i even_lanes(__m256i x, __m256i y) {
+  return _mm256_castps_si256(
+      _mm256_shuffle_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(y), 0x88));
+}
+W2A4_FN __m256i odd_lanes(__m256i x, __m256i y) {
+  return _mm256_castps_si256(
+      _mm256_shuffle_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(y), 0xdd));
+}
+// Sums of neighbours: what _mm256_hadd_epi32 gives, slowly.
+W2A4_FN __m256i add_lanes(__m256i x, __m256i y) {
+  return _mm256_add_epi32(even_lanes(x, y), odd_lanes(x, y));
+}
+
+// sums = block sums of eight cells; twos[i] has sums of two lanes of the cells 2i and 2i + 1, by
+// turns of two.
+template <int kCellBlocks>
+W2A4_FN void add_cells(const __m256i* twos, __m256i* sums) {
+  if constexpr (kCellBlocks == 4) {
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) twos[i] = _mm256_hadd_epi32(cells[2 * i], cells[2 * i + 1]);
-  if (cell_blocks == 4) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) to[i] = _mm256_permute4x64_epi64(twos[i], 0xd8);
+    for (int i = 0; i < 4; ++i) sums[i] = _mm256_permute4x64_epi64(twos[i], 0xd8);
     return;
   }
-  const __m256i low = _mm256_hadd_epi32(twos[0], twos[1]);  // halves of cells 0, 1, 2, 3
-  const __m256i high = _mm256_hadd_epi32(twos[2], twos[3]);
-  if (cell_blocks == 2) {
+  const __m256i low = add_lanes(twos[0], twos[1]);  // halves of cells 0, 1, 2, 3
+  const __m256i high = add_lanes(twos[2], twos[3]);
+  if constexpr (kCellBlocks == 2) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    to[0] = _mm256_permutevar8x32_epi32(low, order);
-    to[1] = _mm256_permutevar8x32_epi32(high, order);
+    sums[0] = _mm256_permutevar8x32_epi32(low, order);
+    sums[1] = _mm256_permutevar8x32_epi32(high, order);
     return;
   }
-  to[0] = _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20),
-                           _mm256_permute2x128_si256(low, high, 0x31));
+  sums[0] = _mm256_add_epi32(_mm256_blend_epi32(low, high, 0xf0),
+                             _mm256_permute2x128_si256(low, high, 0x21));
 }
 
 // A piece of one weight row, readable beyond its end by a vector.
@@ -98,64 +113,36 @@ struct RowPiece {
   const uint16_t* scale;
 };
 
-// sum[8 * token] = products of one cell, in eight lanes. kVectors: cell_vectors if it is 1, or 0.
-template <int kBits, int kSpread, int kTokens, int kVectors>
+// sum[token] = products of one cell: as `dot` leaves them if it is one whole vector, else in eight
+// lanes.
+template <int kBits, int kSpread, int kTokens, bool kWhole>
 W2A4_FN void sum_cell(const RowsTask& task, const uint8_t* codes, const int8_t* levels,
                       const int8_t* a, int64_t token_size, __m256i* sum) {
   constexpr int64_t kSize = kPlanes<kBits> * kVectorBytes;
   Tables tables{};
   if constexpr (kBits == 2) tables = load_tables<kSpread>(levels);
+  __m256i w[kPlanes<kBits>];
+  if constexpr (kWhole) {
+    decode_vector<kBits, kSpread>(codes, tables, w);
 #pragma GCC unroll 4
-  for (int t = 0; t < kTokens; ++t) sum[8 * t] = _mm256_setzero_si256();
-  for (int64_t v = 0; v < (kVectors ? kVectors : task.cell_vectors); ++v) {
+    for (int t = 0; t < kTokens; ++t) sum[t] = dot<kPlanes<kBits>>(w, a + t * token_size);
+    return;
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) sum[t] = _mm256_setzero_si256();
+  for (int64_t v = 0; v < task.cell_vectors; ++v) {
     _mm_prefetch(reinterpret_cast<const char*>(codes + v * kVectorBytes + kAhead), _MM_HINT_T0);
-    __m256i w[kPlanes<kBits>];
     decode_vector<kBits, kSpread>(codes + v * kVectorBytes, tables, w);
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t)
-      sum[8 * t] = dot<kPlanes<kBits>>(sum[8 * t], w, a + v * kSize + t * token_size);
+      sum[t] =
+          _mm256_add_epi32(sum[t], widen(dot<kPlanes<kBits>>(w, a + v * kSize + t * token_size)));
   }
 }
 
-// sums[token][i] = integer sum, biased, of block i of `cells` cells from `cell` on.
-template <int kBits, int kSpread, int kTokens, int kVectors>
-W2A4_FN void sum_cells(const RowsTask& task, const RowPiece& row, int64_t cell, int64_t cells,
-                       int32_t (*sums)[kChunkBlocks]) {
-  const int64_t size = task.cell_vectors * kPlanes<kBits> * kVectorBytes;
-  const int64_t token_size = task.cells * size, bytes = task.cell_bytes;
-  const int8_t* a = task.a + cell * size;
-  const int32_t* group = task.cell_group + cell;
-  const int8_t* levels = kBits == 2 ? row.levels - 4 * group[0] : nullptr;
-  const uint8_t* codes = row.codes;
-  for (int64_t i = 0; i < cells; i += 8, a += 8 * size, codes += 8 * bytes, group += 8) {
-    __m256i sum[kTokens * 8];
-    if constexpr (kBits == 2)
-      _mm_prefetch(reinterpret_cast<const char*>(levels + 4 * group[0] + kAhead / 4), _MM_HINT_T0);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      if (j < cells - i) {
-        sum_cell<kBits, kSpread, kTokens, kVectors>(task, codes + j * bytes, levels + 4 * group[j],
-                                                    a + j * size, token_size, sum + j);
-      } else {
-#pragma GCC unroll 4
-        for (int t = 0; t < kTokens; ++t) sum[8 * t + j] = _mm256_setzero_si256();
-      }
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t)
-      sum_neighbours(sum + 8 * t, task.cell_blocks, sums[t] + i * task.cell_blocks);
-  }
-}
-
-// scale[i] = weight scale of block i of a piece that begins with group 0, as float.
+// scale[i] = weight scale of block i of a piece that begins with group 0, for groups of blocks.
 W2A4_FN void load_scales(const LinearA4Params& p, const uint16_t* from, int64_t blocks,
                          float* scale) {
-  if (p.group_size == p.block) {
-    for (int64_t i = 0; i < blocks; i += 8)
-      _mm256_storeu_ps(
-          scale + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-    return;
-  }
   const int64_t blocks_in_group = p.group_size / p.block;
   for (int64_t i = 0, left = blocks_in_group; i < blocks; ++i, --left) {
     if (left == 0) ++from, left = blocks_in_group;
@@ -214,7 +201,7 @@ W2A4_FN Chunk chunk_of(const RowsTask& task, int64_t cell) {
   const LinearA4Params& p = *task.p;
   Chunk c;
   c.cell = cell;
-  c.cells = std::min<int64_t>(kChunkCells, task.cells - cell);
+  c.cells = std::min<int64_t>(kChunkBlocks / task.cell_blocks, task.cells - cell);
   c.blocks = std::min(c.cells * task.cell_blocks, task.blocks - cell * task.cell_blocks);
   c.codes_at = cell * task.cell_bytes;
   c.levels_at = c.scale_at = task.cell_group[cell];
@@ -243,7 +230,7 @@ W2A4_FN RowPiece row_piece(const RowsTask& task, const Chunk& c, int64_t out, Ro
   RowPiece row{p.weight + codes_at, p.levels ? p.levels + 4 * group : nullptr, p.scale + group};
   if (codes_at + c.codes_size > p.out_features * row_bytes) {
     if (!ends.codes) {
-      const int64_t most = std::min<int64_t>(kChunkCells, task.cells) * task.cell_vectors;
+      const int64_t most = std::min<int64_t>(kChunkBlocks, task.cells) * task.cell_vectors;
       ends.codes = aligned<uint8_t>(most * kVectorBytes);
     }
     std::memcpy(ends.codes.get(), row.codes, c.codes_here);
@@ -260,29 +247,70 @@ W2A4_FN RowPiece row_piece(const RowsTask& task, const Chunk& c, int64_t out, Ro
   return row;
 }
 
-// addends[token][r][i] = block sums of a row times their scales.
-template <int kBits, int kSpread, int kTokens>
+// addends[token][r][i] = block sums of a row times their scales. kCellBlocks: task.cell_blocks if
+// cells are whole vectors, else 0.
+template <int kBits, int kSpread, int kTokens, int kCellBlocks>
 W2A4_FN void row_addends(const RowsTask& task, const Chunk& c, const RowPiece& row, int64_t r,
                          float (*addends)[kRowsTile][kChunkBlocks]) {
-  alignas(32) int32_t sums[kTokens][kChunkBlocks];
-  alignas(32) float scale[kChunkBlocks];
-  if (task.cell_vectors == 1)
-    sum_cells<kBits, kSpread, kTokens, 1>(task, row, c.cell, c.cells, sums);
-  else
-    sum_cells<kBits, kSpread, kTokens, 0>(task, row, c.cell, c.cells, sums);
-  load_scales(*task.p, row.scale, c.blocks, scale);
-  for (int t = 0; t < kTokens; ++t) {
-    const int64_t at = t * task.padded_blocks + c.cell * task.cell_blocks;
-    for (int64_t i = 0; i < c.blocks; i += 8) {
-      const __m256i sum = _mm256_sub_epi32(load_bytes(sums[t] + i), load_bytes(task.bias + at + i));
-      const __m256 factor =
-          _mm256_mul_ps(_mm256_load_ps(scale + i), _mm256_loadu_ps(task.a_scale + at + i));
-      _mm256_store_ps(addends[t][r] + i, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), factor));
+  constexpr bool kWhole = kCellBlocks > 0;
+  constexpr int kBlocks = kWhole ? kCellBlocks : 1;
+  const bool own_scales = task.p->group_size == task.p->block;
+  alignas(32) float scales[kChunkBlocks];
+  if (!own_scales) load_scales(*task.p, row.scale, c.blocks, scales);
+  const int64_t size = (kWhole ? 1 : task.cell_vectors) * kPlanes<kBits> * kVectorBytes;
+  const int64_t bytes = kWhole ? kVectorBytes : task.cell_bytes, token_size = task.cells * size;
+  const int8_t* a = task.a + c.cell * size;
+  const int64_t* group = task.cell_group + c.cell;
+  const int8_t* levels = kBits == 2 ? row.levels - 4 * c.levels_at : nullptr;
+  const uint8_t* codes = row.codes;
+  for (int64_t i = 0; i < c.cells; i += 8, a += 8 * size, codes += 8 * bytes, group += 8) {
+    if (kBits == 2)
+      _mm_prefetch(reinterpret_cast<const char*>(levels + 4 * group[0] + kAhead / 4), _MM_HINT_T0);
+    __m256i twos[kTokens][4];
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; ++pair) {
+      if (kWhole)
+        _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * pair + kAhead), _MM_HINT_T0);
+      __m256i sum[2][kTokens];
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const int cell = 2 * pair + j;
+        if (cell < c.cells - i) {
+          sum_cell<kBits, kSpread, kTokens, kWhole>(task, codes + cell * bytes,
+                                                    levels + 4 * group[cell], a + cell * size,
+                                                    token_size, sum[j]);
+        } else {
+#pragma GCC unroll 4
+          for (int t = 0; t < kTokens; ++t) sum[j][t] = _mm256_setzero_si256();
+        }
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t)
+        twos[t][pair] = kWhole ? widen(add_products(even_lanes(sum[0][t], sum[1][t]),
+                                                    odd_lanes(sum[0][t], sum[1][t])))
+                               : add_lanes(sum[0][t], sum[1][t]);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      __m256i sums[kBlocks];
+      add_cells<kBlocks>(twos[t], sums);
+      const int64_t first = t * task.padded_blocks + c.cell * kBlocks;
+#pragma GCC unroll 4
+      for (int v = 0; v < kBlocks; ++v) {
+        const int64_t at = i * kBlocks + 8 * v;
+        if (at >= c.blocks) break;
+        const __m128i* half = reinterpret_cast<const __m128i*>(row.scale + at);
+        const __m256 scale =
+            own_scales ? _mm256_cvtph_ps(_mm_loadu_si128(half)) : _mm256_load_ps(scales + at);
+        const __m256 factor = _mm256_mul_ps(scale, _mm256_loadu_ps(task.a_scale + first + at));
+        const __m256i sum = _mm256_sub_epi32(sums[v], load_bytes(task.bias + first + at));
+        _mm256_store_ps(addends[t][r] + at, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), factor));
+      }
     }
   }
 }
 
-template <int kBits, int kSpread, int kTokens>
+template <int kBits, int kSpread, int kTokens, int kCellBlocks>
 W2A4_TARGET void rows_tile(const RowsTask& task, int64_t first, RowEnds& ends) {
   const LinearA4Params& p = *task.p;
   const int64_t outs = std::min<int64_t>(kRowsTile, p.out_features - first);
@@ -290,11 +318,11 @@ W2A4_TARGET void rows_tile(const RowsTask& task, int64_t first, RowEnds& ends) {
   if (outs < kRowsTile) std::memset(addends, 0, sizeof(addends));
   __m256 acc[kTokens];
   for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps();
-  for (int64_t cell = 0; cell < task.cells; cell += kChunkCells) {
-    const Chunk c = chunk_of(task, cell);
+  for (Chunk c{}; c.cell + c.cells < task.cells;) {
+    c = chunk_of(task, c.cell + c.cells);
     for (int64_t r = 0; r < outs; ++r)
-      row_addends<kBits, kSpread, kTokens>(task, c, row_piece(task, c, first + r, ends), r,
-                                           addends);
+      row_addends<kBits, kSpread, kTokens, kCellBlocks>(
+          task, c, row_piece(task, c, first + r, ends), r, addends);
     for (int t = 0; t < kTokens; ++t) acc[t] = add_blocks(acc[t], addends[t], c.blocks);
   }
   alignas(32) float y[kRowsTile], bias[kRowsTile] = {};
@@ -307,18 +335,30 @@ W2A4_TARGET void rows_tile(const RowsTask& task, int64_t first, RowEnds& ends) {
   }
 }
 
-// [spread, or 3 for 4 bits][tokens - 1]
 using RowsTile = void (*)(const RowsTask&, int64_t, RowEnds&);
-#define W2A4_TOKENS(bits, spread)                                                      \
-  {rows_tile<bits, spread, 1>, rows_tile<bits, spread, 2>, rows_tile<bits, spread, 3>, \
-   rows_tile<bits, spread, 4>}
-constexpr RowsTile kRowsTiles[4][kFewTokens] = {W2A4_TOKENS(2, 0), W2A4_TOKENS(2, 1),
-                                                W2A4_TOKENS(2, 2), W2A4_TOKENS(4, 0)};
-#undef W2A4_TOKENS
+
+template <int kBits, int kSpread, int kTokens>
+W2A4_FN RowsTile rows_tile_of(const RowsTask& task) {
+  if (task.cell_bytes != kVectorBytes) return rows_tile<kBits, 0, kTokens, 0>;
+  if (kSpread == 0 && task.cell_blocks == 1) return rows_tile<kBits, 0, kTokens, 1>;
+  if (kSpread < 2 && task.cell_blocks == 2) return rows_tile<kBits, kSpread % 2, kTokens, 2>;
+  return rows_tile<kBits, kSpread, kTokens, 4>;
+}
+
+template <int kTokens>
+W2A4_FN RowsTile rows_tile_of(const RowsTask& task) {
+  if (task.p->weight_bits == 4) return rows_tile_of<4, 0, kTokens>(task);
+  return task.spread == 0   ? rows_tile_of<2, 0, kTokens>(task)
+         : task.spread == 1 ? rows_tile_of<2, 1, kTokens>(task)
+                            : rows_tile_of<2, 2, kTokens>(task);
+}
 
 W2A4_TARGET void linear_rows(const RowsTask& task, int64_t begin, int64_t end) {
-  const LinearA4Params& p = *task.p;
-  const RowsTile tile = kRowsTiles[p.weight_bits == 4 ? 3 : task.spread][p.tokens - 1];
+  const int64_t tokens = task.p->tokens;
+  const RowsTile tile = tokens == 1   ? rows_tile_of<1>(task)
+                        : tokens == 2 ? rows_tile_of<2>(task)
+                        : tokens == 3 ? rows_tile_of<3>(task)
+                                      : rows_tile_of<4>(task);
   RowEnds ends;
   for (int64_t i = begin; i < end; ++i) tile(task, i * kRowsTile, ends);
 }
@@ -362,18 +402,22 @@ W2A4_FN void prepare_token(const RowsTask& task, int64_t token) {
   int32_t* sums = task.bias + token * task.padded_blocks;
   for (int64_t cell = 0; cell < task.cells; ++cell) {
     const int64_t start = cell * cell_codes, stop = std::min(start + cell_codes, p.in_features);
-    alignas(32) int32_t sum[32] = {};
-    __m256i total[8] = {};
+    __m256i total = _mm256_setzero_si256();
     for (int64_t v = 0; v < task.cell_vectors; ++v, a += kCodes) {
       alignas(32) uint8_t piece[kCodes / 2];
       const int64_t first = start + v * kCodes, n = std::min<int64_t>(kCodes, stop - first);
       if (n < kCodes) pick_nibbles(codes, first, n, sizeof(piece), piece);
       unpack_vector<kBits>(n < kCodes ? piece : codes + first / 2, a);
-      total[0] = dot<kPlanes<kBits>>(total[0], ones, a);
+      total = _mm256_add_epi32(total, widen(dot<kPlanes<kBits>>(ones, a)));
     }
-    sum_neighbours(total, task.cell_blocks, sum);
-    for (int64_t i = 0; i < task.cell_blocks; ++i)
-      sums[cell * task.cell_blocks + i] = kBias<kBits> * sum[i];
+    alignas(32) int32_t lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), total);
+    for (int64_t i = 0; i < task.cell_blocks; ++i) {
+      int32_t sum = 0;
+      for (int64_t j = 0; j < 8 / task.cell_blocks; ++j)
+        sum += lanes[i * (8 / task.cell_blocks) + j];
+      sums[cell * task.cell_blocks + i] = kBias<kBits> * sum;
+    }
   }
 }
 
