@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packed import packed_model, prompt
 from test_data import tiny_tokenizer
 from tiny_llama import tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -125,10 +126,22 @@ def test_generation(model, tokenizer):
         evaluate.generation_speed(model, tokenizer, "The", 0)
 
 
+@pytest.mark.parametrize("ends", ["none", "one", "list"])
+def test_greedy_tokens_are_those_of_transformers(ends):
+    packed, ids = packed_model(), prompt()
+    first = packed.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    # The third token ends the text, alone or as one of a list.
+    third = int(first[2])
+    packed.generation_config.eos_token_id = {"none": None, "one": third, "list": [third, 130]}[ends]
+    want = packed.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert torch.equal(evaluate.generate(packed, {"input_ids": ids}, 12), want)
+    assert (len(want) == 12) == (ends == "none")
+
+
 def test_reply_with_and_without_a_chat_template(model, monkeypatch):
     seen = []
 
-    def generate(model, tokenizer, inputs, *rest):
+    def generate(model, inputs, *rest):
         seen.append(inputs["input_ids"])
         return inputs["input_ids"][0, :0]
 

@@ -75,7 +75,7 @@ def test_parameters_share_the_memory_of_the_joint():
     layer = packed_model().model.layers[0]
     qkv = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
     want = [linear.weight.clone() for linear in qkv]
-    joint = fused._parts(layer).joint_qkv.of(*qkv)
+    joint = fused._parts(layer).joint_qkv.current()
     assert torch.equal(joint.weight, torch.cat(want))
     storages = {linear.weight.untyped_storage().data_ptr() for linear in (*qkv, joint)}
     assert len(storages) == 1

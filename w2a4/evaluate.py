@@ -100,7 +100,7 @@ def generation_speed(
     if inputs["input_ids"].shape[1] == 0:
         raise W2A4Error(f"prompt {prompt!r} has no tokens; give some text")
     start = time.perf_counter()
-    new = generate(model, tokenizer, inputs, max_new_tokens, streamer)
+    new = generate(model, inputs, max_new_tokens, streamer)
     seconds = time.perf_counter() - start
     return {
         "prompt": prompt,
@@ -112,14 +112,28 @@ def generation_speed(
     }
 
 
-def generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, streamer: Any = None) -> Tensor:
-    """Greedy continuation of tokenised inputs of batch 1; int64 `[new tokens]`."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+def generate(model: Any, inputs: Any, max_new_tokens: int, streamer: Any = None) -> Tensor:
+    """Greedy continuation of tokenised inputs of batch 1, int64 `[new tokens]`.
+
+    The tokens of `model.generate(do_sample=False)`, without the two to three milliseconds that its
+    bookkeeping takes for each.
+    """
+    ids, cache, new = inputs["input_ids"], None, []
+    end = model.generation_config.eos_token_id
+    ends = set(end if isinstance(end, list) else [end])
+    if streamer is not None:
+        streamer.put(ids.cpu())
     with _inference(model):
-        out = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, streamer=streamer
-        )
-    return out[0, inputs["input_ids"].shape[1] :]
+        while len(new) < max_new_tokens and (not new or new[-1] not in ends):
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            ids = out.logits[:, -1].float().argmax(-1, keepdim=True)
+            new.append(int(ids))
+            if streamer is not None:
+                streamer.put(ids[0].cpu())
+    if streamer is not None:
+        streamer.end()
+    return torch.tensor(new)
 
 
 def reply(
@@ -138,7 +152,7 @@ def reply(
         prompt = "\n".join(message["content"] for message in messages) + "\n"
     special = not tokenizer.chat_template  # a template writes its own special tokens
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, add_special_tokens=special)
-    new = generate(model, tokenizer, inputs.to(model.device), max_new_tokens, streamer)
+    new = generate(model, inputs.to(model.device), max_new_tokens, streamer)
     return tokenizer.decode(new, skip_special_tokens=True).strip()
 
 

@@ -33,18 +33,29 @@ class Joint:
     again when they have moved (to a device, or by loading a state dict).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *linears: _PackedLinear) -> None:
+        self.linears = linears
         self.linear: _PackedLinear | None = None
-        self._places: list[int] = []
+        self._places: list[tuple[dict[str, Any], str, int]] = []
 
-    def of(self, *linears: _PackedLinear) -> _PackedLinear:
-        if _places(linears) != self._places:
-            self._make(linears)
-            self._places = _places(linears)
+    def current(self) -> _PackedLinear:
+        for parameters, name, place in self._places:
+            if parameters[name].data_ptr() != place:
+                break
+        else:
+            if self.linear is not None:
+                return self.linear
+        self._make()
+        self._places = [
+            (linear._parameters, name, linear._parameters[name].data_ptr())
+            for linear in self.linears
+            for name in ("weight", "bias")
+            if linear._parameters[name] is not None
+        ]
         return self.linear
 
-    def _make(self, linears: tuple[_PackedLinear, ...]) -> None:
-        first = linears[0]
+    def _make(self) -> None:
+        linears, first = self.linears, self.linears[0]
         joint = type(first)(
             first.in_features, sum(linear.out_features for linear in linears), first.bias is not None,
             first.group_size, act_bits=first.act_bits, act_group_size=first.act_group_size, device="meta",
@@ -61,18 +72,6 @@ class Joint:
             joint._parameters["act_clip"] = first.act_clip
         self.linear = joint
 
-    def __deepcopy__(self, memo: Any) -> Joint:
-        return Joint()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Joint, ()
-
-
-def _places(linears: tuple[_PackedLinear, ...]) -> list[int]:
-    """Addresses of the weights and biases."""
-    tensors = [linear._parameters[name] for linear in linears for name in ("weight", "bias")]
-    return [tensor.data_ptr() for tensor in tensors if tensor is not None]
-
 
 def fuse(layers: nn.ModuleList) -> None:
     """Let packed decoder layers of a LLaMA run in few ops, where their parts allow it."""
@@ -88,10 +87,11 @@ class Parts:
         attn, mlp = layer.self_attn, layer.mlp
         self.modules, self.attn = modules, attn
         self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.attributes = [m.__dict__ for m in modules]
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv, self.gate_up = (attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)
         self.o_proj, self.down_proj = attn.o_proj, mlp.down_proj
-        self.joint_qkv, self.joint_gate_up = Joint(), Joint()
+        self.joint_qkv, self.joint_gate_up = Joint(*self.qkv), Joint(*self.gate_up)
         self.fit = self._fit(mlp.config.hidden_act)
         if self.fit:
             heads = [linear.out_features // attn.head_dim for linear in self.qkv]
@@ -107,9 +107,12 @@ class Parts:
             and _share_input(*self.gate_up)
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the layer looks up its own
+
     def watched(self) -> bool:
         """Someone hooked into a module, or replaced its forward (as accelerate does)."""
-        return any(self.hooks) or any("forward" in module.__dict__ for module in self.modules)
+        return any(self.hooks) or any(["forward" in own for own in self.attributes])
 
 
 def _parts(layer: nn.Module) -> Parts:
@@ -163,7 +166,7 @@ def _attention_part(
 ) -> Tensor:
     """Norm, attention and o_proj."""
     attn, settings = parts.attn, parts.attn.kv_settings
-    qkv = _norm_linear(parts.norms[0], parts.joint_qkv.of(*parts.qkv), hidden_states)
+    qkv = _norm_linear(parts.norms[0], parts.joint_qkv.current(), hidden_states)
     own_cache = past_key_values.layers[attn.layer_idx] if type(past_key_values) is KV4Cache else None
     appended = own_cache and own_cache.append_qkv(qkv, parts.qk_v[1], *position_embeddings)
     if appended:
@@ -187,7 +190,7 @@ def _attention_part(
 
 def _mlp_part(parts: Parts, hidden_states: Tensor) -> Tensor:
     """Norm and MLP."""
-    joint, down = parts.joint_gate_up.of(*parts.gate_up), parts.down_proj
+    joint, down = parts.joint_gate_up.current(), parts.down_proj
     gate, up = _norm_linear(parts.norms[1], joint, hidden_states).chunk(2, -1)
     r4 = OnlineRotation.for_ops(down.rotation, gate.device)
     if r4 is None:
