@@ -1,7 +1,8 @@
 """Run by test_simt_gemv.py with the sanitizers' runtime preloaded: `simt_sanitized.py MODULE`.
 
 Every argument is an array of its own, so that a byte too many is an error. Results are compared in
-test_simt_gemv.py; here only numpy is imported, since torch is slow under a sanitizer.
+test_simt_gemv.py and test_simt_hadamard.py; here only numpy is imported, since torch is slow under a
+sanitizer.
 """
 
 import sys
@@ -12,7 +13,10 @@ from simt import load
 random = np.random.default_rng(0)
 
 
-def run(module, bits, out, features, group, tokens, gemv="auto"):
+SMALL, LARGE = 99 << 10, 227 << 10  # bytes of shared memory a block may have: sm_86, sm_90
+
+
+def gemv(module, bits, out, features, group, tokens, kernel="auto"):
     groups = features // group
     y = np.empty((tokens, out), np.float32)
     module.linear_a4(
@@ -22,18 +26,50 @@ def run(module, bits, out, features, group, tokens, gemv="auto"):
         random.integers(-128, 128, (out, groups, 4), np.int8) if bits == 2 else None,
         np.full((out, groups), 0x3C00, np.uint16),
         np.ones(out, np.float32),
-        y, features, group, "float32", gemv, 90, 99 << 10, 0,
+        y, features, group, "float32", kernel, 90, SMALL, 0,
     )  # fmt: skip
     assert np.isfinite(y).all()
+
+
+def signs(k):
+    return None if k == 1 else random.choice(np.array([-1, 1], np.int8), (k, k))
+
+
+def transform(module, k, power, dtype, shared):
+    x = random.standard_normal((3, 2 * k * power)).astype(dtype)
+    y = np.empty_like(x)
+    for transpose in (False, True):
+        module.hadamard(x, y, np.dtype(dtype).name, signs(k), k * power, transpose, 2, shared, 0)
+        assert np.isfinite(y).all()
+
+
+def quantize(module, features, groups, k, block, dtype, up=False, eps=None, shared=SMALL):
+    x = random.standard_normal((3, features)).astype(dtype)
+    codes, scale = np.empty((3, -(-features // 2)), np.uint8), np.empty((3, groups), np.float32)
+    other = x[::-1].copy() if up else None
+    module.quantize_a4(
+        x, np.full(1, 0.9, np.float32), codes, scale, np.dtype(dtype).name, other, eps,
+        None if eps is None else np.ones(features, np.float32), "float32", signs(k), block, 2, shared, 0,
+    )  # fmt: skip
+    assert np.isfinite(scale).all()
 
 
 if __name__ == "__main__":
     module = load(sys.argv[1])
     for tokens in (1, 2, 3, 9):
         for features, group in [(128, 128), (640, 128), (4736, 128), (1024, 256), (640, 640)]:
-            run(module, 2, 17, features, group, tokens, "bmma")
+            gemv(module, 2, 17, features, group, tokens, "bmma")
         for bits in (2, 4):
             for features, group in [(128, 128), (640, 128), (2688, 128), (320, 64), (288, 32), (576, 64)]:
-                run(module, bits, 33, features, group, tokens, "imma")
+                gemv(module, bits, 33, features, group, tokens, "imma")
             for features, group in [(101, 101), (96, 32), (7, 7), (96, 96), (577, 577)]:
-                run(module, bits, 5, features, group, tokens)
+                gemv(module, bits, 5, features, group, tokens)
+    for dtype in (np.float32, np.float16):
+        for k, power in [(1, 2), (1, 64), (1, 1024), (1, 8192), (12, 8), (28, 64), (36, 16), (172, 64)]:
+            transform(module, k, power, dtype, SMALL if dtype == np.float16 else LARGE)
+        for features, groups in [(7, 1), (96, 3), (576, 1), (4096, 32)]:
+            quantize(module, features, groups, 1, 1, dtype)
+            quantize(module, features, groups, 1, 1, dtype, eps=1e-5)
+            quantize(module, features, groups, 1, 1, dtype, up=True)
+        for features, k, block in [(1536, 12, 1536), (11008, 172, 11008), (4096, 1, 4096), (192, 12, 96)]:
+            quantize(module, features, 1, k, block, dtype, up=True, shared=LARGE)
