@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import json
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny_llama import tiny_llama
 import w2a4
 from w2a4.config import Training
 from w2a4.errors import CalibrationError, TrainingError
-from w2a4.training import run, trainer
+from w2a4.training import generations, run, trainer
 from w2a4.training.losses import distillation_loss
 from w2a4.training.prepare import prepare
 from w2a4.training.trainer import QATTrainer, Windows, parameter_groups, rate, training_arguments
@@ -183,6 +184,42 @@ class Letters:
 
     def __call__(self, text, **kwargs):
         return {"input_ids": [3 + byte % 120 for byte in text.encode()]}
+
+
+class Writer(Letters):
+    """As Letters, and back."""
+
+    eos_token, eos_token_id = "\n", 0
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(chr(int(i) - 3) if i >= 35 else " " for i in ids)
+
+
+def test_the_teacher_writes_and_goes_on_after_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(generations, "LENGTH", 20)
+    monkeypatch.setattr(generations, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(generations, "BATCH", 3)
+    teacher, path, state = llama(), tmp_path / "text.jsonl", torch.get_rng_state()
+
+    def write(tokens, file=path):
+        return generations.write_generations(teacher, Writer(), stream(), tokens, file, progress=False)
+
+    whole = write(100, tmp_path / "whole.jsonl")
+    assert torch.equal(torch.get_rng_state(), state)
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines()
+    assert len(lines) == 6 and [json.loads(line)["text"] for line in lines] == whole.split("\n")
+    write(50)
+    path.write_text(path.read_text() + '{"text": "cut o')  # killed while it wrote
+    assert write(100) == whole and path.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_training_on_the_teachers_own_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(generations, "LENGTH", 24)
+    monkeypatch.setattr(generations, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(generations, "BATCH", 3)
+    model = run.train(llama(), Writer(), small_recipe(data="self"), tmp_path, progress=False)
+    assert (tmp_path / "generations.jsonl").is_file()
+    assert model.w2a4_report.training["text"] == "the teacher's own, from builtin"
 
 
 def small_recipe(**changes):

@@ -87,7 +87,7 @@ def _train_whole(model, tokenizer, recipe: Recipe, work: Path, calibration, prog
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * training.batch_size * training.seqlen,
         "minutes": round(trainer.minutes(), 2),
-        "text": data.describe_text(training.data, text),
+        "text": _describe(training.data, calibration, text),
         "peak_memory_mb": peak_memory_mb(),
     }
     return convert(model, facts)
@@ -111,6 +111,13 @@ def _text(model, tokenizer, recipe: Recipe, work: Path, calibration, progress: b
     tokens = training.steps * training.batch_size * training.seqlen
     path = work / "generations.jsonl"
     return write_generations(model, tokenizer, stream, tokens, path, recipe.rotation.seed, progress)
+
+
+def _describe(source: str, calibration: data.TextSource, text: str) -> str:
+    if source != "self":
+        return data.describe_text(source, text)
+    origin = calibration if isinstance(calibration, (str, Path)) else f"{len(calibration)} documents"
+    return f"the teacher's own, from {Path(origin).name}"
 
 
 def _teacher(model: nn.Module) -> nn.Module:
