@@ -277,7 +277,7 @@ class TestLearning:
         model, ids = outliers
         found = {}
         for name, changes in {
-            "plain": {}, "no momentum": {"momentum": 0.0}, "cosine": {"schedule": "cosine"},
+            "plain": {}, "momentum": {"momentum": 0.9}, "cosine": {"schedule": "cosine"},
             "constant": {"schedule": "constant"},
         }.items():  # fmt: skip
             out = tmp_path / f"{name}.safetensors"
