@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import w2a4
 from benchmarks.files import write_json
 from benchmarks.outliers import four_bit_inputs, input_shape, plant_outliers
-from w2a4.data import SEPARATOR, builtin_text
+from w2a4.data import builtin_text
 from w2a4.evaluate import perplexity
 from w2a4.integrations.checkpoint import atomic_directory
 from w2a4.pipeline import check_out_dir
@@ -117,24 +117,12 @@ def cache_directory(seed: int, settings: Settings) -> Path:
     content = {
         "version": VERSION,
         "seed": seed,
-        "text": _sha256(texts()[0].encode()),
+        "text": _sha256(builtin_text()[0].encode()),
         **dataclasses.asdict(settings),
     }
     digest = _sha256(json.dumps(content, sort_keys=True).encode())[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("W2A4_CACHE") or home / "w2a4") / "testbed" / digest
-
-
-@functools.cache
-def texts() -> tuple[str, str]:
-    """Training text and held-out text, which is what `w2a4.evaluate.perplexity` reads by default.
-
-    The two parts of `builtin_text`. The reference repeats itself; paragraphs of the second part are
-    taken out of the first, 16 % of it, so that nothing but a stray line is in both.
-    """
-    training, heldout = builtin_text()
-    seen = set(heldout.split(SEPARATOR))
-    return SEPARATOR.join(part for part in training.split(SEPARATOR) if part not in seen), heldout
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -201,7 +189,7 @@ def train(model: LlamaForCausalLM, settings: Settings, seed: int, progress: bool
 def training_windows(settings: Settings, seed: int) -> Iterator[Tensor]:
     """Without end: int64 `[batch, context + 1]` from random places; the first window begins with BOS."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor(list(texts()[0].encode()))
+    ids = torch.tensor(list(builtin_text()[0].encode()))
     offsets = torch.arange(settings.context + 1)
     while True:
         starts = torch.randint(len(ids) - settings.context, (settings.batch, 1), generator=generator)

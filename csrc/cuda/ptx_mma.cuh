@@ -9,12 +9,14 @@ namespace w2a4::cuda {
 
 #ifndef __CUDACC__
 namespace twin {
+template <class Sum>
 struct Fragments {
   uint32_t a[4], b[2];
-  int32_t c[4];
+  Sum c[4];
 };
+template <class Sum>
 struct Sums {
-  int32_t d[4];
+  Sum d[4];
 };
 // Element (row, column) of a 16 x 8 result is register `r` of lane `lane`.
 inline int result_lane(int row, int column) {
@@ -24,7 +26,7 @@ inline int result_register(int row, int column) {
   return row / 8 * 2 + column % 2;
 }
 
-inline void mma_b1(const Fragments* in, Sums* out) {
+inline void mma_b1(const Fragments<int32_t>* in, Sums<int32_t>* out) {
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < 8; ++column) {
       int sum = 0;
@@ -36,7 +38,7 @@ inline void mma_b1(const Fragments* in, Sums* out) {
     }
 }
 
-inline void mma_s8(const Fragments* in, Sums* out) {
+inline void mma_s8(const Fragments<int32_t>* in, Sums<int32_t>* out) {
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < 8; ++column) {
       int sum = 0;
@@ -48,6 +50,15 @@ inline void mma_s8(const Fragments* in, Sums* out) {
       const int lane = result_lane(row, column), r = result_register(row, column);
       out[lane].d[r] = in[lane].c[r] + sum;
     }
+}
+
+// One lane's part of `multiply`, which sees the fragments of all 32.
+template <class Sum, void (*multiply)(const Fragments<Sum>*, Sums<Sum>*)>
+void warp_mma(const char* name, Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+              const Sum (&c)[4]) {
+  const Fragments<Sum> mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}};
+  const auto sums = simt::warp_collective<Fragments<Sum>, Sums<Sum>, multiply>(name, mine);
+  for (int i = 0; i < 4; ++i) d[i] = sums.d[i];
 }
 }  // namespace twin
 #endif
@@ -62,12 +73,7 @@ W2A4_DEVICE void mma_b1_16x8x256(int32_t (&d)[4], const uint32_t (&a)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
         "r"(c[2]), "r"(c[3]));
 #else
-  twin::Fragments mine;
-  for (int i = 0; i < 4; ++i) mine.a[i] = a[i], mine.c[i] = c[i];
-  for (int i = 0; i < 2; ++i) mine.b[i] = b[i];
-  const auto sums =
-      simt::warp_collective<twin::Fragments, twin::Sums, twin::mma_b1>("mma_b1", mine);
-  for (int i = 0; i < 4; ++i) d[i] = sums.d[i];
+  twin::warp_mma<int32_t, twin::mma_b1>("mma_b1", d, a, b, c);
 #endif
 }
 
@@ -81,26 +87,14 @@ W2A4_DEVICE void mma_s8_16x8x32(int32_t (&d)[4], const uint32_t (&a)[4], const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
         "r"(c[2]), "r"(c[3]));
 #else
-  twin::Fragments mine;
-  for (int i = 0; i < 4; ++i) mine.a[i] = a[i], mine.c[i] = c[i];
-  for (int i = 0; i < 2; ++i) mine.b[i] = b[i];
-  const auto sums =
-      simt::warp_collective<twin::Fragments, twin::Sums, twin::mma_s8>("mma_s8", mine);
-  for (int i = 0; i < 4; ++i) d[i] = sums.d[i];
+  twin::warp_mma<int32_t, twin::mma_s8>("mma_s8", d, a, b, c);
 #endif
 }
 
 #ifndef __CUDACC__
 namespace twin {
-struct HalfFragments {
-  uint32_t a[4], b[2];
-  float c[4];
-};
-struct FloatSums {
-  float d[4];
-};
 template <float (*kWiden)(uint16_t)>
-void mma_16bit(const HalfFragments* in, FloatSums* out) {
+void mma_16bit(const Fragments<float>* in, Sums<float>* out) {
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < 8; ++column) {
       const int lane = result_lane(row, column), r = result_register(row, column);
@@ -125,10 +119,7 @@ W2A4_DEVICE void mma_f16_16x8x16(float (&d)[4], const uint32_t (&a)[4], const ui
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  const twin::HalfFragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {d[0], d[1], d[2], d[3]}};
-  const auto sums = simt::warp_collective<twin::HalfFragments, twin::FloatSums,
-                                          twin::mma_16bit<float_from_half> >("mma_f16", mine);
-  for (int i = 0; i < 4; ++i) d[i] = sums.d[i];
+  twin::warp_mma<float, twin::mma_16bit<float_from_half> >("mma_f16", d, a, b, d);
 #endif
 }
 
@@ -141,10 +132,7 @@ W2A4_DEVICE void mma_bf16_16x8x16(float (&d)[4], const uint32_t (&a)[4], const u
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  const twin::HalfFragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {d[0], d[1], d[2], d[3]}};
-  const auto sums = simt::warp_collective<twin::HalfFragments, twin::FloatSums,
-                                          twin::mma_16bit<float_from_bfloat16> >("mma_bf16", mine);
-  for (int i = 0; i < 4; ++i) d[i] = sums.d[i];
+  twin::warp_mma<float, twin::mma_16bit<float_from_bfloat16> >("mma_bf16", d, a, b, d);
 #endif
 }
 
