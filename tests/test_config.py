@@ -32,9 +32,9 @@ def test_yaml_and_dict_round_trip(recipe, tmp_path):
 
 def test_every_field_can_be_overridden():
     others = {
-        "name": "x", "weight_bits": 4, "weight_method": "rtn", "group_size": -1, "act_bits": 16,
-        "act_clip": 0.8, "o_proj_act": "token", "kv_bits": 16, "kv_clip": 1.0, "sink_tokens": 4,
-        "head_bits": 16,
+        "name": "x", "smooth": 0.5, "weight_bits": 4, "weight_method": "rtn", "group_size": -1,
+        "act_bits": 16, "act_clip": 0.8, "o_proj_act": "token", "kv_bits": 16, "kv_clip": 1.0,
+        "sink_tokens": 4, "head_bits": 16,
         "embed_bits": 16, "gptq_damp": 0.1, "gptq_block": 64, "gptq_act_order": False, "gptq_refine": 0,
         "gptq_target": "quantized", "calib_samples": 3, "calib_seqlen": 8, "rotation.r1": "none",
         "rotation.r2": "random",
@@ -78,6 +78,9 @@ def test_every_field_can_be_overridden():
         ({"act_clip": 1.5}, r"act_clip=1.5: give a number in \(0, 1\]"),
         ({"act_clip": float("nan")}, "act_clip=nan"),
         ({"act_clip": "best"}, "act_clip='best'"),
+        ({"smooth": -0.1}, r"smooth=-0.1: give a number in \[0, 1\]; 0 is off"),
+        ({"smooth": 1.5}, "smooth=1.5"),
+        ({"smooth": float("nan")}, "smooth=nan"),
         ({"gptq_refine": -1}, "gptq_refine=-1"),
         ({"gptq_damp": 1}, "gptq_damp=1.0"),
         ({"calib_seqlen": 1}, "calib_seqlen=1: give a number >= 2"),

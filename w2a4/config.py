@@ -167,6 +167,8 @@ class Recipe:
         name: shown in reports and model cards.
         rotation: see `RotationConfig`.
         rotation_learning: see `RotationLearning`.
+        smooth: before rotating, how much of outlier channels moves from activations into weights
+            (SmoothQuant's alpha), in [0, 1]; 0 is off. See `smooth.smooth`.
         weight_bits: 2 (four int8 levels and one fp16 scale a group), 4 (symmetric) or 16 (kept).
         weight_method: `rtn` (MSE clip at 4 bits, Lloyd-Max at 2) or `gptq`.
         group_size: inputs that share one scale; -1 is the whole row; `auto` the first of
@@ -193,6 +195,7 @@ class Recipe:
     name: str = "custom"
     rotation: RotationConfig = field(default_factory=RotationConfig)
     rotation_learning: RotationLearning = field(default_factory=RotationLearning)
+    smooth: float = 0.0
     weight_bits: Literal[2, 4, 16] = 2
     weight_method: Literal["rtn", "gptq"] = "gptq"
     group_size: int | Literal["auto"] = "auto"
@@ -235,6 +238,8 @@ class Recipe:
                 "weight_bits=16 with act_bits=4: activations are quantised where weights are; "
                 "set both to 16 or neither"
             )
+        if not 0 <= self.smooth <= 1:
+            raise RecipeError(f"smooth={self.smooth}: give a number in [0, 1]; 0 is off")
         if not 0 < self.gptq_damp < 1:
             raise RecipeError(f"gptq_damp={self.gptq_damp}: give a number in (0, 1)")
 

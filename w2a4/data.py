@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .config import Recipe
 from .errors import CalibrationError
 
 Part = Literal["calibration", "evaluation"]
@@ -183,6 +184,30 @@ def check_token_ids(ids: Tensor, vocab_size: int) -> Tensor:
             f"calibration holds token {int(ids.max())}; the model knows 0..{vocab_size - 1}"
         )
     return ids
+
+
+def calibration_ids(
+    tokenizer: Any, calibration: TextSource | Tensor, recipe: Recipe, vocab_size: int
+) -> tuple[Tensor, str]:
+    """What a model is quantised on.
+
+    Args:
+        calibration: text for `calibration_windows` as the recipe says, or token ids `[samples, tokens]`.
+
+    Returns:
+        token ids int64 `[samples, tokens]`, and a line on where they come from.
+
+    Raises:
+        CalibrationError: too little text, or token ids that do not fit.
+    """
+    if isinstance(calibration, Tensor):
+        ids = check_token_ids(calibration, vocab_size)
+        return ids, f"{ids.shape[0]} x {ids.shape[1]} tokens"
+    text = load_text(calibration, "calibration")
+    ids = calibration_windows(
+        tokenizer, text, recipe.calib_samples, recipe.calib_seqlen, recipe.rotation.seed
+    )
+    return ids, describe_text(calibration, text)
 
 
 def _read_utf8(path: Path) -> str:

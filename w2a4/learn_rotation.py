@@ -24,13 +24,13 @@ from tqdm import tqdm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .config import Recipe, resolve_group_size
-from .data import TextSource, check_token_ids, describe_text, load_text, windows
+from .data import TextSource, calibration_ids, check_token_ids, describe_text, load_text, windows
 from .errors import CalibrationError, RotationError
 from .fitting.lloyd import fit_levels
 from .fitting.rtn import nearest
 from .fitting.weight import QuantizedWeight
 from .integrations.attention import KVSettings, w2a4_attention
-from .integrations.hf import W2A4Config, act_group_size
+from .integrations.hf import act_group_size, check_original
 from .quantizers import fake_quant_a4
 from .report import peak_memory_mb, source_name, versions, write_json
 from .resume import fingerprint
@@ -38,12 +38,16 @@ from .rotation import fuse
 from .rotation.descent import Descent, Objective, read_metadata, write_tensors
 from .rotation.learn import kurtosis_gap, orthogonality_error
 from .rotation.online import OnlineRotation
+from .smooth import smooth
 
 #: What learning depends on; the rest of a recipe may change between learning and quantising.
 RECIPE_FIELDS = (
     "rotation", "rotation_learning", "weight_bits", "group_size", "act_bits", "act_clip", "o_proj_act",
     "kv_bits", "kv_clip", "sink_tokens",
 )  # fmt: skip
+
+#: What it depends on besides if the model is smoothed first.
+SMOOTHING_FIELDS = ("smooth", "calib_samples", "calib_seqlen")
 
 #: Clip of activations where the recipe searches it, and of 4-bit weights: near the best for a Gaussian.
 CLIP = 0.9
@@ -98,7 +102,8 @@ def learn_rotation(
 ) -> RotationReport:
     """Learn R1 and the R2 of every layer for a LLaMA and a recipe, and write them to a file.
 
-    The model stays as it is; learning works on a copy of it, in its dtype, with the rotations in float32.
+    The model stays as it is; learning works on a copy of it, in its dtype, with the rotations in float32,
+    smoothed if the recipe says so.
 
     Args:
         model: LlamaForCausalLM, float, unrotated.
@@ -124,13 +129,17 @@ def learn_rotation(
     out, recipe = Path(out), _learning_recipe(recipe)
     _check(model, recipe, out)
     ids, described = _windows(model, tokenizer, recipe, calibration)
-    part = {name: recipe.to_dict()[name] for name in RECIPE_FIELDS}
+    fields = RECIPE_FIELDS + (SMOOTHING_FIELDS if recipe.smooth else ())
+    part = {name: recipe.to_dict()[name] for name in fields}
     key = fingerprint(part, {}, ids, model)
     if out.exists():
         return _finished(out, key)
     seed, options = recipe.rotation.seed, recipe.rotation_learning
     report = RotationReport(part, source_name(model.config._name_or_path or "unknown"), described, seed)
     partial = out.with_name(f".{out.name}.partial") if resume else None
+    if recipe.smooth:
+        seen, _ = calibration_ids(tokenizer, calibration, recipe, model.config.vocab_size)
+        model = smooth(copy.deepcopy(model), seen, recipe.smooth)
     with torch.enable_grad():
         objective = OBJECTIVES[options.objective](model, recipe, ids)
         descent = Descent(_start(model, recipe), options, out, partial, key)
@@ -159,8 +168,7 @@ def _learning_recipe(recipe: Recipe | str) -> Recipe:
 def _check(model: nn.Module, recipe: Recipe, out: Path) -> None:
     if out.suffix != ".safetensors":
         raise RotationError(f"out={str(out)!r}: give the name of a .safetensors file to write")
-    if isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
-        raise RotationError("this model was rotated or quantised by w2a4 already; start from the original")
+    check_original(model)
     options = recipe.rotation_learning
     kept = recipe.weight_bits == 16 or options.weights == "full"
     if options.objective == "network" and kept and recipe.act_bits == recipe.kv_bits == 16:

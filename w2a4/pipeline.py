@@ -15,15 +15,23 @@ from tqdm import tqdm
 
 from .calibrate import STAGES, LayerQuantizer, Streams
 from .config import Recipe, RotationConfig, resolve_group_size
-from .data import TextSource, calibration_windows, check_token_ids, describe_text, load_text
+from .data import TextSource, calibration_ids
 from .errors import CheckpointError, RotationError, W2A4Error
 from .integrations.checkpoint import atomic_directory
-from .integrations.hf import W2A4Config, decoder_linears, install, kv_settings, prepare_layer
+from .integrations.hf import (
+    W2A4Config,
+    check_original,
+    decoder_linears,
+    install,
+    kv_settings,
+    prepare_layer,
+)
 from .layers import W8Embedding, W8Linear, _PackedModule
 from .learn_rotation import learn_rotation
 from .report import Report, checkpoint_summary, peak_memory_mb, source_name, versions
 from .resume import Progress, fingerprint
 from .rotation import fuse
+from .smooth import smooth
 
 #: The linears of a decoder layer.
 STAGED = [name for stage in STAGES for name in stage]
@@ -122,9 +130,12 @@ def rotate(model: nn.Module, config: RotationConfig | None = None) -> nn.Module:
     Raises:
         RotationError: not a LLaMA, rotated already, or with parts the rotation would miss.
     """
-    if isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
-        raise RotationError("this model was rotated or quantised by w2a4 already; start from the original")
-    config = config or RotationConfig()
+    return _rotate(model, config or RotationConfig())
+
+
+def _rotate(model: nn.Module, config: RotationConfig, smoothed: float = 0.0) -> nn.Module:
+    """`rotate`, and the record of it, with the alpha that the model was smoothed by."""
+    check_original(model)
     fuse.rotate(model, config)
     rotation = model.config.w2a4_rotation
     del model.config.w2a4_rotation
@@ -133,7 +144,7 @@ def rotate(model: nn.Module, config: RotationConfig | None = None) -> nn.Module:
         config = dataclasses.replace(config, learned=Path(config.learned).name)
         rotation["learned"] = config.learned
     provenance = {"source": source_name(model.config._name_or_path or "unknown"), **versions()}
-    recipe = Recipe(name="rotated", rotation=config, **ROTATED_ONLY)
+    recipe = Recipe(name="rotated", rotation=config, smooth=smoothed, **ROTATED_ONLY)
     install(model, W2A4Config(recipe.to_dict(), rotation, provenance))
     return model
 
@@ -146,19 +157,23 @@ def rotate_by_recipe(
     progress: bool = True,
     resume: str | Path | None = None,
 ) -> nn.Module:
-    """`rotate` as `recipe.rotation` says; what is to be learned and names no file is learned first.
+    """Smooth and `rotate` as the recipe says; rotations to be learned that name no file are learned first.
 
     Args: as for `quantize`; learning keeps its state in `resume` too.
     """
     rotation = recipe.rotation
-    if "learned" not in (rotation.r1, rotation.r2) or rotation.learned is not None:
-        return rotate(model, rotation)
     with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(resume if resume is not None else temporary)
-        directory.mkdir(parents=True, exist_ok=True)
-        file = directory / "rotation.safetensors"
-        learn_rotation(model, tokenizer, recipe, calibration, file, progress, resume is not None)
-        return rotate(model, dataclasses.replace(rotation, learned=str(file)))
+        if "learned" in (rotation.r1, rotation.r2) and rotation.learned is None:
+            directory = Path(resume if resume is not None else temporary)
+            directory.mkdir(parents=True, exist_ok=True)
+            file = directory / "rotation.safetensors"
+            # It smooths a copy of its own.
+            learn_rotation(model, tokenizer, recipe, calibration, file, progress, resume is not None)
+            rotation = dataclasses.replace(rotation, learned=str(file))
+        if recipe.smooth:
+            ids, _ = calibration_ids(tokenizer, calibration, recipe, model.config.vocab_size)
+            smooth(model, ids, recipe.smooth)
+        return _rotate(model, rotation, recipe.smooth)
 
 
 @torch.no_grad()
@@ -171,7 +186,7 @@ def quantize(
     resume: str | Path | None = None,
     refine: Refine | None = None,
 ) -> Report:
-    """Rotate and quantise a LLaMA in place, one decoder layer at a time.
+    """Smooth, rotate and quantise a LLaMA in place, one decoder layer at a time.
 
     Rotations that the recipe calls `learned` without naming their file are learned first, on the same text.
 
@@ -195,11 +210,11 @@ def quantize(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     started = time.perf_counter()
     _check_quantizable(model, recipe)
-    ids, described = _calibration_ids(tokenizer, calibration, recipe, model.config.vocab_size)
+    ids, described = calibration_ids(tokenizer, calibration, recipe, model.config.vocab_size)
     if not isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
         rotate_by_recipe(model, tokenizer, recipe, calibration, progress, resume)
     before: W2A4Config = model.config.quantization_config
-    recipe = recipe.override(rotation=before.recipe["rotation"])
+    recipe = recipe.override(rotation=before.recipe["rotation"], smooth=before.recipe["smooth"])
     config = W2A4Config(recipe.to_dict(), before.rotation, before.provenance)
     report = Report(
         source=before.provenance["source"],
@@ -231,22 +246,15 @@ def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
         )
     if any(isinstance(module, _PackedModule) for module in model.modules()):
         raise W2A4Error("this model is quantised already; start from the original")
+    before = getattr(model.config, "quantization_config", None)
+    if isinstance(before, W2A4Config) and recipe.smooth not in (0, before.recipe["smooth"]):
+        raise RotationError(
+            f"smooth={recipe.smooth}: this model is rotated already and its norms are folded, too late "
+            "to smooth it; start from the original, or set smooth=0"
+        )
     if recipe.weight_bits < 16:
         for linear in decoder_linears(model.model.layers[0]).values():
             resolve_group_size(linear.in_features, recipe.group_size)
-
-
-def _calibration_ids(
-    tokenizer: Any, calibration: TextSource | Tensor, recipe: Recipe, vocab_size: int
-) -> tuple[Tensor, str]:
-    if isinstance(calibration, Tensor):
-        ids = check_token_ids(calibration, vocab_size)
-        return ids, f"{ids.shape[0]} x {ids.shape[1]} tokens"
-    text = load_text(calibration, "calibration")
-    ids = calibration_windows(
-        tokenizer, text, recipe.calib_samples, recipe.calib_seqlen, recipe.rotation.seed
-    )
-    return ids, describe_text(calibration, text)
 
 
 def _quantize_layers(

@@ -27,7 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import Recipe
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RotationError
 from ..layers import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
 from ..report import Report, checkpoint_summary, model_card, write_json
 from ..rotation.fuse import RotatedLinear
@@ -145,6 +145,12 @@ def _cast_unpacked(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(
                     module, name, nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad)
                 )
+
+
+def check_original(model: nn.Module) -> None:
+    """Raise RotationError if w2a4 rotated or quantised the model already."""
+    if isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
+        raise RotationError("this model was rotated or quantised by w2a4 already; start from the original")
 
 
 def act_group_size(recipe: Recipe, name: str, head_dim: int) -> int:

@@ -81,10 +81,9 @@ def rotate(model: nn.Module, config: RotationConfig) -> nn.Module:
             a weight on the meta device or not finite, or a learned rotation that does not fit.
             The model is unchanged then.
     """
-    _check_architecture(model)
+    check(model)
     r1, r2, online = _rotations(model.config, config)
     plan = list(_plan(model, r1, r2, online["r4"]))
-    _check_coverage(model, plan)
     _untie(model)
     for fold in plan:
         _carry_out(fold, model.get_submodule(fold.name))
@@ -96,6 +95,12 @@ def rotate(model: nn.Module, config: RotationConfig) -> nn.Module:
     record = {name: rotation.to_dict() for name, rotation in online.items()}
     model.config.w2a4_rotation = {**dataclasses.asdict(config), "online": record}
     return model
+
+
+def check(model: nn.Module) -> None:
+    """Raise RotationError if `rotate` would, but for a learned rotation that does not fit."""
+    _check_architecture(model)
+    _check_coverage(model, list(_plan(model, None, [None] * len(model.model.layers), None)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,9 @@ class _Fold:
     left: _Rotation | None = None
 
 
-def _plan(model: nn.Module, r1: _Rotation, r2: list[_Rotation], r4: OnlineRotation) -> Iterator[_Fold]:
+def _plan(
+    model: nn.Module, r1: _Rotation | None, r2: list[_Rotation | None], r4: OnlineRotation | None
+) -> Iterator[_Fold]:
     yield _Fold("model.embed_tokens", right=r1)
     for i, layer in enumerate(model.model.layers):
         gamma, attention = layer.input_layernorm.weight.double(), f"model.layers.{i}.self_attn"

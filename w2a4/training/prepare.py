@@ -65,7 +65,7 @@ def prepare(
             setattr(parent, name, _fake_quant_linear(linear, fits[name], recipe.training))
     _freeze(model, packed, recipe.training)
     before: W2A4Config = packed.config.quantization_config
-    recipe = recipe.override(rotation=before.recipe["rotation"])
+    recipe = recipe.override(rotation=before.recipe["rotation"], smooth=before.recipe["smooth"])
     set_attention(model, W2A4Config(recipe.to_dict(), before.rotation, before.provenance))
     model.w2a4_report = report
     return model.train()
