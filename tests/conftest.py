@@ -17,6 +17,12 @@ def _threads():
         torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread(_threads):
+    """Models and matrices this small lose by threads, and badly on a busy machine."""
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -17,14 +17,7 @@ from w2a4.rotation.learn import (
 )
 from w2a4.rotation.online import OnlineRotation
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small lose by threads, and badly on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def haar(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from packed import SHAPE, calibration
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_llama import LLAMA3_ROPE, tiny_llama, tokens
+from tiny_llama import MODELS, tiny_llama, tokens
 
 import w2a4
 from w2a4 import learn_rotation as lr
@@ -21,25 +21,10 @@ from w2a4.rotation import descent, fuse
 from w2a4.rotation.learn import orthogonality_error
 from w2a4.rotation.online import OnlineRotation
 
-MODELS = {
-    "gqa": {},
-    "tied": {"tie_word_embeddings": True},
-    "biases": {"attention_bias": True, "mlp_bias": True, "intermediate_size": 44},
-    "odd heads": {
-        "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8,
-        "intermediate_size": 76, "attention_bias": True, "mlp_bias": True,
-    },
-    "llama3 rope": {"rope_scaling": LLAMA3_ROPE, "num_key_value_heads": 4},
-}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("one_thread")
 FULL = Recipe(weight_bits=16, act_bits=16, kv_bits=16, rotation=RotationConfig(r1="learned", r2="learned"))
 #: A model whose embedding has an outlier channel and whose text it predicts well itself.
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small lose by threads, and badly on a busy machine; conftest sets them back."""
-    torch.set_num_threads(1)
 
 
 def recipe(**changes) -> Recipe:

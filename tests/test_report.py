@@ -256,6 +256,11 @@ def test_json_is_strict_and_written_whole(tmp_path, monkeypatch):
     file = tmp_path / "r.json"
     report.write_json(file, {"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": "ä"}})
     assert json.loads(file.read_text(encoding="utf-8")) == {"a": None, "b": [None, 1.5], "c": {"d": "ä"}}
+    for content in (b"\x89PNG\r\n\x00", "ä\r\n"):
+        report.write_atomically(tmp_path / "other", content)
+        raw = content if isinstance(content, bytes) else content.encode()
+        assert (tmp_path / "other").read_bytes() == raw
+    (tmp_path / "other").unlink()
 
     def full(*_):
         raise OSError(28, "No space left on device")

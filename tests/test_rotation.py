@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_llama import LLAMA3_ROPE, tiny_llama, tokens
+from tiny_llama import MODELS, tiny_llama, tokens
 from torch import nn
 from torch.func import functional_call
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -16,27 +16,8 @@ from w2a4.errors import RotationError
 from w2a4.rotation.fuse import RotatedLinear, rotate
 from w2a4.rotation.online import OnlineRotation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NONE = {"r1": "none", "r2": "none", "r3": "none", "r4": "none"}
-MODELS = {
-    "gqa": {},
-    "tied": {"tie_word_embeddings": True},
-    "biases": {"attention_bias": True, "mlp_bias": True, "intermediate_size": 44},
-    "odd heads": {
-        "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8,
-        "intermediate_size": 76, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
-    },
-    "llama3 rope": {"rope_scaling": LLAMA3_ROPE, "num_key_value_heads": 4},
-    "wide heads": {"head_dim": 12, "hidden_size": 32},
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small lose by threads, and badly on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def logits(model: nn.Module) -> torch.Tensor:

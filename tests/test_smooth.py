@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from packed import SHAPE, calibration, prompt
-from tiny_llama import LLAMA3_ROPE, tiny_llama, tokens
+from tiny_llama import MODELS, tiny_llama, tokens
 
 import w2a4
 from benchmarks.outliers import four_bit_inputs, plant_outliers
@@ -16,16 +16,7 @@ from w2a4.learn_rotation import learn_rotation
 from w2a4.rotation import fuse
 from w2a4.smooth import MOVES, SCALES, input_maxima, smooth
 
-MODELS = {
-    "gqa": {},
-    "tied": {"tie_word_embeddings": True},
-    "biases": {"attention_bias": True, "mlp_bias": True, "intermediate_size": 44},
-    "odd heads": {
-        "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8,
-        "intermediate_size": 76, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
-    },
-    "no gqa": {"rope_scaling": LLAMA3_ROPE, "num_key_value_heads": 4},
-}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("one_thread")
 #: Everything in 16 bits and nothing turned: a quantised model is the smoothed one.
 KEPT = Recipe(weight_bits=16, act_bits=16, kv_bits=16, head_bits=16, embed_bits=16).override(
     **{f"rotation.{name}": "none" for name in ("r1", "r2", "r3", "r4")}

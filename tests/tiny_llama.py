@@ -18,6 +18,19 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+#: Shapes that trip up rotations, by name: keywords of `tiny_llama`.
+MODELS = {
+    "gqa": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True, "intermediate_size": 44},
+    "odd heads": {
+        "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8,
+        "intermediate_size": 76, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+    },
+    "llama3 rope": {"rope_scaling": LLAMA3_ROPE, "num_key_value_heads": 4},
+    "wide heads": {"head_dim": 12, "hidden_size": 32},
+}  # fmt: skip
+
 
 class ExactRMSNorm(LlamaRMSNorm):
     """RMSNorm in the dtype it is given: the original rounds to float32 even in a float64 model."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import os
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from .fitting.weight import QuantizedWeight
 from .integrations.attention import KVSettings, w2a4_attention
 from .integrations.hf import act_group_size, check_original
 from .quantizers import fake_quant_a4
-from .report import peak_memory_mb, source_name, versions, write_json
+from .report import peak_memory_mb, source_name, versions, write_atomically, write_json
 from .resume import fingerprint
 from .rotation import fuse
 from .rotation.descent import Descent, Objective, read_metadata, write_tensors
@@ -449,10 +449,7 @@ def _plot(path: Path, report: RotationReport) -> str:
     upper.set(title=f"{report.source}: learned rotations", ylabel="loss")
     lower.semilogy(report.orthogonality, ".-")
     lower.set(xlabel="step", ylabel="max |RᵀR - I|")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_atomically(path, image.getvalue())
     return path.name

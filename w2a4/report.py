@@ -165,12 +165,12 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     write_atomically(path, _to_json(data))
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write to a temporary sibling, then rename it to `path`."""
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write text (as UTF-8) or bytes to a temporary sibling, then rename it to `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
