@@ -179,9 +179,8 @@ def run(options: Options, plan: Callable[[Options], list[Case]]) -> list[Row]:
                                    "python setup.py build_ext --inplace")  # fmt: skip
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if options.device == "cpu" and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
-        say(f"the CPU is busy (load {os.getloadavg()[0]:.1f}): threads that wait for one another then take "
-            "whole time slices, so try --threads 1, or a quiet machine")  # fmt: skip
+    if options.device == "cpu":
+        warn_if_busy()
     torch.manual_seed(0)
     meta = metadata(options.device)
     rows = [copy_row(options.device)]
@@ -192,6 +191,13 @@ def run(options: Options, plan: Callable[[Options], list[Case]]) -> list[Row]:
         rows += measure(case, options, rows[0].gbps)
         write(options.json, meta, rows)
     return rows
+
+
+def warn_if_busy() -> None:
+    """Say so where the CPU has other work: its times mislead then."""
+    if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
+        say(f"the CPU is busy (load {os.getloadavg()[0]:.1f}): threads that wait for one another then take "
+            "whole time slices, so try --threads 1, or a quiet machine")  # fmt: skip
 
 
 def has_cuda_kernels() -> bool:

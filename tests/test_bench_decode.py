@@ -1,0 +1,110 @@
+"""benchmarks.bench_decode: tokens checked before the clock, pairs by turns, and what it writes."""
+
+import json
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from test_data import tiny_tokenizer
+from test_evaluate import tiny_model
+
+from benchmarks import bench_decode
+from w2a4 import demo
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIDE = {"tokens_per_second", "first_token_ms"}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A random float LLaMA whose first token would end the text."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    model = tiny_model(hidden_size=64, intermediate_size=96)
+    ids = tiny_tokenizer()(demo.PROMPT, return_tensors="pt")["input_ids"]
+    model.generation_config.eos_token_id = int(model(ids).logits[0, -1].argmax())
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def packed(plain, tmp_path_factory):
+    return bench_decode.pack(str(plain), tmp_path_factory.mktemp("packed") / "tiny-w2")
+
+
+def answer(*arguments):
+    """Exit code and output, in this process."""
+    result = CliRunner().invoke(bench_decode.main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_it_packs_checks_and_measures(plain, tmp_path, monkeypatch):
+    arguments = ["--model", plain, "--tokens", 5, "--repeats", 3, "--json", tmp_path / "r.json"]
+    monkeypatch.setattr(sys, "argv", ["bench_decode", *map(str, arguments)])
+    code, output = answer(*arguments)
+    assert code == 0 and "median of 3 pairs" in output and "transformers, float32" in output
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert {"commit", "versions", "cpu", "date"} <= set(result["meta"])
+    assert result["meta"]["command"].endswith(f"bench_decode --model {plain} --tokens 5 --repeats 3 --json "
+                                              f"{tmp_path / 'r.json'}")  # fmt: skip
+    assert result["correct"] and result["tokens"] == 5 and result["recipe"]["weight_method"] == "rtn"
+    assert len(result["pairs"]) == 3
+    for pair in result["pairs"]:
+        assert pair["ratio"] == pair["peer"]["seconds"] / pair["ours"]["seconds"]
+        assert all(0 < pair[side]["first"] < pair[side]["seconds"] for side in ("ours", "peer"))
+    assert set(result["summary"]["ours"]) == set(result["summary"]["peer"]) == SIDE
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_no_time_if_tokens_differ(plain, packed, tmp_path, monkeypatch):
+    right = bench_decode.evaluate.generate
+
+    def wrong(*arguments):
+        new = right(*arguments)
+        return torch.cat([new[:-1], new[-1:] ^ 1])
+
+    monkeypatch.setattr(bench_decode.evaluate, "generate", wrong)
+    file = tmp_path / "r.json"
+    code, output = answer("--model", plain, "--packed", packed, "--tokens", 3, "--json", file)
+    assert code == 1 and "other tokens, so no times" in output and "tokens/s" not in output
+    result = json.loads(file.read_text())
+    assert result["correct"] is False and "pairs" not in result and "summary" not in result
+
+
+def test_pairs_take_turns_after_a_short_run_of_each():
+    calls = []
+
+    def generate(name):
+        def run(inputs, count, streamer):
+            calls.append((name, count))
+            for _ in range(count + 1 if streamer else 0):
+                streamer.put(None)
+            return torch.zeros(count)
+
+        return run
+
+    pairs = bench_decode.measure(generate("a"), generate("b"), None, 7, 3)
+    assert calls == [("a", 2), ("b", 2), ("a", 7), ("b", 7), ("b", 7), ("a", 7), ("a", 7), ("b", 7)]
+    assert len(pairs) == 3
+
+
+def test_medians_and_ratios():
+    runs = [bench_decode.Run(seconds, seconds / 4) for seconds in (1.0, 2.0, 4.0)]
+    pairs = [bench_decode.Pair(runs[0], run) for run in (runs[2], runs[0], runs[1])]
+    found = bench_decode.summary(pairs, 8)
+    assert found["ours"] == {"tokens_per_second": 8.0, "first_token_ms": 250.0}
+    assert found["peer"] == {"tokens_per_second": 4.0, "first_token_ms": 500.0}
+    assert found["ratio"] == {"median": 2.0, "least": 1.0, "most": 4.0}
+
+
+def test_what_cannot_be_measured_is_said_in_a_line(plain, tmp_path):
+    assert "python -m benchmarks.bench_decode" in answer("--help")[1]
+    code, output = answer("--model", tmp_path / "none")
+    assert code == 1 and "Error: " in output and "Traceback" not in output
+    code, output = answer("--model", plain, "--packed", plain)
+    assert code == 1 and f"{plain} is not packed by w2a4" in output
+    assert answer("--tokens", 1)[0] == answer("--repeats", 0)[0] == 2
+    with pytest.raises(bench_decode.click.ClickException, match="2 tokens came out instead of 3"):
+        bench_decode.timed(lambda *_: torch.zeros(2), None, 3)
