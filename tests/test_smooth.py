@@ -95,16 +95,26 @@ def test_smoothing_again_changes_nothing():
         torch.testing.assert_close(value, before[name], rtol=1e-10, atol=0)
 
 
-def test_a_tensor_is_cast_once():
+@pytest.mark.parametrize("alpha", [0.5, 1])
+def test_a_tensor_is_cast_once(alpha):
     """In bfloat16 weights are the float64 products rounded: v_proj gets two factors."""
     half = tiny_llama(dtype=torch.bfloat16)
-    exact = copy.deepcopy(half).double()
-    ids, layer = tokens(half), exact.model.layers[0]
+    exact = copy.deepcopy(half).double().model.layers[0].self_attn
+    ids = tokens(half)
     seen = input_maxima(half, ids)[0]
-    smooth(half, ids, 1)
-    v, o, gamma = layer.self_attn.v_proj.weight, seen["self_attn.o_proj"], seen["self_attn.q_proj"]
-    want = v / o.view(2, 2, 8).amax(1).view(-1, 1) * gamma
-    assert torch.equal(half.model.layers[0].self_attn.v_proj.weight, want.bfloat16())
+    smooth(half, ids, alpha)
+
+    def scale(x, *weights):
+        return x**alpha / torch.stack([w.abs().amax(0) for w in weights]).amax(0) ** (1 - alpha)
+
+    most = seen["self_attn.o_proj"].view(2, 2, 8).amax(1)  # two KV heads of two query heads each
+    rows = scale(most, exact.o_proj.weight.view(-1, 2, 2, 8).abs().amax(2))
+    v = exact.v_proj.weight / rows.view(-1, 1)
+    columns = scale(seen["self_attn.q_proj"], exact.q_proj.weight, exact.k_proj.weight, v)
+    attention = half.model.layers[0].self_attn
+    assert torch.equal(attention.v_proj.weight, (v * columns).bfloat16())
+    wide = rows[:, None].expand(2, 2, 8).flatten()
+    assert torch.equal(attention.o_proj.weight, (exact.o_proj.weight * wide).bfloat16())
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1])
