@@ -63,7 +63,8 @@ class Training:
             on the calibration windows; then loss, data, seqlen, micro_batch and minutes do not matter, and
             steps are those of a layer.
         init: what training begins with: `gptq`, `lloyd` (round to nearest) or `minmax`.
-        grid: `ldp`, four learned levels a group, or `uniform`, learned ends and equal steps between.
+        grid: `ldp`, four learned levels a group; `uniform`, learned ends and equal steps between; or
+            `minmax`, equal steps between the least and the greatest weight, wherever these move.
         learn_act_clip: whether the clips of the activations are learned.
         loss: `cakld` (both KL divergences, weighted by the teacher's confidence), `kl`
             (teacher to student) or `cross_entropy` (no teacher).
@@ -83,7 +84,7 @@ class Training:
 
     route: Literal["end_to_end", "block"] = "end_to_end"
     init: Literal["gptq", "lloyd", "minmax"] = "gptq"
-    grid: Literal["ldp", "uniform"] = "ldp"
+    grid: Literal["ldp", "uniform", "minmax"] = "ldp"
     learn_act_clip: bool = True
     loss: Literal["cakld", "kl", "cross_entropy"] = "cakld"
     steps: int = 1600

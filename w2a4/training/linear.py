@@ -27,6 +27,9 @@ from ..rotation.online import OnlineRotation
 #: Parameters of the weight quantiser by bits; `act_clip` is that of the activations.
 QUANTIZER_PARAMETERS = {2: ("beta", "gamma", "s1", "s2"), 4: ("step",)}
 
+#: Those of them that a grid does not learn.
+FIXED_PARAMETERS = {"ldp": set(), "uniform": {"s1", "s2"}, "minmax": {"beta", "gamma", "s1", "s2"}}
+
 #: A latent weight starts inside the cell of its code, at least this share of a cell from its borders.
 _CELL_MARGIN = 0.1
 
@@ -50,7 +53,7 @@ class FakeQuantLinear(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         start: _PackedLinear,
-        grid: Literal["ldp", "uniform"] = "ldp",
+        grid: Literal["ldp", "uniform", "minmax"] = "ldp",
         minmax: bool = False,
     ):
         """
@@ -58,15 +61,15 @@ class FakeQuantLinear(nn.Module):
             weight: full-precision `[out, in]`, rotated as `start` expects it.
             bias: `[out]` or None.
             start: a packed fit of this weight; training begins with its codes.
-            grid: at 2 bits, four learned levels a group, or two learned ends and equal steps between.
-            minmax: begin with the plain range of the weights instead of the fit.
+            grid: at 2 bits, see `config.Training`.
+            minmax: begin with the plain range of the weights instead of the fit; grid `minmax` always does.
         """
         super().__init__()
         self.in_features, self.out_features = start.in_features, start.out_features
         self.bits, self.group_size = start.bits, start.group_size
         self.act_bits, self.act_group_size = start.act_bits, start.act_group_size
         self.rotation: OnlineRotation | None = start.rotation
-        fitted = start.fitted()
+        fitted, minmax = start.fitted(), minmax or grid == "minmax"
         latent = weight.detach().float() if minmax else _inside_cells(weight.detach().float(), fitted)
         self.weight = nn.Parameter(latent.to(weight.dtype))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
@@ -75,7 +78,7 @@ class FakeQuantLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
         clip = start.act_clip.detach().clone() if self.act_bits == 4 else torch.ones(1, device=weight.device)
         self.act_clip = nn.Parameter(clip)
-        self._fixed = {"s1", "s2"} if grid == "uniform" else set()
+        self._fixed = FIXED_PARAMETERS[grid] if self.bits == 2 else set()
         self._packed: tuple[tuple, _PackedLinear] | None = None
         self.set_trainable()
 
@@ -153,18 +156,15 @@ def _grid_parameters(latent: Tensor, fitted: QuantizedWeight, grid: str, minmax:
     if fitted.levels is None:
         return (groups.abs().amax(-1) / 7 if minmax else fitted.scale.float(),)
     levels, scale = fitted.levels, fitted.scale
-    if minmax or grid == "uniform":
+    if minmax or grid != "ldp":
         ends = torch.stack([groups.amin(-1), groups.amax(-1)], -1)
         if not minmax:
             ends = levels[..., [0, 3]].float() * scale.float()[..., None]
         thirds = torch.arange(4, device=latent.device) / 3
         levels, scale = round_levels(ends[..., :1] + thirds * ends.diff(dim=-1))
     beta, gamma, s1, s2 = codebook_to_ldp(latent, levels, scale)
-    if grid == "uniform":
-        s1, s2 = (
-            torch.full_like(s1, math.log(0.5)),
-            torch.zeros_like(s2),
-        )  # sigmoid: 1/3, then 1/2 of the rest
+    if grid != "ldp":  # sigmoid: 1/3, then 1/2 of the rest
+        s1, s2 = torch.full_like(s1, math.log(0.5)), torch.zeros_like(s2)
     return beta, gamma, s1, s2
 
 

@@ -1,0 +1,217 @@
+"""Accuracy by recipe: a model quantised or trained by every row of a grid, for every seed.
+
+    python -m benchmarks.accuracy --grid FILE|NAME [--json FILE] [--plots DIR] [--rows a,b] [--seeds 0,1]
+
+A grid is a YAML file, or the name of one in `benchmarks/grids`. Rows run side by side in processes of
+one thread each, so that no figure depends on the number of cores. With `--json`, a killed run is gone
+on with.
+Exits 1 when a claim of the grid does not hold.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+import w2a4
+from benchmarks import tiny_llama
+from benchmarks.files import write_json
+from benchmarks.grid import FULL_PRECISION, Claim, Grid, Row
+from benchmarks.harness import metadata
+from benchmarks.outliers import plant_outliers
+from benchmarks.shape_report import shapes
+from w2a4.evaluate import perplexity
+from w2a4.report import number
+from w2a4.training.run import train
+
+
+def load(grid: Grid, row: Row, seed: int) -> tuple[Any, Any]:
+    """The float model that a row begins with, and its tokenizer."""
+    if grid.model != "testbed":
+        return w2a4.load_model(grid.model, dtype=torch.float32)
+    model, tokenizer = tiny_llama.load(seed, progress=False)
+    return (plant_outliers(model, seed=seed, **row.outliers) if row.outliers else model), tokenizer
+
+
+def measure(grid: Grid, row: Row, seed: int) -> dict[str, Any]:
+    """One row with one seed: quantised or trained, packed, evaluated. Runs in a process of its own."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    model, tokenizer = load(grid, row, seed)
+    losses: Any = None
+    if row.recipe is not None:
+        recipe = row.recipe.override(**{"rotation.seed": seed})
+        with tempfile.TemporaryDirectory() as work:
+            if row.train:
+                train(model, tokenizer, recipe, work, grid.calibration, progress=False)
+                losses = model.w2a4_report.training.get("losses")
+            else:
+                w2a4.quantize(model, tokenizer, recipe, grid.calibration, progress=False)
+    making = time.perf_counter() - started
+    score = perplexity(model, tokenizer, grid.text, seqlen=grid.seqlen, windows=grid.windows, progress=False)
+    return {
+        "row": row.name, "seed": seed, "key": row.key(grid, seed), "perplexity": score["perplexity"],
+        "text": w2a4.report.protocol(score), "losses": losses, "seconds": making,
+    }  # fmt: skip
+
+
+def run(grid: Grid, path: Path | None, workers: int) -> dict[str, Any]:
+    """Measure what `path` does not hold yet, rewriting it after every cell.
+
+    Returns:
+        what the file holds: `meta`, `grid`, `cells`.
+    """
+    cells = _earlier(path, grid)
+    todo = [
+        (row, seed)
+        for seed in grid.seeds
+        for row in grid.rows
+        if not any(cell["key"] == row.key(grid, seed) for cell in cells)
+    ]
+    result = {"meta": metadata("cpu") | {"command": _command()}, "grid": grid.to_dict(), "cells": cells}
+    with (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+        tqdm(total=len(todo), desc=grid.name, unit="cell") as bar,
+    ):
+        futures: dict[Future, tuple[Row, int]] = {
+            pool.submit(measure, grid, row, seed): (row, seed) for row, seed in todo
+        }
+        try:
+            for future in as_completed(futures):
+                cell = future.result()
+                cells.append(cell | {"commit": result["meta"]["commit"]})
+                bar.update()
+                bar.set_postfix_str(f"{cell['row']} {number(cell['perplexity'])}")
+                if path is not None:
+                    write_json(path, result)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    order = [row.name for row in grid.rows]
+    cells.sort(key=lambda cell: (order.index(cell["row"]), cell["seed"]))
+    return result
+
+
+def _earlier(path: Path | None, grid: Grid) -> list[dict[str, Any]]:
+    """Cells of `path` that this grid would measure again."""
+    if path is None or not path.is_file():
+        return []
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError, TypeError):
+        raise click.ClickException(
+            f"{path} exists and holds no result of this program; give another --json"
+        ) from None
+    wanted = {row.key(grid, seed) for row in grid.rows for seed in grid.seeds}
+    return [cell for cell in cells if cell["key"] in wanted]
+
+
+def _command() -> str:
+    return " ".join(["python -m benchmarks.accuracy", *sys.argv[1:]])
+
+
+def summarise(result: dict[str, Any], grid: Grid) -> list[dict[str, Any]]:
+    """A row a recipe: perplexities by seed, their ratios to full precision, mean and standard deviation."""
+    found = {(cell["row"], cell["seed"]): cell for cell in result["cells"]}
+    rows = []
+    for row in grid.rows:
+        values = [found[row.name, seed]["perplexity"] for seed in grid.seeds]
+        full = [found[FULL_PRECISION, seed]["perplexity"] for seed in grid.seeds]
+        ratios = [value / base for value, base in zip(values, full, strict=True)]
+        rows.append({
+            "row": row.name, "perplexity": values, "ratio": ratios, "mean": statistics.fmean(ratios),
+            "spread": statistics.stdev(ratios) if len(ratios) > 1 else 0.0,
+            "seconds": statistics.fmean(found[row.name, seed]["seconds"] for seed in grid.seeds),
+        })  # fmt: skip
+    return rows
+
+
+def judge(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Does it hold? Of two rows, the means must differ by more than either's spread over seeds."""
+    by_name = {row["row"]: row for row in rows}
+    left = by_name[claim.left]
+    if claim.limit is not None:
+        holds = left["mean"] <= claim.limit
+        return {
+            "claim": str(claim),
+            "holds": holds,
+            "gap": claim.limit - left["mean"],
+            "spread": left["spread"],
+        }
+    right = by_name[claim.right]
+    gap, spread = right["mean"] - left["mean"], max(left["spread"], right["spread"])
+    return {"claim": str(claim), "holds": bool(gap > spread), "gap": gap, "spread": spread}
+
+
+def report(result: dict[str, Any], grid: Grid) -> str:
+    """The tables for people."""
+    lines = [
+        (row["row"], *(number(value) for value in row["perplexity"]), f"{row['mean']:.3f}",
+         f"{row['spread']:.3f}", f"{row['seconds']:.0f}")
+        for row in result["summary"]
+    ]  # fmt: skip
+    head = ("row", *(f"seed {seed}" for seed in grid.seeds), "ratio", "spread", "s")
+    text = tabulate(lines, head, disable_numparse=True, colalign=("left", *["right"] * (len(head) - 1)))
+    text += f"\nPerplexity on {result['cells'][0]['text']}; ratio to full precision: mean over seeds.\n"
+    if result["claims"]:
+        claims = [
+            (
+                claim["claim"],
+                f"{claim['gap']:.3f}",
+                f"{claim['spread']:.3f}",
+                "yes" if claim["holds"] else "NO",
+            )
+            for claim in result["claims"]
+        ]
+        text += "\n" + tabulate(claims, ("claim", "gap", "spread", "holds"), disable_numparse=True) + "\n"
+    return text
+
+
+@click.command(help=(__doc__ or "").split("\n")[0])
+@click.option("--grid", "source", required=True, help="A YAML file, or one of benchmarks/grids.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write results here; kept ones count.")
+@click.option("--plots", type=click.Path(path_type=Path), help="Write plots here (needs matplotlib).")
+@click.option("--rows", help="Only these, separated by commas; claims on others are left out.")
+@click.option("--seeds", help="Instead of the grid's, separated by commas.")
+@click.option("--workers", default=os.cpu_count(), show_default=True, help="Rows measured at one time.")
+def main(
+    source: str, path: Path | None, plots: Path | None, rows: str | None, seeds: str | None, workers: int
+):
+    if plots is not None:
+        from benchmarks.accuracy_plots import check_matplotlib, plot
+
+        check_matplotlib()
+    try:
+        grid = Grid.load(source).pick(rows and rows.split(","), seeds and seeds.split(","))
+        result = run(grid, path, workers)
+        result["summary"] = summarise(result, grid)
+        result["claims"] = [judge(claim, result["summary"]) for claim in grid.claims]
+        if plots is not None:
+            result["shapes"] = shapes(*load(grid, grid.shaped(), grid.seeds[0]))
+    except w2a4.W2A4Error as error:
+        raise click.ClickException(str(error)) from None
+    if path is not None:
+        write_json(path, result)
+    click.echo(report(result, grid))
+    if plots is not None:
+        for file in plot(result, plots):
+            click.echo(file)
+    if not all(claim["holds"] for claim in result["claims"]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
