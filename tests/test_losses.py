@@ -5,7 +5,7 @@ import torch
 from numerics import assert_close
 
 from w2a4.training import losses
-from w2a4.training.losses import distillation_loss
+from w2a4.training.losses import Tops, distillation_loss
 
 
 def definition(student, teacher, mask, kind):
@@ -30,6 +30,35 @@ def test_value_and_gradient(kind, masked, chunk, monkeypatch):
     (grad,) = torch.autograd.grad(2 * loss, student)
     (expected,) = torch.autograd.grad(2 * want, student)
     assert_close(grad, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cakld", "kl"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_of_the_most_probable_tokens_and_the_rest(kind, k, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", 4)
+    student = (3 * torch.randn(2, 5, 11)).requires_grad_()
+    tops = Tops.of(3 * torch.randn(2, 5, 11), k)
+    assert tops.indices.shape == tops.log_probs.shape == (2, 5, k) and tops.rest.shape == (2, 5)
+    probabilities = student.softmax(-1)
+    chosen = probabilities.gather(-1, tops.indices.long())
+    lumped = torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], -1).log()
+    known = torch.cat([tops.log_probs.float(), tops.rest[..., None]], -1)
+    torch.testing.assert_close(known.exp().sum(-1), torch.ones(2, 5), rtol=1e-3, atol=0)
+    b = tops.log_probs[..., 0].float().exp().mean() if kind == "cakld" else 0.0
+    p, q = lumped, known.log_softmax(-1)
+    want = (b * (p.exp() * (p - q)).sum(-1) + (1 - b) * (q.exp() * (q - p)).sum(-1)).mean()
+    loss = distillation_loss(student, tops, kind=kind)
+    assert_close(loss, want, atol=1e-5)
+    (grad,) = torch.autograd.grad(loss, student)
+    (expected,) = torch.autograd.grad(want, student)
+    assert_close(grad, expected, atol=1e-5)
+
+
+def test_all_tokens_kept_are_the_whole_distribution():
+    student, teacher = 3 * torch.randn(6, 11), 3 * torch.randn(6, 11)
+    kept = distillation_loss(student, Tops.of(teacher, 11))
+    # The rest has LEAST_REST at least, and log-probabilities are float16.
+    assert_close(kept, distillation_loss(student, teacher), atol=2e-3)
 
 
 def test_zero_where_they_agree():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,34 @@ from torch import Tensor
 #: costs more than the arithmetic (three times, on a CPU with a vocabulary of 49,152).
 CHUNK = 32
 
+#: Least probability of all tokens that are not among the k most probable ones; below is rounding.
+LEAST_REST = 1e-6
+
+
+class Tops(NamedTuple):
+    """What is kept of a teacher's distribution over the next token.
+
+    Attributes:
+        indices: int32 `[..., k]`, the most probable tokens, in that order.
+        log_probs: float16 `[..., k]`, theirs.
+        rest: float32 `[...]`, the log-probability of all others together.
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int) -> Tops:
+        """From logits, floating `[..., vocabulary]`."""
+        log_probs = logits.float().log_softmax(-1)
+        top = log_probs.topk(k, -1)
+        rest = (1 - top.values.exp().sum(-1)).clamp_min(LEAST_REST).log()
+        return cls(top.indices.int(), top.values.half(), rest)
+
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor, mask: Tensor | None = None, kind: str = "cakld"
+    student: Tensor, teacher: Tensor | Tops, mask: Tensor | None = None, kind: str = "cakld"
 ) -> Tensor:
     """Mean divergence of the next-token distributions over the positions that count.
 
@@ -21,7 +48,7 @@ def distillation_loss(
 
     Args:
         student: logits, floating `[..., vocabulary]`.
-        teacher: logits of the same shape, without gradient.
+        teacher: logits of the same shape, without gradient; or `Tops`, and all other tokens count as one.
         mask: bool `[...]`, True where a position counts; None is everywhere.
 
     Returns:
@@ -30,32 +57,61 @@ def distillation_loss(
 
     Source: BitDistiller (arXiv 2402.10631), RCP (arXiv 2502.15779).
     """
-    student, teacher = student.flatten(0, -2), teacher.detach().flatten(0, -2)
+    student = student.flatten(0, -2)
+    if isinstance(teacher, Tops):
+        target = (teacher.indices.flatten(0, -2), teacher.log_probs.flatten(0, -2), teacher.rest.flatten())
+    else:
+        target = (teacher.detach().flatten(0, -2),)
     keep = torch.ones(len(student), dtype=torch.bool, device=student.device)
     keep = keep if mask is None else mask.flatten()
-    confidence = _confidence(teacher, keep) if kind == "cakld" else student.new_zeros((), dtype=torch.float32)
-    return _Divergence.apply(student, teacher, keep, confidence)
+    confidence = _confidence(target, keep) if kind == "cakld" else student.new_zeros((), dtype=torch.float32)
+    return _Divergence.apply(student, keep, confidence, *target)
 
 
-def _confidence(teacher: Tensor, keep: Tensor) -> Tensor:
+def _confidence(target: tuple[Tensor, ...], keep: Tensor) -> Tensor:
     """Mean probability of the most probable token."""
-    tops = [(part.amax(-1) - part.logsumexp(-1)).exp() for part in map(Tensor.float, teacher.split(CHUNK))]
-    return (torch.cat(tops) * keep).sum() / keep.sum().clamp_min(1)
+    if len(target) == 3:
+        tops = target[1][:, 0].float().exp()
+    else:
+        parts = map(Tensor.float, target[0].split(CHUNK))
+        tops = torch.cat([(part.amax(-1) - part.logsumexp(-1)).exp() for part in parts])
+    return (tops * keep).sum() / keep.sum().clamp_min(1)
+
+
+def _log_target(target: tuple[Tensor, ...], log_p: Tensor) -> Tensor:
+    """The teacher's log-probabilities `[n, vocabulary]`.
+
+    Of `Tops`, what is left is spread over the other tokens as the student (`log_p`) spreads its own: so
+    the sums over all tokens, and the gradients, are those over k + 1 outcomes.
+    """
+    if len(target) == 1:
+        return target[0].float().log_softmax(-1)
+    indices = target[0].long()
+    known = torch.cat([target[1].float(), target[2][:, None]], -1)
+    known = known - known.logsumexp(-1, keepdim=True)  # what float16 has rounded sums to 1 again
+    log_probs, rest = known[:, :-1], known[:, -1]
+    left = (1 - log_p.gather(-1, indices).exp().sum(-1)).clamp_min(LEAST_REST).log()
+    return (log_p + (rest - left)[:, None]).scatter(-1, indices, log_probs)
 
 
 class _Divergence(torch.autograd.Function):
-    """`b KL(p | q) + (1 - b) KL(q | p)` of p = softmax(student) and q = softmax(teacher)."""
+    """`b KL(p | q) + (1 - b) KL(q | p)` of p = softmax(student) and q, the teacher's."""
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, keep: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx, student: Tensor, keep: Tensor, b: Tensor, *target: Tensor) -> Tensor:
         grad = torch.empty_like(student)
         count = keep.sum().clamp_min(1)
         total = student.new_zeros((), dtype=torch.float32)
         parts = zip(
-            student.split(CHUNK), teacher.split(CHUNK), keep.split(CHUNK), grad.split(CHUNK), strict=True
+            student.split(CHUNK),
+            keep.split(CHUNK),
+            grad.split(CHUNK),
+            zip(*(t.split(CHUNK) for t in target), strict=True),
+            strict=True,
         )
-        for logits, target, kept, out in parts:
-            log_p, log_q = logits.float().log_softmax(-1), target.float().log_softmax(-1)
+        for logits, kept, out, known in parts:
+            log_p = logits.float().log_softmax(-1)
+            log_q = _log_target(known, log_p)
             p, q, gap = log_p.exp(), log_q.exp(), log_p - log_q
             reverse = (p * gap).sum(-1, keepdim=True)
             forward = -(q * gap).sum(-1, keepdim=True)
@@ -69,4 +125,4 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor):
         (grad,) = ctx.saved_tensors
-        return grad * scale.to(grad.dtype), None, None, None
+        return grad * scale.to(grad.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
