@@ -19,7 +19,7 @@ import yaml
 from safetensors import SafetensorError
 
 from .config import RECIPES, Recipe
-from .errors import RecipeError, W2A4Error
+from .errors import RecipeError, TrainingError, W2A4Error
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -210,17 +210,28 @@ def train(
     """Rotate MODEL, train it quantised against itself, and pack it into a new directory.
 
     Checkpoints lie beside DIR until it is written; repeat the command to go on after an interruption.
+    `torchrun --nproc-per-node N -m w2a4.cli train …` shares the work between N processes.
     """
     _refuse_existing(out)
     given = {"training.data": data, "training.minutes": minutes}
     parsed = _parse_recipe(recipe, settings).override(**{k: v for k, v in given.items() if v is not None})
     from . import pipeline, report
+    from .training import processes
     from .training.run import check_text, train
 
     check_text(parsed)
     loaded, tokenizer = pipeline.load_model(model)
     work = out.parent / f".{out.name}.training"
-    train(loaded, tokenizer, parsed, work, calib)
+    try:
+        train(loaded, tokenizer, parsed, work, calib)
+    except TrainingError:
+        if processes.is_main():
+            raise
+        raise click.exceptions.Exit(1) from None  # the main process tells
+    finally:
+        processes.leave()
+    if not processes.is_main():
+        return
     made = loaded.w2a4_report
     made.source = report.source_name(model)
     pipeline.save(loaded, tokenizer, out)
