@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,9 @@ def train(
     except TrainingError:
         if processes.is_main():
             raise
-        raise click.exceptions.Exit(1) from None  # the main process tells
+        # A launcher ends all as soon as one has left, and the main process has something to say.
+        time.sleep(5)
+        raise click.exceptions.Exit(1) from None
     finally:
         processes.leave()
     if not processes.is_main():

@@ -39,6 +39,9 @@ WEIGHTS = "model.safetensors"
 #: other sizes, a checkpoint is not whole.
 WHOLE = "whole.json"
 
+#: One of these is in the RuntimeError that torch.save makes of a full disk.
+_FILE_WRITER = ("inline_container", "iostream", "StreamWriter")
+
 #: A run limited in time saves after each tenth of it, but not more often, nor seldomer, than so many minutes.
 SAVE_MINUTES = 1.0, 10.0
 
@@ -238,10 +241,9 @@ class QATTrainer(Trainer):
         try:
             write()
         except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
-            # torch.save turns a full disk into a RuntimeError of its writer.
-            if isinstance(error, RuntimeError) and not any(w in str(error) for w in ("Writer", "iostream")):
+            problem = _write_failure(error)
+            if problem is None:
                 raise
-            problem = " ".join(str(error).split())
         problem = agree(problem)
         if problem is not None:
             raise TrainingError(
@@ -299,6 +301,17 @@ class _Clock(TrainerCallback):
             control.should_save = control.should_training_stop = True
         elif limit and now - self.saved >= save_interval(limit):
             control.should_save = True
+
+
+def _write_failure(error: BaseException) -> str | None:
+    """What kept a file from being written; None if it was something else."""
+    if isinstance(error, CheckpointException):  # all processes' errors, each with its stack
+        error = next(iter(error.failures.values()))[0]
+    told = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError):
+        return told
+    full = any(word in told for word in _FILE_WRITER)
+    return f"torch.save could not write, is the disk full? ({told})" if full else None
 
 
 def save_interval(limit: float) -> float:
