@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +24,29 @@ HERE = Path(__file__).parent
 SAME = 1e-5
 
 
-def launch(*command, **variables):
-    """Two processes of `python command`, one thread each."""
+def start(*command, **variables):
+    """A process of `python command` with one thread."""
     path = os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    arguments = [sys.executable, *launcher, *map(str, command)]
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+    arguments = [sys.executable, *map(str, command)]
+    return subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def pair(*command, **variables):
+    """Exit codes and stderr of two processes that no launcher ends when one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), **variables}
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    started = [start(*command, RANK=rank, LOCAL_RANK=rank, **both, **meet) for rank in ("0", "1")]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], errors
 
 
 def assert_same_model(one, two, ids):
@@ -46,25 +63,26 @@ def assert_same_model(one, two, ids):
 def test_the_command_gives_the_same_with_two_processes(plain, tmp_path):  # noqa: F811
     arguments = ("train", plain, *SMALL, *FEW_STEPS, "--set", "training.micro_batch=1")
     succeed(*arguments, "--out", tmp_path / "one")
-    two = launch("-m", "w2a4.cli", *arguments, "--out", tmp_path / "two")
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count(f"written to {tmp_path / 'two'}") == 1 and two.stdout.count("2 steps in") == 1
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    two = start(*launcher, "-m", "w2a4.cli", *arguments, "--out", tmp_path / "two")
+    shown, errors = two.communicate(timeout=120)
+    assert two.returncode == 0, errors
+    assert shown.count(f"written to {tmp_path / 'two'}") == 1 and shown.count("2 steps in") == 1
     assert_same_model(tmp_path / "one", tmp_path / "two", torch.arange(3, 20)[None])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_two_processes_stop_together_and_go_on(tmp_path):
     """One process's error in step 3 stops both; a second start ends where one uninterrupted process does."""
-    stopped = launch(HERE / "distributed_run.py", tmp_path, POISON="3")
-    assert stopped.returncode != 0
-    assert "TrainingError: step 3: the loss is nan" in stopped.stderr
+    codes, errors = pair(HERE / "distributed_run.py", tmp_path, POISON="3")
+    assert codes == [1, 1] and all("TrainingError: step 3: the loss is nan" in error for error in errors)
     checkpoints = tmp_path / "work" / "checkpoints"
     assert trainer.last_checkpoint(checkpoints).name == "checkpoint-2"
     recipe = small_recipe(steps=4, batch_size=4, micro_batch=2)
     with pytest.raises(TrainingError, match="run with WORLD_SIZE=2, and this one has 1; start 2"):
         run.train(llama(), Letters(), recipe, tmp_path / "work", progress=False)
-    resumed = launch(HERE / "distributed_run.py", tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    codes, errors = pair(HERE / "distributed_run.py", tmp_path)
+    assert codes == [0, 0], errors
     whole = run.train(llama(), Letters(), recipe, tmp_path / "whole", progress=False)
     whole.save_pretrained(tmp_path / "one")
     assert_same_model(tmp_path / "one", tmp_path / "packed", stream(20)[None])

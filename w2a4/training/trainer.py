@@ -248,7 +248,7 @@ class QATTrainer(Trainer):
         if problem is not None:
             raise TrainingError(
                 f"step {self.state.global_step}: cannot write a checkpoint in {self.args.output_dir!r}: "
-                f"{problem}; mend that and repeat the command, which goes on from the checkpoint before"
+                f"{problem}; mend that and repeat the command, which goes on from the one before"
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
