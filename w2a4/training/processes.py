@@ -26,7 +26,7 @@ _SHARDING = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
 
-#: Every process loads and prepares the model by itself, and FSDP1 cannot shard what is partly frozen.
+#: Every process prepares a whole model by itself, and FSDP2's parameters stay apart, trained or frozen.
 _REQUIRED = {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 
 

@@ -77,13 +77,12 @@ def _train_blocks(model, tokenizer, recipe: Recipe, work: Path, calibration, pro
 
 def _train_whole(model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool) -> nn.Module:
     processes.join()
-    training, main = recipe.training, processes.is_main()
-    begin = functools.partial(_begin, model, tokenizer, recipe, work, calibration, progress and main)
+    training, main, world = recipe.training, processes.is_main(), processes.world()
+    progress = progress and main
+    args = training_arguments(training, work / "checkpoints", world, recipe.rotation.seed, progress)
+    begin = functools.partial(_begin, model, tokenizer, recipe, work, calibration, progress)
     windows, teacher, described = processes.main_first(begin)
-    args = training_arguments(
-        training, work / "checkpoints", processes.world(), recipe.rotation.seed, progress and main
-    )
-    sharded = model if processes.world() == 1 else _to_shard(model)
+    sharded = model if world == 1 else _to_shard(model)
     trainer = QATTrainer(sharded, teacher, training, args, train_dataset=windows)
     checkpoint = last_checkpoint(work / "checkpoints")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -99,6 +98,9 @@ def _train_whole(model, tokenizer, recipe: Recipe, work: Path, calibration, prog
         state = trainer.trained_state()
         if not main:
             return model
+        for name in state:
+            if name.endswith(".bias"):  # packed layers add it in the model's dtype
+                state[name] = state[name].to(model.get_parameter(name).dtype)
         model.load_state_dict(state, strict=False, assign=True)
     return convert(model, facts)
 
