@@ -2,12 +2,15 @@
 
 import copy
 import dataclasses
+import errno
 import functools
 import json
+import resource
 
 import pytest
 import torch
 from packed import SHAPE, calibration
+from safetensors.torch import save_file
 from tiny_llama import tiny_llama
 
 import w2a4
@@ -143,6 +146,93 @@ def test_a_budget_of_time_ends_the_run(tmp_path):
     assert 0 < timed.state.global_step < 10_000
     assert 0.05 <= timed.minutes() < 0.5
     assert timed.state.log_history[-2]["learning_rate"] < 0.5e-4  # the schedule follows the clock
+
+
+@pytest.mark.parametrize("limit, interval", [(5, 1), (30, 3), (600, 10)])
+def test_checkpoints_follow_the_clock(limit, interval, tmp_path):
+    """Steps of half a minute: what a kill costs is never more than an interval and a step."""
+    assert trainer.save_interval(limit) == interval
+    timed = make_trainer(tmp_path, dataclasses.replace(TRAINING, steps=1000, batch_size=2, minutes=limit))
+    saved = []
+
+    class HalfMinutes(trainer.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            timed.started -= 30
+            control.should_training_stop |= state.global_step == 2 * 2 * interval + 2
+
+        def on_save(self, args, state, control, **kwargs):
+            saved.append(timed.minutes())
+
+    timed.add_callback(HalfMinutes())
+    timed.train()
+    gaps = [after - before for before, after in zip([0.0, *saved], saved, strict=False)]
+    assert saved and all(interval <= gap < interval + 0.6 for gap in gaps[:2]), saved
+    newest = trainer.last_checkpoint(tmp_path)
+    assert trainer._minutes(newest) == pytest.approx(saved[-1], abs=1e-3)
+
+
+def full_disk(monkeypatch, step):
+    """From `step` on the disk is full."""
+
+    def save(tensors, path, metadata):
+        if int(path.parent.name.rpartition("-")[2]) >= step:
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(trainer, "save_file", save)
+
+
+def test_a_full_disk_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    full_disk(monkeypatch, step=3)
+    recipe = small_recipe(steps=4)
+    message = r"step 3: cannot write .*checkpoints.*: \[Errno 28\] No space left"
+    with pytest.raises(TrainingError, match=message):
+        run.train(llama(), Letters(), recipe, tmp_path / "work", progress=False)
+    checkpoints = tmp_path / "work" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    monkeypatch.undo()
+    resumed = run.train(llama(), Letters(), recipe, tmp_path / "work", progress=False)
+    whole = run.train(llama(), Letters(), recipe, tmp_path / "whole", progress=False)
+    assert resumed.w2a4_report.training["losses"] == whole.w2a4_report.training["losses"]
+
+
+@pytest.mark.parametrize("limit", [40_000, 900_000], ids=["weights", "optimizer"])
+def test_files_that_cannot_grow_stop_training(limit, tmp_path):
+    """A limit on the size of files fails a write as a full disk does, also within torch.save."""
+    run_ = make_trainer(tmp_path, dataclasses.replace(TRAINING, steps=1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(TrainingError, match="step 1: cannot write a checkpoint in"):
+            run_.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [trainer.WEIGHTS, "optimizer.pt", "trainer_state.json", trainer.WHOLE])
+def test_a_checkpoint_that_is_cut_off_is_passed_over(name, tmp_path):
+    run_ = make_trainer(tmp_path, dataclasses.replace(TRAINING, steps=2, batch_size=2))
+    run_.train()
+    assert trainer.last_checkpoint(tmp_path).name == "checkpoint-2"
+    file = tmp_path / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:-10])
+    assert trainer.last_checkpoint(tmp_path).name == "checkpoint-1"
+    file.unlink()
+    assert trainer.last_checkpoint(tmp_path).name == "checkpoint-1"
+    trainer.drop_parts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_checkpoint_of_more_processes_is_refused(tmp_path):
+    run_ = make_trainer(tmp_path, dataclasses.replace(TRAINING, steps=1, batch_size=2))
+    run_.train()
+    checkpoint = trainer.last_checkpoint(tmp_path)
+    marker = json.loads((checkpoint / trainer.WHOLE).read_text())
+    (checkpoint / trainer.WHOLE).write_text(json.dumps({**marker, "processes": 4}))
+    with pytest.raises(TrainingError, match="WORLD_SIZE=4, and this one has 1; start 4 process"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_explosion_stops_and_keeps_the_checkpoint(tmp_path):

@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import yaml
 from safetensors import SafetensorError
 
 from .config import RECIPES, Recipe
-from .errors import RecipeError, W2A4Error
+from .errors import RecipeError, TrainingError, W2A4Error
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -210,17 +211,30 @@ def train(
     """Rotate MODEL, train it quantised against itself, and pack it into a new directory.
 
     Checkpoints lie beside DIR until it is written; repeat the command to go on after an interruption.
+    `torchrun --nproc-per-node N -m w2a4.cli train …` shares the work between N processes.
     """
     _refuse_existing(out)
     given = {"training.data": data, "training.minutes": minutes}
     parsed = _parse_recipe(recipe, settings).override(**{k: v for k, v in given.items() if v is not None})
     from . import pipeline, report
+    from .training import processes
     from .training.run import check_text, train
 
     check_text(parsed)
     loaded, tokenizer = pipeline.load_model(model)
     work = out.parent / f".{out.name}.training"
-    train(loaded, tokenizer, parsed, work, calib)
+    try:
+        train(loaded, tokenizer, parsed, work, calib)
+    except TrainingError:
+        if processes.is_main():
+            raise
+        # A launcher ends all as soon as one has left, and the main process has something to say.
+        time.sleep(5)
+        raise click.exceptions.Exit(1) from None
+    finally:
+        processes.leave()
+    if not processes.is_main():
+        return
     made = loaded.w2a4_report
     made.source = report.source_name(model)
     pipeline.save(loaded, tokenizer, out)

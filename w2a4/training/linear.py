@@ -111,7 +111,8 @@ class FakeQuantLinear(nn.Module):
             x = self.rotation.apply(x)
         if self.act_bits == 4:
             x = fake_quant_a4(x, self.act_clip, self.act_group_size)
-        return F.linear(x, self.fake_quant_weight().to(x.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.fake_quant_weight().to(x.dtype), bias)
 
     @torch.no_grad()
     def to_packed(self) -> _PackedLinear:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from ..config import Recipe
 from ..errors import TrainingError
 from ..report import peak_memory_mb, write_json
 from ..resume import fingerprint
+from . import processes
 from .block import BlockTrainer
 from .generations import write_generations
-from .prepare import convert, prepare, start_recipe
-from .trainer import QATTrainer, Windows, last_checkpoint, training_arguments
+from .prepare import convert, fake_quant_linears, prepare, start_recipe
+from .trainer import QATTrainer, Windows, drop_parts, last_checkpoint, training_arguments
 
 
 def train(
@@ -36,13 +37,15 @@ def train(
     Args:
         model: LlamaForCausalLM, float; its full-precision copy is the teacher.
         recipe: with `training`, see `config.Training`.
-        work: a directory for the start and the checkpoints. If it holds an interrupted run of the same
-            model, recipe and text, that is gone on with. Yours to remove when the model is saved.
+        work: a directory for the start and the checkpoints, which all processes share. If it holds an
+            interrupted run of the same model, recipe and text, that is gone on with. Yours to remove when
+            the model is saved.
         calibration: text for the fit that training begins with; `recipe.training.data` is trained on.
         progress: show bars.
 
     Returns:
-        the same model, packed; `model.w2a4_report.training` has losses, tokens and minutes.
+        the same model, packed; `model.w2a4_report.training` has losses, tokens and minutes. Of several
+        processes the main one packs it; in the others it is of no more use.
 
     Raises:
         W2A4Error: as `prepare`; `TrainingError` for a loss that explodes, or a `work` of another run.
@@ -50,6 +53,8 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     work = Path(work)
     if recipe.training.route == "block":
+        if processes.world() > 1:
+            raise TrainingError(f"training.route=block runs in one process; there are {processes.world()}")
         return _train_blocks(model, tokenizer, recipe, work, calibration, progress)
     return _train_whole(model, tokenizer, recipe, work, calibration, progress)
 
@@ -71,15 +76,14 @@ def _train_blocks(model, tokenizer, recipe: Recipe, work: Path, calibration, pro
 
 
 def _train_whole(model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool) -> nn.Module:
-    training = recipe.training
-    text = _text(model, tokenizer, recipe, work, calibration, progress)
-    stream, _ = data.token_stream(tokenizer, text)
-    windows = Windows(stream, training.seqlen, training.steps * training.batch_size, recipe.rotation.seed)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    processes.join()
+    training, main, world = recipe.training, processes.is_main(), processes.world()
+    progress = progress and main
     args = training_arguments(training, work / "checkpoints", world, recipe.rotation.seed, progress)
-    teacher = _teacher(model) if training.loss != "cross_entropy" else None
-    prepare(model, tokenizer, recipe, calibration, progress, resume=work / "start")
-    trainer = QATTrainer(model, teacher, training, args, train_dataset=windows)
+    begin = functools.partial(_begin, model, tokenizer, recipe, work, calibration, progress)
+    windows, teacher, described = processes.main_first(begin)
+    sharded = model if world == 1 else _to_shard(model)
+    trainer = QATTrainer(sharded, teacher, training, args, train_dataset=windows)
     checkpoint = last_checkpoint(work / "checkpoints")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     facts = {
@@ -87,10 +91,48 @@ def _train_whole(model, tokenizer, recipe: Recipe, work: Path, calibration, prog
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * training.batch_size * training.seqlen,
         "minutes": round(trainer.minutes(), 2),
-        "text": _describe(training.data, calibration, text),
+        "text": described,
         "peak_memory_mb": peak_memory_mb(),
     }
+    if sharded is not model:
+        state = trainer.trained_state()
+        if not main:
+            return model
+        for name in state:
+            if name.endswith(".bias"):  # packed layers add it in the model's dtype
+                state[name] = state[name].to(model.get_parameter(name).dtype)
+        model.load_state_dict(state, strict=False, assign=True)
     return convert(model, facts)
+
+
+def _begin(
+    model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool
+) -> tuple[Windows, nn.Module | None, str]:
+    """Prepare the model; what it trains on, its teacher, and a description of the text."""
+    training = recipe.training
+    text = _text(model, tokenizer, recipe, work, calibration, progress)
+    stream, _ = data.token_stream(tokenizer, text)
+    windows = Windows(stream, training.seqlen, training.steps * training.batch_size, recipe.rotation.seed)
+    teacher = _teacher(model) if training.loss != "cross_entropy" else None
+    prepare(model, tokenizer, recipe, calibration, progress, resume=work / "start")
+    if processes.is_main():
+        drop_parts(work / "checkpoints")
+    return windows, teacher, _describe(training.data, calibration, text)
+
+
+def _to_shard(model: nn.Module) -> nn.Module:
+    """The model for FSDP2, which changes modules for good; `model` keeps the rest and awaits trained values.
+
+    Trained parameters become float32: those that are sharded together must have one dtype.
+    """
+    linears = fake_quant_linears(model)
+    trained = [p for linear in linears.values() for p in linear.parameters()]
+    copied = {id(p): nn.Parameter(p.detach().float(), p.requires_grad) for p in trained}
+    sharded = copy.deepcopy(model, copied)
+    for linear in linears.values():
+        for name, p in list(linear.named_parameters()):
+            setattr(linear, name, nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
+    return sharded
 
 
 def check_text(recipe: Recipe) -> None:

@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, save_fsdp_optimizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import Training
 from ..errors import CalibrationError, TrainingError
+from ..report import write_json
 from .losses import distillation_loss
 from .prepare import fake_quant_linears
+from .processes import agree
 
 WEIGHTS = "model.safetensors"
+
+#: Sizes of a checkpoint's files and the number of processes; written last: without it, or with files of
+#: other sizes, a checkpoint is not whole.
+WHOLE = "whole.json"
+
+#: One of these is in the RuntimeError that torch.save makes of a full disk.
+_FILE_WRITER = ("inline_container", "iostream", "StreamWriter")
+
+#: A run limited in time saves after each tenth of it, but not more often, nor seldomer, than so many minutes.
+SAVE_MINUTES = 1.0, 10.0
 
 #: A loss this many times that of the first step means that training has blown up.
 EXPLODED = 10.0
@@ -62,7 +86,8 @@ class QATTrainer(Trainer):
 
     Latent weights and quantiser parameters have their own learning rates; checkpoints hold the model's
     state in safetensors. A loss that is not finite or explodes stops the run with `TrainingError`;
-    checkpoints saved before stay.
+    checkpoints saved before stay. Of several processes each holds a part of the parameters (FSDP2), and the
+    whole teacher.
 
     Args:
         model: prepared.
@@ -84,9 +109,9 @@ class QATTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean; Trainer is to average accumulated ones
         self.training = training
         self.teacher = teacher.to(self.args.device) if teacher is not None else None
-        self.started, self.spent = time.monotonic(), 0.0
+        self.started, self.spent, self._minutes = time.monotonic(), 0.0, 0.0
         self.first_loss: float | None = None
-        self.add_callback(_StopInTime(self))
+        self.add_callback(_Clock(self))
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Bar())
@@ -95,21 +120,37 @@ class QATTrainer(Trainer):
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if wanted and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate leaves FSDP to accelerators; PyTorch has it on CPUs, over gloo.
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            # Parameters are gathered unrounded: codes and levels are made of them. Autocast does the rest.
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids = inputs["input_ids"]
+        with self.accelerator.autocast():  # which Trainer leaves out under FSDP2
+            loss, output = self._loss(model, inputs["input_ids"])
+        return (loss, output) if return_outputs else loss
+
+    def _loss(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Any]:
         if self.training.loss == "cross_entropy":
             output = model(input_ids=ids, labels=ids, use_cache=False)
-            loss = output.loss
-        else:
-            with torch.no_grad():
-                target = self.teacher(input_ids=ids, use_cache=False).logits
-            output = model(input_ids=ids, use_cache=False)
-            loss = distillation_loss(output.logits, target, kind=self.training.loss)
-        return (loss, output) if return_outputs else loss
+            return output.loss, output
+        with torch.no_grad():
+            target = self.teacher(input_ids=ids, use_cache=False).logits
+        output = model(input_ids=ids, use_cache=False)
+        return distillation_loss(output.logits, target, kind=self.training.loss), output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        value = float(loss.detach())
+        # Rates and the end follow the clock, which must be the same in all processes.
+        here = loss.new_tensor([[loss.detach(), self._clock()]], dtype=torch.float64)
+        value, self._minutes = self.accelerator.gather(here).mean(0).tolist()
         if self.first_loss is None and math.isfinite(value):
             self.first_loss = value
         if not math.isfinite(value) or value > EXPLODED * (self.first_loss or math.inf):
@@ -121,6 +162,10 @@ class QATTrainer(Trainer):
         return loss
 
     def _culprit(self) -> str:
+        return agree(self._not_finite()) or ""
+
+    def _not_finite(self) -> str | None:
+        """What this process holds that is not finite."""
         for what, values in (
             ("", self.model.named_parameters()),
             (
@@ -129,9 +174,10 @@ class QATTrainer(Trainer):
             ),
         ):
             for name, value in values:
+                value = value.to_local() if isinstance(value, DTensor) else value
                 if not bool(torch.isfinite(value).all()):
                     return f", {what}{name} holds NaN or infinity"
-        return ""
+        return None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -148,7 +194,10 @@ class QATTrainer(Trainer):
         return self.lr_scheduler
 
     def minutes(self) -> float:
-        """Spent on this run, interrupted parts included."""
+        """Spent on this run up to its last step, interrupted parts included; the same in all processes."""
+        return self._minutes
+
+    def _clock(self) -> float:
         return self.spent + (time.monotonic() - self.started) / 60
 
     def progress(self, step: int, steps: int) -> float:
@@ -159,16 +208,71 @@ class QATTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """The trained parameters, whole; all processes must ask, and the main one gets them."""
+        state, whole = self.model.state_dict(), {}
+        for name in _trained(self.model):
+            tensor = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
+            if self.args.should_save:
+                whole[name] = tensor.contiguous().cpu()
+        return whole
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._write(functools.partial(self._save, output_dir, self.trained_state()))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            self._write(functools.partial(super()._save_checkpoint, model, trial))
+            self._write(functools.partial(self._mark_whole, folder))
+        except TrainingError:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _mark_whole(self, folder: Path) -> None:
+        if self.args.should_save:
+            sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+            write_json(folder / WHOLE, {"processes": self.args.world_size, "sizes": sizes})
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Call `write` in all processes, and if one of them cannot, raise TrainingError in all."""
+        problem = None
+        try:
+            write()
+        except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+            problem = _write_failure(error)
+            if problem is None:
+                raise
+        problem = agree(problem)
+        if problem is not None:
+            raise TrainingError(
+                f"step {self.state.global_step}: cannot write a checkpoint in {self.args.output_dir!r}: "
+                f"{problem}; mend that and repeat the command, which goes on from the one before"
+            )
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        state = state_dict if state_dict is not None else self.model.state_dict()
-        trained = {n: t.contiguous() for n, t in state.items() if n in set(_trained(self.model))}
-        save_file(trained, folder / WEIGHTS, {"minutes": f"{self.minutes():.3f}"})
+        state = state_dict if state_dict is not None else self.trained_state()
+        save_file(state, folder / WEIGHTS, {"minutes": f"{self.minutes():.3f}"})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would write the weights a second time, with those that are frozen.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        _check_processes(Path(resume_from_checkpoint), self.args.world_size)
         load_trained(model if model is not None else self.model, Path(resume_from_checkpoint))
-        self.spent = _minutes(Path(resume_from_checkpoint))
+        self.spent = self._minutes = _minutes(Path(resume_from_checkpoint))
 
 
 class _Bar(ProgressCallback):
@@ -179,14 +283,41 @@ class _Bar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}", refresh=False)
 
 
-class _StopInTime(TrainerCallback):
+class _Clock(TrainerCallback):
+    """Saves and stops in time, if the run is limited in time: its steps may never be counted out."""
+
     def __init__(self, trainer: QATTrainer):
-        self.trainer = trainer
+        self.trainer, self.saved = trainer, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.saved = self.trainer.minutes()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = self.trainer.minutes()
 
     def on_step_end(self, args, state, control, **kwargs):
-        limit = self.trainer.training.minutes
-        if limit and self.trainer.minutes() >= limit:
-            control.should_training_stop = True
+        limit, now = self.trainer.training.minutes, self.trainer.minutes()
+        if limit and now >= limit:
+            control.should_save = control.should_training_stop = True
+        elif limit and now - self.saved >= save_interval(limit):
+            control.should_save = True
+
+
+def _write_failure(error: BaseException) -> str | None:
+    """What kept a file from being written; None if it was something else."""
+    if isinstance(error, CheckpointException):  # all processes' errors, each with its stack
+        error = next(iter(error.failures.values()))[0]
+    told = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError):
+        return told
+    full = any(word in told for word in _FILE_WRITER)
+    return f"torch.save could not write, is the disk full? ({told})" if full else None
+
+
+def save_interval(limit: float) -> float:
+    """Minutes between checkpoints of a run that is limited to so many."""
+    shortest, longest = SAVE_MINUTES
+    return min(max(limit / 10, shortest), longest)
 
 
 def training_arguments(
@@ -233,9 +364,37 @@ def rate(training: Training, progress: float) -> float:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of an interrupted run."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return Path(found) if found else None
+    """The newest checkpoint of an interrupted run; one that is not whole is passed over."""
+    whole = [path for path in _checkpoints(folder) if _is_whole(path)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def drop_parts(folder: Path) -> None:
+    """Remove checkpoints that a kill left half-written: Trainer would keep them and remove whole ones."""
+    for path in _checkpoints(folder):
+        if not _is_whole(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        sizes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))["sizes"]
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _check_processes(checkpoint: Path, world: int) -> None:
+    before = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))["processes"]
+    if before != world:
+        raise TrainingError(
+            f"{str(checkpoint)!r} is of a run with WORLD_SIZE={before}, and this one has {world}; start "
+            f"{before} process(es) to go on with it, or remove {str(checkpoint.parent)!r} to train anew"
+        )
 
 
 def load_trained(model: nn.Module, checkpoint: Path) -> None:
@@ -247,7 +406,8 @@ def load_trained(model: nn.Module, checkpoint: Path) -> None:
             f"{str(checkpoint)!r} is of another model or recipe: {strange[0]!r} does not match"
         )
     try:
-        model.load_state_dict(state, strict=False)
+        # Sharded parameters take their part of it.
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
     except RuntimeError as error:
         raise TrainingError(f"{str(checkpoint)!r} is of another model or recipe: {error}") from None
 
