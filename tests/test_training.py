@@ -19,14 +19,13 @@ from w2a4.errors import CalibrationError, TrainingError
 from w2a4.training import generations, run, trainer
 from w2a4.training.losses import distillation_loss
 from w2a4.training.prepare import prepare
+from w2a4.training.teacher import write_tops
 from w2a4.training.trainer import QATTrainer, Windows, parameter_groups, rate, training_arguments
 
 TRAINING = Training(steps=6, batch_size=4, seqlen=24, micro_batch=2, lr=1e-3, quantizer_lr=2e-3, warmup=0.1)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stream(tokens=600):
@@ -350,3 +349,44 @@ def test_work_of_another_run_is_refused(tmp_path):
     run.train(llama(), Letters(), small_recipe(), tmp_path, progress=False)
     with pytest.raises(TrainingError, match="another model, recipe or text"):
         run.train(llama(), Letters(), small_recipe(lr=5e-4), tmp_path, progress=False)
+
+
+def test_training_on_the_teachers_top_tokens(tmp_path):
+    def trained(top, name):
+        recipe = small_recipe(teacher_top=top, steps=4, init="lloyd")
+        run.train(llama(), Letters(), recipe, tmp_path / name, progress=False)
+        return tmp_path / name / "teacher"
+
+    assert not trained(0, "live").exists()
+    folder = trained(5, "cached")
+    files = sorted(folder.iterdir())
+    assert files and not [file for file in files if file.suffix != ".safetensors"]
+    stamps = [file.stat().st_mtime_ns for file in files]
+    files[0].unlink()  # as after a kill
+    recipe = small_recipe(teacher_top=5, steps=4, init="lloyd")
+    run.train(llama(), Letters(), recipe, tmp_path / "cached", progress=False)
+    assert [file.stat().st_mtime_ns for file in files][1:] == stamps[1:] and files[0].is_file()
+
+
+def test_pieces_are_those_that_windows_give():
+    windows = Windows(stream(), 24, 100, seed=3, recut=False)
+    pieces = windows.pieces()
+    for index in (0, 1, windows.in_pass, 99):
+        item = windows[index]
+        assert torch.equal(item["input_ids"], pieces[item["piece"]])
+    assert sorted(int(windows[i]["piece"]) for i in range(windows.in_pass)) == list(range(len(pieces)))
+
+
+def test_a_cached_teacher_says_what_the_live_one_does(tmp_path):
+    model, windows = llama().eval(), Windows(stream(), 24, 8, recut=False)
+    teacher = write_tops(model, windows.pieces(), SHAPE["vocab_size"] + 9, tmp_path, progress=False)
+    ids, piece = windows[3]["input_ids"], windows[3]["piece"]
+    with torch.no_grad():
+        logits = model(ids[None]).logits
+    tops = teacher(piece[None])
+    want = logits.log_softmax(-1).gather(-1, tops.indices.long())
+    torch.testing.assert_close(tops.log_probs.float(), want, rtol=1e-3, atol=1e-4)
+    assert tops.indices.shape == (1, 24, SHAPE["vocab_size"])
+    (tmp_path / f"{int(piece)}.safetensors").write_bytes(b"cut off")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        teacher(piece[None])

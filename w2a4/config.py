@@ -68,6 +68,8 @@ class Training:
         learn_act_clip: whether the clips of the activations are learned.
         loss: `cakld` (both KL divergences, weighted by the teacher's confidence), `kl`
             (teacher to student) or `cross_entropy` (no teacher).
+        teacher_top: 0 keeps the teacher in memory; else only its so many most probable tokens at every
+            position are kept, on disk, and the probability of the rest.
         steps: optimiser steps.
         batch_size, seqlen: sequences a step, over all processes and accumulations, and tokens in each.
         micro_batch: sequences in one forward pass; -1 is all that a process has.
@@ -87,6 +89,7 @@ class Training:
     grid: Literal["ldp", "uniform", "minmax"] = "ldp"
     learn_act_clip: bool = True
     loss: Literal["cakld", "kl", "cross_entropy"] = "cakld"
+    teacher_top: int = 0
     steps: int = 1600
     batch_size: int = 8
     seqlen: int = 1024
@@ -103,7 +106,7 @@ class Training:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        for key, least in {"steps": 1, "batch_size": 1, "seqlen": 2}.items():
+        for key, least in {"teacher_top": 0, "steps": 1, "batch_size": 1, "seqlen": 2}.items():
             if getattr(self, key) < least:
                 raise RecipeError(f"training.{key}={getattr(self, key)}: give a number >= {least}")
         if self.micro_batch != -1 and self.micro_batch < 1:

@@ -21,6 +21,7 @@ from . import processes
 from .block import BlockTrainer
 from .generations import write_generations
 from .prepare import convert, fake_quant_linears, prepare, start_recipe
+from .teacher import CachedTeacher, write_tops
 from .trainer import QATTrainer, Windows, drop_parts, last_checkpoint, training_arguments
 
 
@@ -107,13 +108,18 @@ def _train_whole(model, tokenizer, recipe: Recipe, work: Path, calibration, prog
 
 def _begin(
     model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool
-) -> tuple[Windows, nn.Module | None, str]:
+) -> tuple[Windows, nn.Module | CachedTeacher | None, str]:
     """Prepare the model; what it trains on, its teacher, and a description of the text."""
     training = recipe.training
     text = _text(model, tokenizer, recipe, work, calibration, progress)
     stream, _ = data.token_stream(tokenizer, text)
-    windows = Windows(stream, training.seqlen, training.steps * training.batch_size, recipe.rotation.seed)
-    teacher = _teacher(model) if training.loss != "cross_entropy" else None
+    count, cached = training.steps * training.batch_size, training.teacher_top > 0
+    windows = Windows(stream, training.seqlen, count, recipe.rotation.seed, recut=not cached)
+    teacher = None
+    if training.loss != "cross_entropy" and not cached:
+        teacher = _teacher(model)
+    elif training.loss != "cross_entropy":
+        teacher = write_tops(model, windows.pieces(), training.teacher_top, work / "teacher", progress)
     prepare(model, tokenizer, recipe, calibration, progress, resume=work / "start")
     if processes.is_main():
         drop_parts(work / "checkpoints")

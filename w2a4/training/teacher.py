@@ -26,7 +26,7 @@ class CachedTeacher:
 
     def __call__(self, pieces: Tensor) -> Tops:
         found = [self._read(int(piece)) for piece in pieces]
-        return Tops(*(torch.stack(values) for values in zip(*found, strict=True)))
+        return Tops(*(torch.stack(values).to(pieces.device) for values in zip(*found, strict=True)))
 
     def _read(self, piece: int) -> Tops:
         path = self.folder / f"{piece}.safetensors"

@@ -32,6 +32,7 @@ from ..report import write_json
 from .losses import distillation_loss
 from .prepare import fake_quant_linears
 from .processes import agree
+from .teacher import CachedTeacher
 
 WEIGHTS = "model.safetensors"
 
@@ -58,15 +59,16 @@ class Windows(Dataset):
         stream: int64 `[tokens]`.
         seqlen: tokens in a window.
         count: windows in all.
+        recut: without it every pass cuts alike, so that what a teacher said of a piece can be kept.
     """
 
-    def __init__(self, stream: Tensor, seqlen: int, count: int, seed: int = 0):
+    def __init__(self, stream: Tensor, seqlen: int, count: int, seed: int = 0, recut: bool = True):
         if len(stream) < 2 * seqlen:
             raise CalibrationError(
                 f"the training text has {len(stream)} tokens; windows of seqlen={seqlen} need at least "
                 f"{2 * seqlen}: give a longer text or a smaller training.seqlen"
             )
-        self.stream, self.seqlen, self.count, self.seed = stream, seqlen, count, seed
+        self.stream, self.seqlen, self.count, self.seed, self.recut = stream, seqlen, count, seed, recut
         self.in_pass = len(stream) // seqlen - 1
 
     def __len__(self) -> int:
@@ -75,10 +77,14 @@ class Windows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         number, within = divmod(index, self.in_pass)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + number)
-        offset = int(torch.randint(self.seqlen, (1,), generator=generator))
-        piece = int(torch.randperm(self.in_pass, generator=generator)[within])
-        start = offset + piece * self.seqlen
-        return {"input_ids": self.stream[start : start + self.seqlen]}
+        offset = int(torch.randint(self.seqlen, (1,), generator=generator)) * self.recut
+        piece = torch.randperm(self.in_pass, generator=generator)[within]
+        start = offset + int(piece) * self.seqlen
+        return {"input_ids": self.stream[start : start + self.seqlen], "piece": piece}
+
+    def pieces(self) -> Tensor:
+        """All that a pass without `recut` is made of, int64 `[in_pass, seqlen]`."""
+        return self.stream[: self.in_pass * self.seqlen].view(-1, self.seqlen)
 
 
 class QATTrainer(Trainer):
@@ -91,16 +97,17 @@ class QATTrainer(Trainer):
 
     Args:
         model: prepared.
-        teacher: the full-precision model, in eval mode; None for `loss: cross_entropy`.
+        teacher: the full-precision model, in eval mode, or its words on every piece; None for
+            `loss: cross_entropy`.
         training: see `Training`.
         args: as for Trainer; `training_arguments` makes them from a `Training`.
-        train_dataset: of `{"input_ids": int64 [seqlen]}`.
+        train_dataset: of `{"input_ids": int64 [seqlen]}`, for a cached teacher with `piece`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        teacher: nn.Module | None,
+        teacher: nn.Module | CachedTeacher | None,
         training: Training,
         args: TrainingArguments,
         **kwargs,
@@ -108,7 +115,7 @@ class QATTrainer(Trainer):
         super().__init__(model=model, args=args, data_collator=_collate, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean; Trainer is to average accumulated ones
         self.training = training
-        self.teacher = teacher.to(self.args.device) if teacher is not None else None
+        self.teacher = teacher.to(self.args.device) if isinstance(teacher, nn.Module) else teacher
         self.started, self.spent, self._minutes = time.monotonic(), 0.0, 0.0
         self.first_loss: float | None = None
         self.add_callback(_Clock(self))
@@ -134,15 +141,18 @@ class QATTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.accelerator.autocast():  # which Trainer leaves out under FSDP2
-            loss, output = self._loss(model, inputs["input_ids"])
+            loss, output = self._loss(model, inputs["input_ids"], inputs.get("piece"))
         return (loss, output) if return_outputs else loss
 
-    def _loss(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Any]:
+    def _loss(self, model: nn.Module, ids: Tensor, piece: Tensor | None) -> tuple[Tensor, Any]:
         if self.training.loss == "cross_entropy":
             output = model(input_ids=ids, labels=ids, use_cache=False)
             return output.loss, output
-        with torch.no_grad():
-            target = self.teacher(input_ids=ids, use_cache=False).logits
+        if isinstance(self.teacher, CachedTeacher):
+            target = self.teacher(piece)
+        else:
+            with torch.no_grad():
+                target = self.teacher(input_ids=ids, use_cache=False).logits
         output = model(input_ids=ids, use_cache=False)
         return distillation_loss(output.logits, target, kind=self.training.loss), output
 
@@ -426,4 +436,4 @@ def _minutes(checkpoint: Path) -> float:
 
 
 def _collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {"input_ids": torch.stack([item["input_ids"] for item in items])}
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
