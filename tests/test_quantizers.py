@@ -71,14 +71,20 @@ class TestA4:
         out = fake_quant_a4(x, torch.tensor([0.9]))
         assert out[0].isnan().all() and out[1].isfinite().all()
 
-    def test_gradient_to_x_is_the_identity_inside_the_clip_range(self):
+    def test_gradient_to_x(self):
+        """The identity inside the clip range; the largest entry also moves the scale of all."""
         x, clip = randn(4, 32).requires_grad_(), torch.tensor([0.5])
         upstream = randn(4, 32, seed=1)
         fake_quant_a4(x, clip).backward(upstream)
-        scaled = x.detach() / (0.5 * x.detach().abs().amax(-1, keepdim=True) / 7)
+        values = x.detach().double()
+        top, where = values.abs().max(-1, keepdim=True)
+        scaled = values / (0.5 * top / 7)
         inside = (scaled >= -8) & (scaled <= 7)
         assert 0 < inside.sum() < inside.numel()
-        torch.testing.assert_close(x.grad, upstream * inside, rtol=1e-6, atol=1e-7)
+        slope = torch.where(inside, scaled.round() - scaled, scaled.clamp(-8, 7))
+        by_scale = (upstream * slope).sum(-1, keepdim=True) * 0.5 / 7 * values.gather(-1, where).sign()
+        expected = (upstream * inside).double().scatter_add(-1, where, by_scale)
+        torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("group_size", [-1, 8])
     def test_gradient_to_clip(self, group_size):
@@ -132,16 +138,24 @@ class TestKV4:
     def test_empty(self):
         assert fake_quant_kv4(torch.zeros(1, 2, 0, 8), 0.95).shape == (1, 2, 0, 8)
 
-    def test_gradient_to_x_is_the_identity_inside_the_clip_range(self):
+    def test_gradient_to_x(self):
+        """The identity inside the clip range; least and greatest entry also move scale and zero."""
         x = randn(1, 2, 6, 32).requires_grad_()
         upstream = randn(1, 2, 6, 32, seed=1)
         fake_quant_kv4(x, 0.6).backward(upstream)
+        values = x.detach().double()
         _, params = reference.quantize_kv4(x.detach(), 0.6)
-        scale, zero = params.float().split(1, -1)
-        v = (x.detach() - zero) / scale
+        scale, zero = params.double().split(1, -1)
+        v = (values - zero) / scale
         inside = (v >= 0) & (v <= 15)
         assert 0 < inside.sum() < inside.numel()
-        torch.testing.assert_close(x.grad, upstream * inside, rtol=1e-6, atol=1e-7)
+        code = v.round().clamp(0, 15)
+        by_scale = (upstream * torch.where(inside, code - v, code)).sum(-1, keepdim=True)
+        by_zero = (upstream * ~inside).sum(-1, keepdim=True)
+        expected = (upstream * inside).double()
+        expected.scatter_add_(-1, values.argmax(-1, keepdim=True), by_scale * 0.6 / 15 + by_zero * 0.2)
+        expected.scatter_add_(-1, values.argmin(-1, keepdim=True), -by_scale * 0.6 / 15 + by_zero * 0.8)
+        torch.testing.assert_close(x.grad.double(), expected, rtol=1e-4, atol=1e-4)
 
     def test_gradient_to_clip(self):
         x, clip = randn(1, 2, 6, 32), torch.tensor([0.6], requires_grad=True)

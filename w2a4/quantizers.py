@@ -28,8 +28,9 @@ def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
 def fake_quant_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> Tensor:
     """4-bit activations: `dequantize_a4(*quantize_a4(x, clip, group_size))`, differentiable.
 
-    Gradients: to x the identity where x is not clipped, else 0 (the scale counts as constant); to clip
-    exactly that of `scale * code` with rounding passed through.
+    Gradients, to x and clip: exactly that of `scale * code` with rounding passed through, the scale being
+    a function of both. Through it a largest entry feels the errors that it causes in all the others:
+    without that, a rotation would have next to nothing to learn from.
 
     Args:
         x: floating `[..., K]`.
@@ -42,7 +43,7 @@ def fake_quant_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> Tensor:
     Source: learned step size, S. Esser et al. (arXiv 1902.08153), for a scale relative to max|x|.
     """
     groups = x.float().unflatten(-1, (-1, x.shape[-1] if group_size == -1 else group_size))
-    scale = clip * groups.detach().abs().amax(-1, keepdim=True) / 7
+    scale = clip * groups.abs().amax(-1, keepdim=True) / 7
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     codes = (groups / scale).clamp(-8, 7)
     return (straight_through(codes, codes.round()) * scale).flatten(-2).to(x.dtype)
@@ -51,8 +52,8 @@ def fake_quant_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> Tensor:
 def fake_quant_kv4(x: Tensor, clip: Tensor | float) -> Tensor:
     """4-bit keys or values: `dequantize_kv4(*quantize_kv4(x, clip))`, differentiable.
 
-    Gradients: to x the identity where x is not clipped, else 0 (the range counts as constant); to clip,
-    if it is a tensor, exactly that of `scale * code + zero` with rounding passed through.
+    Gradients, to x and clip (if it is a tensor): exactly that of `scale * code + zero` with roundings
+    passed through, the range being a function of both.
 
     Args:
         x: floating `[..., head_dim]`; each row has its own scale and zero-point.
@@ -62,7 +63,7 @@ def fake_quant_kv4(x: Tensor, clip: Tensor | float) -> Tensor:
         `[..., head_dim]` in x's dtype; the float32 value rounded once.
     """
     rows = x.float()
-    low, high = rows.detach().amin(-1, keepdim=True), rows.detach().amax(-1, keepdim=True)
+    low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     middle, half = (low + high) * 0.5, (high - low) * 0.5 * clip
     scale, zero = _half((half + half) / 15), _half(middle - half)
     codes = ((rows - zero) / torch.where(scale == 0, torch.ones_like(scale), scale)).clamp(0, 15)
