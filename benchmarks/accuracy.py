@@ -38,19 +38,19 @@ from w2a4.report import number
 from w2a4.training.run import train
 
 
-def load(grid: Grid, row: Row, seed: int) -> tuple[Any, Any]:
-    """The float model that a row begins with, and its tokenizer."""
+def load(grid: Grid, seed: int) -> tuple[Any, Any]:
+    """The float model that every row begins with, and its tokenizer."""
     if grid.model != "testbed":
         return w2a4.load_model(grid.model, dtype=torch.float32)
     model, tokenizer = tiny_llama.load(seed, progress=False)
-    return (plant_outliers(model, seed=seed, **row.outliers) if row.outliers else model), tokenizer
+    return (plant_outliers(model, seed=seed, **grid.outliers) if grid.outliers else model), tokenizer
 
 
 def measure(grid: Grid, row: Row, seed: int) -> dict[str, Any]:
     """One row with one seed: quantised or trained, packed, evaluated. Runs in a process of its own."""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    model, tokenizer = load(grid, row, seed)
+    model, tokenizer = load(grid, seed)
     losses: Any = None
     if row.recipe is not None:
         recipe = row.recipe.override(**{"rotation.seed": seed})
@@ -133,27 +133,26 @@ def summarise(result: dict[str, Any], grid: Grid) -> list[dict[str, Any]]:
         ratios = [value / base for value, base in zip(values, full, strict=True)]
         rows.append({
             "row": row.name, "perplexity": values, "ratio": ratios, "mean": statistics.fmean(ratios),
-            "spread": statistics.stdev(ratios) if len(ratios) > 1 else 0.0,
+            "spread": _spread(ratios),
             "seconds": statistics.fmean(found[row.name, seed]["seconds"] for seed in grid.seeds),
         })  # fmt: skip
     return rows
 
 
 def judge(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Does it hold? Of two rows, the means must differ by more than either's spread over seeds."""
+    """Does it hold? Of two rows, the mean gap at equal seeds must be more than its spread over seeds."""
     by_name = {row["row"]: row for row in rows}
-    left = by_name[claim.left]
-    if claim.limit is not None:
-        holds = left["mean"] <= claim.limit
-        return {
-            "claim": str(claim),
-            "holds": holds,
-            "gap": claim.limit - left["mean"],
-            "spread": left["spread"],
-        }
-    right = by_name[claim.right]
-    gap, spread = right["mean"] - left["mean"], max(left["spread"], right["spread"])
-    return {"claim": str(claim), "holds": bool(gap > spread), "gap": gap, "spread": spread}
+    left = by_name[claim.left]["ratio"]
+    right = [claim.limit] * len(left) if claim.limit is not None else by_name[claim.right]["ratio"]
+    gaps = [b - a for a, b in zip(left, right, strict=True)]
+    gap, spread = statistics.fmean(gaps), _spread(gaps)
+    holds = gap >= 0 if claim.limit is not None else gap > spread
+    return {"claim": str(claim), "holds": holds, "gap": gap, "spread": spread}
+
+
+def _spread(values: list[float]) -> float:
+    """Standard deviation."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def report(result: dict[str, Any], grid: Grid) -> str:
@@ -200,7 +199,7 @@ def main(
         result["summary"] = summarise(result, grid)
         result["claims"] = [judge(claim, result["summary"]) for claim in grid.claims]
         if plots is not None:
-            result["shapes"] = shapes(*load(grid, grid.shaped(), grid.seeds[0]))
+            result["shapes"] = shapes(*load(grid, grid.seeds[0]))
     except w2a4.W2A4Error as error:
         raise click.ClickException(str(error)) from None
     if path is not None:

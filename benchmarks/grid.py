@@ -1,6 +1,7 @@
 """Grids of recipes: what `benchmarks.accuracy` reads.
 
 model: testbed                  # or a directory or .gguf file
+outliers: {factor: 16.0}        # planted in the testbed: arguments of `plant_outliers`
 seeds: [0, 1, 2]                # of the testbed, its outliers, rotations and the order of the text
 seqlen: 256                     # of the evaluation's windows
 windows: 128
@@ -8,7 +9,6 @@ set: {calib_samples: 32}        # recipe keys of every row
 rows:
   rcp: {recipe: w2a4kv4-rcp-quick, train: true, set: {training.steps: 200}}
   gptq: {recipe: w2a4kv4}
-  bare: {recipe: w2a4kv4, outliers: {factor: 16}, set: {rotation.r1: none}}
 claims: ["rcp < gptq", "rcp <= 1.5"]   # of ratios to full precision
 """
 
@@ -44,19 +44,17 @@ class Row:
     Attributes:
         recipe: None keeps the model as it is.
         train: run `w2a4 train` with it, else `w2a4 quantize`.
-        outliers: arguments of `plant_outliers`; empty for none.
     """
 
     name: str
     recipe: Recipe | None = None
     train: bool = False
-    outliers: dict[str, Any] = field(default_factory=dict)
 
     def key(self, grid: Grid, seed: int) -> str:
         """Names all that the row's perplexity depends on but the code."""
         content = [
             VERSION, grid.model, grid.calibration, grid.text, grid.seqlen, grid.windows, seed, self.train,
-            self.outliers, self.name if self.recipe is None else self.recipe.to_dict(),
+            grid.outliers, self.name if self.recipe is None else self.recipe.to_dict(),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -100,6 +98,7 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
     seqlen: int = 2048
     windows: int | None = None
+    outliers: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, source: str) -> Grid:
@@ -115,9 +114,7 @@ class Grid:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError:
             named = ", ".join(sorted(file.stem for file in GRIDS.glob("*.yaml")))
-            raise w2a4.RecipeError(
-                f"grid {source!r} does not exist; give a YAML file, or one of {named}"
-            ) from None
+            raise w2a4.RecipeError(f"no grid {source!r}; give a YAML file, or one of {named}") from None
         except yaml.YAMLError as error:
             raise w2a4.RecipeError(f"grid {source!r} is not YAML: {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get("rows"), dict):
@@ -155,19 +152,15 @@ class Grid:
             seeds=self.seeds if seeds is None else tuple(map(int, seeds)),
         )
 
-    def shaped(self) -> Row:
-        """The row whose float model is drawn: one with outliers, if any."""
-        return next((row for row in self.rows if row.outliers), self.rows[0])
-
     def to_dict(self) -> dict[str, Any]:
         content = dataclasses.asdict(self)
         return content | {"claims": [str(claim) for claim in self.claims]}
 
 
 def _parse_row(name: str, content: dict[str, Any], shared: dict[str, Any]) -> Row:
-    known = {"recipe", "train", "outliers", "set"}
+    known = {"recipe", "train", "set"}
     for key in content:
         if key not in known:
             raise w2a4.RecipeError(f"row {name!r}: unknown key {key!r}; known: {', '.join(sorted(known))}")
     recipe = Recipe.load(content.get("recipe", "w2a4kv4")).override(**(shared | content.get("set", {})))
-    return Row(name, recipe, bool(content.get("train", False)), content.get("outliers") or {})
+    return Row(name, recipe, bool(content.get("train", False)))
