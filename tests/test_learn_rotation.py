@@ -447,6 +447,11 @@ class TestRefusals:
         config = RotationConfig(r1="learned", r2="learned", learned=str(out))
         with pytest.raises(RotationError, match="R1 .*learned on this model"):
             w2a4.rotate(tiny_llama(), config)
+        same, other = copy.deepcopy(model), copy.deepcopy(model)
+        w2a4.rotate(same.to(torch.float16), config)  # the model itself, in another dtype
+        other.model.embed_tokens.weight.data.neg_()
+        with pytest.raises(RotationError, match="a model with other weights than this one"):
+            w2a4.rotate(other, config)
 
 
 class TestQuantize:

@@ -35,7 +35,8 @@ from .quantizers import fake_quant_a4
 from .report import peak_memory_mb, source_name, versions, write_atomically, write_json
 from .resume import fingerprint
 from .rotation import fuse
-from .rotation.descent import Descent, Objective, read_metadata, write_tensors
+from .rotation.descent import Descent, Objective
+from .rotation.files import model_mark, read_metadata, write_tensors
 from .rotation.learn import kurtosis_gap, orthogonality_error
 from .rotation.online import OnlineRotation
 from .smooth import smooth
@@ -152,7 +153,7 @@ def learn_rotation(
         report.after = objective(0, descent.rotations).item()
     report.before, report.losses, report.orthogonality = descent.losses[0], descent.losses, descent.drift
     report.seconds, report.peak_memory_mb = descent.seconds, peak_memory_mb()
-    _write(out, descent.rotations, report, key)
+    _write(out, descent.rotations, report, {"key": key, "model": model_mark(model)})
     if partial is not None:
         partial.unlink(missing_ok=True)
     return report
@@ -428,13 +429,13 @@ def _finished(out: Path, key: str) -> RotationReport:
     return RotationReport(**metadata["report"])
 
 
-def _write(out: Path, rotations: dict[str, Tensor], report: RotationReport, key: str) -> None:
+def _write(out: Path, rotations: dict[str, Tensor], report: RotationReport, about: dict[str, str]) -> None:
     """Report and plot first: where the rotations are, all is."""
     tensors = {name: r.detach().float() for name, r in rotations.items()}
     report.final = {name: orthogonality_error(r) for name, r in tensors.items()}
     report.plot = _plot(out.with_suffix(".png"), report)
     write_json(out.with_suffix(".json"), dataclasses.asdict(report))
-    write_tensors(out, tensors, {"key": key, "report": dataclasses.asdict(report)})
+    write_tensors(out, tensors, {**about, "report": dataclasses.asdict(report)})
 
 
 def _plot(path: Path, report: RotationReport) -> str:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import RotationLearning
 from ..errors import RotationError
+from .files import read_metadata, write_tensors
 from .fuse import ORTHOGONAL_TOLERANCE
 from .learn import SCHEDULES, CayleySGD, orthogonality_error
 
@@ -148,32 +146,3 @@ class Descent:
         }
         state = {"key": self.key, "losses": self.losses, "drift": self.drift, "seconds": self.seconds}
         write_tensors(self.partial, {**self.rotations, **momenta}, state)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """A safetensors file, whole or not at all, with JSON as its metadata `w2a4`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            {"w2a4": json.dumps(metadata)},
-        )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_tensors` wrote beside the tensors; empty for a file of another origin.
-
-    Raises:
-        RotationError: not a safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("w2a4", "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise RotationError(
-            f"{str(path)!r} cannot be read ({error}); it is damaged, remove it and learn again"
-        ) from None

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..config import RotationConfig
 from ..errors import RotationError
+from .files import model_mark, read_metadata
 from .online import OnlineRotation
 
 #: Largest max|RᵀR - I| of a learned rotation that rounding to float32 and some drift explain.
@@ -82,7 +83,7 @@ def rotate(model: nn.Module, config: RotationConfig) -> nn.Module:
             The model is unchanged then.
     """
     check(model)
-    r1, r2, online = _rotations(model.config, config)
+    r1, r2, online = _rotations(model, config)
     plan = list(_plan(model, r1, r2, online["r4"]))
     _untie(model)
     for fold in plan:
@@ -192,11 +193,11 @@ def _untie(model: nn.Module) -> None:
 
 
 def _rotations(
-    llama: object, config: RotationConfig
+    model: nn.Module, config: RotationConfig
 ) -> tuple[_Rotation, list[_Rotation], dict[str, OnlineRotation]]:
     """R1, R2 of each layer, and R3 and R4 by name."""
-    hidden, layers, head_dim = llama.hidden_size, llama.num_hidden_layers, _head_dim(llama)
-    learned = _load_learned(config, hidden, layers, head_dim) if "learned" in (config.r1, config.r2) else {}
+    llama, head_dim = model.config, _head_dim(model.config)
+    learned = _load_learned(model, config) if "learned" in (config.r1, config.r2) else {}
 
     def pick(kind: str, size: int, name: str) -> _Rotation:
         return learned[name] if kind == "learned" else OnlineRotation(kind, size, config.seed, name)
@@ -205,15 +206,15 @@ def _rotations(
         "r3": OnlineRotation(config.r3, head_dim, config.seed, "r3"),
         "r4": OnlineRotation(config.r4, llama.intermediate_size, config.seed, "r4"),
     }
-    r2 = [pick(config.r2, head_dim, f"r2.{i}") for i in range(layers)]
-    return pick(config.r1, hidden, "r1"), r2, online
+    r2 = [pick(config.r2, head_dim, f"r2.{i}") for i in range(llama.num_hidden_layers)]
+    return pick(config.r1, llama.hidden_size, "r1"), r2, online
 
 
 def _head_dim(llama: object) -> int:
     return getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads
 
 
-def _load_learned(config: RotationConfig, hidden: int, layers: int, head_dim: int) -> dict[str, _Learned]:
+def _load_learned(model: nn.Module, config: RotationConfig) -> dict[str, _Learned]:
     """The tensors `R1` and `R2.<layer>` that the configuration asks for, as `r1` and `r2.<layer>`."""
     if config.learned is None:
         raise RotationError(
@@ -229,7 +230,8 @@ def _load_learned(config: RotationConfig, hidden: int, layers: int, head_dim: in
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise RotationError(f"learned={config.learned!r} is not a safetensors file: {error}") from None
-    sizes = {"R1": hidden, **{f"R2.{i}": head_dim for i in range(layers)}}
+    layers = model.config.num_hidden_layers
+    sizes = {"R1": model.config.hidden_size, **{f"R2.{i}": _head_dim(model.config) for i in range(layers)}}
     wanted = [name for name in sizes if (config.r1 if name == "R1" else config.r2) == "learned"]
     strange = sorted(set(tensors) - set(sizes)) or sorted(set(wanted) - set(tensors))
     if strange:
@@ -238,7 +240,20 @@ def _load_learned(config: RotationConfig, hidden: int, layers: int, head_dim: in
             f"learned={config.learned!r} {state} {strange[0]!r}, but this model has {layers} layers; "
             "use the file that was learned on this model"
         )
-    return {name.lower(): _Learned(_orthogonal(tensors[name], sizes[name], name, path)) for name in wanted}
+    rotations = {name.lower(): _orthogonal(tensors[name], sizes[name], name, path) for name in wanted}
+    _check_mark(path, model)
+    return {name: _Learned(matrix) for name, matrix in rotations.items()}
+
+
+def _check_mark(path: Path, model: nn.Module) -> None:
+    """A file that says which model it is for must say this one."""
+    about = read_metadata(path)
+    if about.get("model", model_mark(model)) != model_mark(model):
+        source = about.get("report", {}).get("source", "another model")
+        raise RotationError(
+            f"learned={str(path)!r} was learned on {source!r}, a model with other weights than this one; "
+            "learn rotations on this model"
+        )
 
 
 def _orthogonal(matrix: Tensor, size: int, name: str, path: Path) -> Tensor:
