@@ -15,6 +15,7 @@ import triton
 from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 from triton_machine_code import compile_kernel
+from w2a4.triton_kernels import fake_quant, ldp
 from w2a4.triton_kernels.gemm import gemm_a4_kernel
 from w2a4.triton_kernels.tiles import TILES, fit_k
 
@@ -50,6 +51,30 @@ def test_gemm_machine_code(arch, group, tile, bits, tmp_path):
     assert "LDGSTS" in code.opcodes  # loads run ahead of the products
     if bits == 2:
         assert_packs_lie_in_rows(code.ttgir)
+
+
+@pytest.mark.parametrize(
+    "kernel,size",
+    [(ldp.group_range_kernel, 128), (ldp.codebook_kernel, 128), (ldp.codebook_backward_kernel, 11008)]
+    + [(fake_quant.fake_quant_kernel, 128), (fake_quant.fake_quant_backward_kernel, 14336)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_fake_quant_machine_code(kernel, size, tmp_path):
+    padded = triton.next_power_of_2(size)
+    together = max(1, 4096 // padded)
+    floats = {
+        name for name in kernel.arg_names if name.split("_")[0] in ("clip", "soft", "hard", "low", "high")
+    }
+    floats |= {"grad_clip_ptr", "grad_soft_ptr"}
+    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    types = {name: "*fp32" if name in floats else "*bf16" for name in pointers}
+    types |= {name: "i32" for name in ("rows", "groups") if name in kernel.arg_names}
+    constants = dict(SIZE=size, PADDED=padded) | {
+        n: together for n in ("ROWS", "GROUPS") if n in kernel.arg_names
+    }
+    constants |= {"KV": size == 128} if "KV" in kernel.arg_names else {}
+    code = compile_kernel(kernel, 90, types, constants, 8 if padded > 4096 else 4, 3, tmp_path / "cubin")
+    assert code.stack == 0 and not {"LDL", "STL"} & set(code.opcodes)
 
 
 def assert_packs_lie_in_rows(ttgir: str) -> None:

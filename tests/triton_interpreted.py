@@ -4,12 +4,12 @@ import operator
 
 import pytest
 import torch
-from numerics import assert_close
+from numerics import UNIT, assert_close
 from op_arguments import replaced
 from test_ops import linear_inputs
-from w2a4.triton_kernels import gemm, language, tiles
+from w2a4.triton_kernels import fake_quant, gemm, language, ldp, tiles
 
-from w2a4 import reference
+from w2a4 import quantizers, reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -241,3 +241,148 @@ def test_autotune_passes_over_tiles_that_do_not_fit(a_gpu):
 
     tiles.autotune(True)
     assert tiles.choose_tile(tiles.Problem(4, 9, 64, 64, 64, 64), torch.empty(1), run).m == 128
+
+
+# fake_quant and ldp: values bit for bit, gradients up to the rounding of sums
+
+
+def with_gradients(function, inputs, grad):
+    """The result and the gradients of all floating inputs."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    result = function(*leaves)
+    result.backward(grad)
+    return result.detach(), [leaf.grad for leaf in leaves]
+
+
+def assert_same_gradients(got, want, sizes):
+    """Each within the rounding of its dtype and, a sum, of terms whose magnitudes add up to its size."""
+    for actual, expected, size in zip(got, want, sizes, strict=True):
+        # A term is rounded some four times.
+        assert_close(actual, expected, atol=4 * UNIT * size, rtol=torch.finfo(actual.dtype).eps)
+
+
+def sizes(grad, x):
+    """For the gradients to x and to a clip or a level."""
+    return 0.0, float(grad.abs().double().sum() * x.abs().max())
+
+
+ROWS = [(1, -1), (7, -1), (90, -1), (96, 32), (288, 96), (128, 64)]
+
+
+def activations(features, dtype):
+    x = torch.randn(3, 5, features).to(dtype)
+    x[0, 3] = 0
+    x[1, 2, 0] = 100
+    return x
+
+
+def in_dtype(result, dtype):
+    """float32 values as the interpreter stores them: it cuts off what bfloat16 does not hold, GPUs round."""
+    if dtype != torch.bfloat16:
+        return result.to(dtype)
+    return (result.contiguous().view(torch.int32) & -65536).view(torch.float32).bfloat16()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("features,group", ROWS)
+@pytest.mark.parametrize("clip", [0.6, 1.0])
+def test_fake_quant_a4(features, group, dtype, clip):
+    x, grad = activations(features, dtype), torch.randn(3, 5, features).to(dtype)
+    inputs = x, torch.tensor([clip])
+    got, gradients = with_gradients(lambda *t: fake_quant.fake_quant_a4(*t, group), inputs, grad)
+    _, wanted = with_gradients(lambda *t: quantizers.fake_quant_a4(*t, group), inputs, grad)
+    exact = quantizers.fake_quant_a4(x.float(), torch.tensor([clip]), group)
+    assert_close(got, in_dtype(exact, dtype))
+    assert_same_gradients(gradients, wanted, sizes(grad, x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("head_dim", [1, 16, 80, 128])
+@pytest.mark.parametrize("clip", [0.6, 1.0])
+def test_fake_quant_kv4(head_dim, dtype, clip):
+    x, grad = activations(head_dim, dtype), torch.randn(3, 5, head_dim).to(dtype)
+    inputs = x, torch.tensor([clip])
+    got, gradients = with_gradients(fake_quant.fake_quant_kv4, inputs, grad)
+    _, wanted = with_gradients(quantizers.fake_quant_kv4, inputs, grad)
+    assert_close(got, in_dtype(quantizers.fake_quant_kv4(x.float(), torch.tensor([clip])), dtype))
+    assert_same_gradients(gradients, wanted, sizes(grad, x))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_fake_quant_shows_what_is_not_finite(bad):
+    x = torch.randn(3, 64)
+    x[1, 40] = bad
+    clip = torch.tensor([0.9])
+    assert_close(fake_quant.fake_quant_a4(x, clip, 32), quantizers.fake_quant_a4(x, clip, 32))
+    assert_close(fake_quant.fake_quant_kv4(x, clip), quantizers.fake_quant_kv4(x, clip))
+    low, high = ldp.group_range(x, 32)
+    assert low[1, 1].isnan() and high[1, 1].isnan() and low.isnan().sum() == high.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32)])
+def test_fake_quant_of_none(shape):
+    clip = torch.ones(1, requires_grad=True)
+    fake_quant.fake_quant_a4(torch.randn(shape), clip).sum().backward()
+    assert clip.grad.item() == 0
+
+
+def triton_ldp(w, beta, gamma, s1, s2, group):
+    """`quantizers.ldp_fake_quant` with the kernels in place of what touches every weight."""
+    low, high = ldp.group_range(w.detach(), group)
+    soft = quantizers.ldp_levels(beta, gamma, s1, s2, low, high).sort(-1).values
+    ints, scale = quantizers._round_levels(soft)
+    return ldp.codebook(w, soft, ints.float() * scale.float()[..., None])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "out,features,group", [(1, 4, 4), (3, 90, 15), (5, 288, 96), (33, 256, 128), (2, 576, 576)]
+)
+def test_ldp(out, features, group, dtype):
+    w = (torch.randn(out, features) * 0.1).to(dtype)
+    w[0, :group] = w[0, :group].abs()  # one sign: the levels come out of order
+    parameters = [torch.randn(out, features // group) for _ in range(4)]
+    grad = torch.randn(out, features).to(dtype)
+    got, gradients = with_gradients(lambda *t: triton_ldp(*t, group), (w, *parameters), grad)
+    want, wanted = with_gradients(lambda *t: quantizers.ldp_fake_quant(*t, group), (w, *parameters), grad)
+    exact = quantizers.ldp_fake_quant(w.float(), *parameters, group)
+    assert_close(got, in_dtype(exact, dtype))
+    assert_close(gradients[0], wanted[0])
+    assert_same_gradients(gradients[1:], wanted[1:], [sizes(grad, w)[1]] * 4)
+
+
+def fake_quant_calls():
+    x, clip, w = torch.randn(2, 3, 32), torch.tensor([0.9]), torch.randn(3, 64)
+    soft = torch.randn(3, 2, 4).sort(-1).values
+    yield "fake_quant_a4", (x.half(), clip, 16)
+    yield "fake_quant_kv4", (x, clip)
+    yield "fake_quant_backward", (x, x, clip, 16, False)
+    yield "group_range", (w.bfloat16(), 32)
+    yield "codebook", (w, soft, soft)
+    yield "codebook_backward", (w, w, soft, soft)
+
+
+@pytest.mark.parametrize("name,args", list(fake_quant_calls()))
+def test_fake_quant_opcheck(name, args):
+    torch.library.opcheck(
+        getattr(torch.ops.w2a4, name).default, args, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def bad_fake_quants():
+    x, clip, w = torch.randn(3, 64), torch.tensor([0.9]), torch.randn(3, 64)
+    soft = torch.randn(3, 2, 4)
+    yield "fake_quant_a4", (x, clip, 33), "group_size=33 does not divide"
+    yield "fake_quant_a4", (x.double(), clip, -1), "x has dtype torch.float64"
+    yield "fake_quant_a4", (x.T, clip, -1), "x of shape .* is not contiguous"
+    yield "fake_quant_kv4", (x, clip.double()), "clip has dtype torch.float64"
+    yield "fake_quant_kv4", (x, torch.rand(2)), r"clip has shape \[2\], expected \[1\]"
+    yield "group_range", (w, 5), "group_size=5 does not divide"
+    yield "codebook", (w, soft[:2], soft), r"soft has shape \[2, 2, 4\], expected \[3, 2, 4\]"
+    yield "codebook", (w, soft, soft.half()), "hard has dtype torch.float16"
+
+
+@pytest.mark.parametrize("name,args,message", list(bad_fake_quants()))
+def test_fake_quant_bad_argument(name, args, message):
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.w2a4, name)(*args)

@@ -99,6 +99,12 @@ def load_once(pointers):
     return tl.max(tl.load(pointers[:, None]), axis=1)
 
 
+@triton.jit
+def round_even(x):
+    """Nearest integer, ties to even, of a float32 with |x| < 2**22: there, adding 1.5 * 2**23 rounds it."""
+    return (x + 12582912.0) - 12582912.0
+
+
 def wrap_triton(kernel):
     """`torch.library.wrap_triton`, which does not take interpreted kernels in every torch."""
     return kernel if INTERPRET.value else torch.library.wrap_triton(kernel)
