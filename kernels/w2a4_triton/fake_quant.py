@@ -12,20 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import expect_tensor, require
-from .language import mul_rn, round_even, triton_op, wrap_triton
-
-#: Elements of one program.
-_CHUNK = 4096
-
-
-@triton.jit
-def _load_rows(x_ptr, rows, SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of this program, offsets of their elements, which of them exist, and their values."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    within = tl.arange(0, PADDED)
-    exists = (row < rows)[:, None] & (within < SIZE)[None, :]
-    offsets = row[:, None] * SIZE + within[None, :]
-    return row, offsets, exists, tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+from .language import launch_rows, mul_rn, round_even, rows_of_program, triton_op, wrap_triton
 
 
 @triton.jit
@@ -43,7 +30,8 @@ def _asymmetric(x, exists, clip):
     taint = tl.sum(x * 0.0, axis=1)
     low = tl.min(tl.where(exists, x, float("inf")), axis=1) + taint
     high = tl.max(tl.where(exists, x, float("-inf")), axis=1) + taint
-    middle, half = (low + high) * 0.5, (high - low) * 0.5 * clip
+    # Not fused with the addition and subtraction below.
+    middle, half = (low + high) * 0.5, mul_rn((high - low) * 0.5, clip)
     scale = tl.div_rn(half + half, 15.0).to(tl.float16).to(tl.float32)
     zero = (middle - half).to(tl.float16).to(tl.float32)
     return scale[:, None], zero[:, None], tl.div_rn(high - low, 15.0), (low - high) * 0.5
@@ -64,12 +52,13 @@ def fake_quant_kernel(
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """`scale * code`, plus the zero-point for keys and values."""
-    row, offsets, exists, x = _load_rows(x_ptr, rows, SIZE, ROWS, PADDED)
+    row, offsets, exists = rows_of_program(rows, SIZE, ROWS, PADDED)
+    x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     clip = tl.load(clip_ptr)
     if KV:
         scale, zero, _, _ = _asymmetric(x, exists, clip)
         _, code, _ = _quantise(x - zero, tl.where(scale == 0, 1.0, scale), 0.0, 15.0)
-        y = mul_rn(code, tl.broadcast_to(scale, code.shape)) + zero
+        y = mul_rn(code, scale) + zero
     else:
         scale, _ = _symmetric(x, clip)
         _, code, _ = _quantise(x, scale, -8.0, 7.0)
@@ -83,7 +72,8 @@ def fake_quant_backward_kernel(
     ROWS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """To x its gradient where it is not clipped; to clip one sum a row, float32 [rows]."""
-    row, offsets, exists, x = _load_rows(x_ptr, rows, SIZE, ROWS, PADDED)
+    row, offsets, exists = rows_of_program(rows, SIZE, ROWS, PADDED)
+    x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     clip = tl.load(clip_ptr)
     if KV:
@@ -139,26 +129,15 @@ def fake_quant_backward(
     size = _checked("fake_quant_backward", x, clip, group_size)
     expect_tensor("fake_quant_backward", x.device, "grad", grad, x.dtype, x.shape)
     grad_x, grad_clip = torch.empty_like(x), x.new_empty(x.numel() // size, dtype=torch.float32)
-    _launch(wrap_triton(fake_quant_backward_kernel), x, size, kv, grad, x, clip, grad_x, grad_clip)
+    kernel = wrap_triton(fake_quant_backward_kernel)
+    launch_rows(kernel, x.numel(), size, grad, x, clip, grad_x, grad_clip, KV=kv)
     return grad_x, grad_clip
 
 
 def _forward(op: str, x: Tensor, clip: Tensor, group_size: int, kv: bool) -> Tensor:
     size, y = _checked(op, x, clip, group_size), torch.empty_like(x)
-    _launch(wrap_triton(fake_quant_kernel), x, size, kv, x, clip, y)
+    launch_rows(wrap_triton(fake_quant_kernel), x.numel(), size, x, clip, y, KV=kv)
     return y
-
-
-def _launch(kernel, x: Tensor, size: int, kv: bool, *tensors: Tensor) -> None:
-    """Run a kernel over the rows of x, several of them a program."""
-    rows = x.numel() // size
-    if rows == 0:
-        return
-    padded = triton.next_power_of_2(size)
-    together = max(1, _CHUNK // padded)
-    kernel[(triton.cdiv(rows, together),)](
-        *tensors, rows, KV=kv, SIZE=size, ROWS=together, PADDED=padded, num_warps=8 if padded > _CHUNK else 4
-    )
 
 
 def _checked(op: str, x: Tensor, clip: Tensor, group_size: int) -> int:

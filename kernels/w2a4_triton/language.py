@@ -105,6 +105,31 @@ def round_even(x):
     return (x + 12582912.0) - 12582912.0
 
 
+@triton.jit
+def rows_of_program(rows, SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of this program, offsets of their elements, and which of them exist.
+
+    Takes no pointer: torch.compile would believe that what is written at these offsets is written there.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    within = tl.arange(0, PADDED)
+    exists = (row < rows)[:, None] & (within < SIZE)[None, :]
+    return row, row[:, None] * SIZE + within[None, :], exists
+
+
+def launch_rows(kernel, elements: int, size: int, *arguments, **constants) -> None:
+    """Run a kernel over `elements` in rows of `size`, some 4096 elements a program, but whole rows."""
+    rows = elements // size
+    if rows == 0:
+        return
+    padded = triton.next_power_of_2(size)
+    together = max(1, 4096 // padded)
+    kernel[(triton.cdiv(rows, together),)](
+        *arguments, rows, **constants, SIZE=size, ROWS=together, PADDED=padded,
+        num_warps=8 if padded > 4096 else 4,
+    )  # fmt: skip
+
+
 def wrap_triton(kernel):
     """`torch.library.wrap_triton`, which does not take interpreted kernels in every torch."""
     return kernel if INTERPRET.value else torch.library.wrap_triton(kernel)

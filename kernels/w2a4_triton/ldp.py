@@ -17,19 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import expect_tensor, require
-from .language import triton_op, wrap_triton
-
-#: Weights of one program.
-_CHUNK = 4096
-
-
-@triton.jit
-def _places(groups, SIZE: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr):
-    """Groups of this program, offsets of their weights, and which of them exist."""
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    within = tl.arange(0, PADDED)
-    exists = (group < groups)[:, None] & (within < SIZE)[None, :]
-    return group, group[:, None] * SIZE + within[None, :], exists
+from .language import launch_rows, rows_of_program, triton_op, wrap_triton
 
 
 @triton.jit
@@ -39,18 +27,18 @@ def _nearest(w, hard_ptr, group, known):
     second = tl.load(hard_ptr + 4 * group + 1, mask=known, other=0.0)[:, None]
     third = tl.load(hard_ptr + 4 * group + 2, mask=known, other=0.0)[:, None]
     fourth = tl.load(hard_ptr + 4 * group + 3, mask=known, other=0.0)[:, None]
-    code = (w > (second + first) / 2).to(tl.int32)
-    code += (w > (third + second) / 2).to(tl.int32)
-    code += (w > (fourth + third) / 2).to(tl.int32)
+    code = (w > (second + first) * 0.5).to(tl.int32)
+    code += (w > (third + second) * 0.5).to(tl.int32)
+    code += (w > (fourth + third) * 0.5).to(tl.int32)
     return code, first, second, third, fourth
 
 
 @triton.jit
 def group_range_kernel(
-    w_ptr, low_ptr, high_ptr, groups, SIZE: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr
+    w_ptr, low_ptr, high_ptr, groups, SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr
 ):
     """Least and greatest of SIZE weights a group, float32; not a number where a weight is not finite."""
-    group, offsets, exists = _places(groups, SIZE, GROUPS, PADDED)
+    group, offsets, exists = rows_of_program(groups, SIZE, ROWS, PADDED)
     w = tl.load(w_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     # Minimum and maximum pass over NaN on GPUs; 0 * w does not.
     taint = tl.sum(w * 0.0, axis=1)
@@ -62,10 +50,10 @@ def group_range_kernel(
 
 @triton.jit
 def codebook_kernel(
-    w_ptr, hard_ptr, y_ptr, groups, SIZE: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr
+    w_ptr, hard_ptr, y_ptr, groups, SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr
 ):
     """Each weight as the nearest of its group's levels."""
-    group, offsets, exists = _places(groups, SIZE, GROUPS, PADDED)
+    group, offsets, exists = rows_of_program(groups, SIZE, ROWS, PADDED)
     w = tl.load(w_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     code, first, second, third, fourth = _nearest(w, hard_ptr, group, group < groups)
     low, high = tl.where(code > 0, second, first), tl.where(code > 2, fourth, third)
@@ -76,10 +64,10 @@ def codebook_kernel(
 @triton.jit
 def codebook_backward_kernel(
     grad_ptr, w_ptr, soft_ptr, hard_ptr, grad_w_ptr, grad_soft_ptr, groups,
-    SIZE: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """To a weight its gradient where it lies between the end levels, to a level the sum of what chose it."""
-    group, offsets, exists = _places(groups, SIZE, GROUPS, PADDED)
+    group, offsets, exists = rows_of_program(groups, SIZE, ROWS, PADDED)
     known = group < groups
     w = tl.load(w_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
@@ -91,18 +79,6 @@ def codebook_backward_kernel(
     for level in tl.static_range(4):
         chosen = tl.sum(tl.where(code == level, grad, 0.0), axis=1)
         tl.store(grad_soft_ptr + 4 * group + level, chosen, mask=known)
-
-
-def _launch(kernel, w: Tensor, group_size: int, *tensors: Tensor) -> None:
-    """Run a kernel over the groups of w, several of them a program."""
-    groups = w.numel() // group_size
-    if groups == 0:
-        return
-    padded = triton.next_power_of_2(group_size)
-    together = max(1, _CHUNK // padded)
-    kernel[(triton.cdiv(groups, together),)](
-        *tensors, groups, SIZE=group_size, GROUPS=together, PADDED=padded, num_warps=8 if padded > 4096 else 4
-    )
 
 
 @triton_op("w2a4::group_range")
@@ -121,7 +97,7 @@ def group_range(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     _check_weight("group_range", w, group_size)
     low = w.new_empty((w.shape[0], w.shape[1] // group_size), dtype=torch.float32)
     high = torch.empty_like(low)
-    _launch(wrap_triton(group_range_kernel), w, group_size, w, low, high)
+    launch_rows(wrap_triton(group_range_kernel), w.numel(), group_size, w, low, high)
     return low, high
 
 
@@ -142,7 +118,7 @@ def codebook(w: Tensor, soft: Tensor, hard: Tensor) -> Tensor:
     """
     group_size = _check_codebook("codebook", w, soft, hard)
     y = torch.empty_like(w)
-    _launch(wrap_triton(codebook_kernel), w, group_size, w, hard, y)
+    launch_rows(wrap_triton(codebook_kernel), w.numel(), group_size, w, hard, y)
     return y
 
 
@@ -152,7 +128,9 @@ def codebook_backward(grad: Tensor, w: Tensor, soft: Tensor, hard: Tensor) -> tu
     group_size = _check_codebook("codebook_backward", w, soft, hard)
     expect_tensor("codebook_backward", w.device, "grad", grad, w.dtype, w.shape)
     grad_w, grad_soft = torch.empty_like(w), torch.empty_like(soft)
-    _launch(wrap_triton(codebook_backward_kernel), w, group_size, grad, w, soft, hard, grad_w, grad_soft)
+    launch_rows(
+        wrap_triton(codebook_backward_kernel), w.numel(), group_size, grad, w, soft, hard, grad_w, grad_soft
+    )
     return grad_w, grad_soft
 
 
