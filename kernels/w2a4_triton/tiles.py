@@ -92,9 +92,10 @@ def choose_tile(problem: Problem, a_codes: Tensor, run: Callable[[Tile], None]) 
         return fit_k(rule(problem), problem.block)
     key = (*problem._replace(tokens=triton.next_power_of_2(problem.tokens)),
            torch.cuda.get_device_name(a_codes.device), torch.version.cuda, triton.__version__)  # fmt: skip
-    if _measured.get(key) is None:
-        may_measure = _measuring and not torch.cuda.is_current_stream_capturing()
-        _measured[key] = _read(key) or (_measure(key, problem.block, run) if may_measure else None)
+    if key not in _measured:
+        _measured[key] = _read(key)
+    if _measured[key] is None and _measuring and not torch.cuda.is_current_stream_capturing():
+        _measured[key] = _measure(key, problem.block, run)
     return _measured[key] or fit_k(rule(problem), problem.block)
 
 
