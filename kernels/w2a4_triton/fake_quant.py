@@ -1,0 +1,187 @@
+"""`fake_quant_a4` and `fake_quant_kv4` of `w2a4.quantizers` in one pass, forward and backward.
+
+A row is a group of activations, or the head_dim of one key or value: it has a scale, and for keys and
+values a zero-point, of its own. Backward computes them again instead of keeping them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import expect_tensor, require
+from .language import launch_rows, mul_rn, round_even, rows_of_program, triton_op, wrap_triton
+
+
+@triton.jit
+def _symmetric(x, clip):
+    """Scale of each row and what clip is multiplied with to give it; 1 and 0 for a row of zeros."""
+    # Where a value is not finite, neither is 0 * x, and the whole row shall be NaN. Maxima pass over NaN.
+    largest = tl.max(tl.abs(x), axis=1) + tl.sum(x * 0.0, axis=1)
+    scale = tl.div_rn(clip * largest, 7.0)
+    return tl.where(scale == 0, 1.0, scale)[:, None], tl.where(scale == 0, 0.0, tl.div_rn(largest, 7.0))
+
+
+@triton.jit
+def _asymmetric(x, exists, clip):
+    """Scale and zero-point of each row as float16 holds them, and by how much clip moves the two."""
+    taint = tl.sum(x * 0.0, axis=1)
+    low = tl.min(tl.where(exists, x, float("inf")), axis=1) + taint
+    high = tl.max(tl.where(exists, x, float("-inf")), axis=1) + taint
+    # Not fused with the addition and subtraction below.
+    middle, half = (low + high) * 0.5, mul_rn((high - low) * 0.5, clip)
+    scale = tl.div_rn(half + half, 15.0).to(tl.float16).to(tl.float32)
+    zero = (middle - half).to(tl.float16).to(tl.float32)
+    return scale[:, None], zero[:, None], tl.div_rn(high - low, 15.0), (low - high) * 0.5
+
+
+@triton.jit
+def _quantise(x, divisor, least, most):
+    """Codes before and after rounding, and where they are not clipped."""
+    steps = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+    inside = (steps >= least) & (steps <= most)
+    clipped = tl.where(steps < least, least, tl.where(steps > most, most, steps))
+    return steps, round_even(clipped), inside
+
+
+@triton.jit
+def fake_quant_kernel(
+    x_ptr, clip_ptr, y_ptr, rows, KV: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """`scale * code`, plus the zero-point for keys and values."""
+    row, offsets, exists = rows_of_program(rows, SIZE, ROWS, PADDED)
+    x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+    clip = tl.load(clip_ptr)
+    if KV:
+        scale, zero, _, _ = _asymmetric(x, exists, clip)
+        _, code, _ = _quantise(x - zero, tl.where(scale == 0, 1.0, scale), 0.0, 15.0)
+        y = mul_rn(code, scale) + zero
+    else:
+        scale, _ = _symmetric(x, clip)
+        _, code, _ = _quantise(x, scale, -8.0, 7.0)
+        y = code * scale
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def fake_quant_backward_kernel(
+    grad_ptr, x_ptr, clip_ptr, grad_x_ptr, grad_clip_ptr, rows, KV: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """To x its gradient where it is not clipped; to clip one sum a row, float32 [rows]."""
+    row, offsets, exists = rows_of_program(rows, SIZE, ROWS, PADDED)
+    x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+    clip = tl.load(clip_ptr)
+    if KV:
+        scale, zero, scale_by_clip, zero_by_clip = _asymmetric(x, exists, clip)
+        steps, code, inside = _quantise(x - zero, tl.where(scale == 0, 1.0, scale), 0.0, 15.0)
+        # Where nothing is clipped the zero-point cancels out, and a scale of 0 has no code to move.
+        inside = inside & (scale != 0)
+        to_zero = tl.sum(tl.where(inside, 0.0, grad), axis=1) * zero_by_clip
+    else:
+        scale, scale_by_clip = _symmetric(x, clip)
+        steps, code, inside = _quantise(x, scale, -8.0, 7.0)
+        to_zero = tl.zeros((ROWS,), tl.float32)
+    grad_x = tl.where(inside, grad, 0.0)
+    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=exists)
+    to_scale = tl.sum(grad * (code - tl.where(inside, steps, 0.0)), axis=1) * scale_by_clip
+    tl.store(grad_clip_ptr + row, to_scale + to_zero, mask=row < rows)
+
+
+@triton_op("w2a4::fake_quant_a4")
+def fake_quant_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> Tensor:
+    """4-bit activations as `quantizers.fake_quant_a4`, differentiable in x and clip.
+
+    Args:
+        x: float32, float16 or bfloat16 `[..., K]`, contiguous.
+        clip: float32 `[1]`, the scale is `clip * max|x| / 7`.
+        group_size: divides K; -1 is the whole token.
+
+    Returns:
+        `[..., K]` in x's dtype. A group with NaN or infinity becomes NaN.
+    """
+    return _forward("fake_quant_a4", x, clip, group_size, False)
+
+
+@triton_op("w2a4::fake_quant_kv4")
+def fake_quant_kv4(x: Tensor, clip: Tensor) -> Tensor:
+    """4-bit keys or values as `quantizers.fake_quant_kv4`, differentiable in x and clip.
+
+    Args:
+        x: float32, float16 or bfloat16 `[..., head_dim]`, contiguous.
+        clip: float32 `[1]`, shrinks the range around its middle.
+
+    Returns:
+        `[..., head_dim]` in x's dtype. A row with NaN or infinity becomes NaN.
+    """
+    return _forward("fake_quant_kv4", x, clip, -1, True)
+
+
+@triton_op("w2a4::fake_quant_backward")
+def fake_quant_backward(
+    grad: Tensor, x: Tensor, clip: Tensor, group_size: int, kv: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the two to x, in x's dtype, and to clip, a float32 for each row, to be summed."""
+    size = _checked("fake_quant_backward", x, clip, group_size)
+    expect_tensor("fake_quant_backward", x.device, "grad", grad, x.dtype, x.shape)
+    grad_x, grad_clip = torch.empty_like(x), x.new_empty(x.numel() // size, dtype=torch.float32)
+    kernel = wrap_triton(fake_quant_backward_kernel)
+    launch_rows(kernel, x.numel(), size, grad, x, clip, grad_x, grad_clip, KV=kv)
+    return grad_x, grad_clip
+
+
+def _forward(op: str, x: Tensor, clip: Tensor, group_size: int, kv: bool) -> Tensor:
+    size, y = _checked(op, x, clip, group_size), torch.empty_like(x)
+    launch_rows(wrap_triton(fake_quant_kernel), x.numel(), size, x, clip, y, KV=kv)
+    return y
+
+
+def _checked(op: str, x: Tensor, clip: Tensor, group_size: int) -> int:
+    """Elements of a row."""
+    floats = torch.float32, torch.float16, torch.bfloat16
+    require(op, x.dtype in floats, f"x has dtype {x.dtype}, expected one of {floats}")
+    require(op, x.dim() > 0 and x.shape[-1] > 0, f"x has shape {[*x.shape]}, expected [..., features]")
+    require(op, x.is_contiguous(), f"x of shape {[*x.shape]} is not contiguous")
+    size = int(x.shape[-1] if group_size == -1 else group_size)
+    divides = size > 0 and x.shape[-1] % size == 0
+    require(op, divides, f"group_size={group_size} does not divide the last dimension of x, {[*x.shape]}")
+    expect_tensor(op, x.device, "clip", clip, torch.float32, (1,))
+    return size
+
+
+@fake_quant_a4.register_fake
+def _(x, clip, group_size=-1):
+    _checked("fake_quant_a4", x, clip, group_size)
+    return torch.empty_like(x)
+
+
+@fake_quant_kv4.register_fake
+def _(x, clip):
+    _checked("fake_quant_kv4", x, clip, -1)
+    return torch.empty_like(x)
+
+
+@fake_quant_backward.register_fake
+def _(grad, x, clip, group_size, kv):
+    size = _checked("fake_quant_backward", x, clip, group_size)
+    return torch.empty_like(x), x.new_empty(x.numel() // size, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, clip, *group_size = inputs
+    ctx.save_for_backward(x, clip)
+    ctx.group_size, ctx.kv = (*group_size, -1)[0], not group_size
+
+
+def _gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, clip = ctx.saved_tensors
+    grad_x, rows = torch.ops.w2a4.fake_quant_backward(grad.contiguous(), x, clip, ctx.group_size, ctx.kv)
+    return grad_x, rows.sum().reshape(1), *[None] * (not ctx.kv)
+
+
+fake_quant_a4.register_autograd(_gradients, setup_context=_save)
+fake_quant_kv4.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,141 @@
+"""What the kernels are made of: decoding packed codes, rounding, and their plain forms for the interpreter.
+
+Triton's interpreter (TRITON_INTERPRET=1) knows no inline assembly, so whatever uses it has a plain branch
+beside it with the same result. The layouts are those drawn in `w2a4/packing.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+# Four bytes at a time, from a word of eight 4-bit codes: those in the low nibbles and those in the high
+# ones, each moved to the upper half of its byte, where two's complement makes it 16 times the code.
+_NIBBLES = tl.constexpr("""
+shl.b32 $0, $2, 4;
+and.b32 $0, $0, 0xF0F0F0F0;
+and.b32 $1, $2, 0xF0F0F0F0;
+""")
+
+# From a word of sixteen 2-bit codes ($4) and four int8 levels ($5): prmt reads four selectors from the low
+# half of a word, one a nibble, and the codes 0, 2, 4, ... of a word are nibbles already, as are the codes
+# 1, 3, 5, ... after a shift by 2. All four bytes of a pack lie in one row, so $6 to $8 repeat $5.
+_LEVELS = tl.constexpr("""{
+.reg .b32 even, odd;
+and.b32 even, $4, 0x33333333;
+shr.u32 odd, $4, 2;
+and.b32 odd, odd, 0x33333333;
+prmt.b32 $0, $5, 0, even;
+shr.u32 even, even, 16;
+prmt.b32 $1, $5, 0, even;
+prmt.b32 $2, $5, 0, odd;
+shr.u32 odd, odd, 16;
+prmt.b32 $3, $5, 0, odd;
+}""")
+
+
+@triton.jit
+def unpack_nibbles(codes):
+    """uint8 `[r, b]` of signed 4-bit codes -> int8 `[r, b]` twice: 16 times codes 0, 2, ... and 1, 3, ..."""
+    if INTERPRET:
+        even = (codes << 4).to(tl.int8, bitcast=True)
+        odd = (codes & 0xF0).to(tl.int8, bitcast=True)
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            _NIBBLES, "=&r,=r,r", [codes], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    return even, odd
+
+
+@triton.jit
+def look_up_levels(codes, levels):
+    """uint8 `[r, b]` of 2-bit codes, int32 `[r]` of four int8 levels -> int8 `[r, 2 b]` twice.
+
+    The levels of the codes 0, 2, ... of a row and of its codes 1, 3, ..., as `unpack_nibbles` splits a row.
+    """
+    codes, levels = tl.broadcast(codes, levels[:, None])
+    if INTERPRET:
+        first, second = _level(codes, levels), _level(codes >> 2, levels)
+        third, fourth = _level(codes >> 4, levels), _level(codes >> 6, levels)
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            _LEVELS, "=&r,=&r,=&r,=&r,r,r,r,r,r", [codes, levels], dtype=(tl.int16, tl.int16),
+            is_pure=True, pack=4,
+        )  # fmt: skip
+        # An int16 holds the levels of two codes; taking it apart and joining it again costs no instruction.
+        first, second = even.to(tl.int8), odd.to(tl.int8)
+        third, fourth = (even >> 8).to(tl.int8), (odd >> 8).to(tl.int8)
+    shape: tl.constexpr = (codes.shape[0], 2 * codes.shape[1])
+    return tl.join(first, third).reshape(shape), tl.join(second, fourth).reshape(shape)
+
+
+@triton.jit
+def _level(codes, levels):
+    """The level that the two lowest bits of each code pick."""
+    shift = (codes & 3).to(tl.int32) * 8
+    return (levels >> shift).to(tl.int8)
+
+
+@triton.jit
+def mul_rn(x, y):
+    """`x * y` in float32, rounded: never fused with an addition, whatever the compiler's options are."""
+    if INTERPRET:
+        return x * y
+    return tl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def load_once(pointers):
+    """Load a vector, one element a thread, for use along one side of a matrix.
+
+    The compiler would load it anew in the layout of the matrix, where every thread holds, and addresses,
+    dozens of elements. It moves no load across a reduction, even one of a single element.
+    """
+    return tl.max(tl.load(pointers[:, None]), axis=1)
+
+
+@triton.jit
+def round_even(x):
+    """Nearest integer, ties to even, of a float32 with |x| < 2**22: there, adding 1.5 * 2**23 rounds it."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def rows_of_program(rows, SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of this program, offsets of their elements, and which of them exist.
+
+    Takes no pointer: torch.compile would believe that what is written at these offsets is written there.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    within = tl.arange(0, PADDED)
+    exists = (row < rows)[:, None] & (within < SIZE)[None, :]
+    return row, row[:, None] * SIZE + within[None, :], exists
+
+
+def launch_rows(kernel, elements: int, size: int, *arguments, **constants) -> None:
+    """Run a kernel over `elements` in rows of `size`, some 4096 elements a program, but whole rows."""
+    rows = elements // size
+    if rows == 0:
+        return
+    padded = triton.next_power_of_2(size)
+    together = max(1, 4096 // padded)
+    kernel[(triton.cdiv(rows, together),)](
+        *arguments, rows, **constants, SIZE=size, ROWS=together, PADDED=padded,
+        num_warps=8 if padded > 4096 else 4,
+    )  # fmt: skip
+
+
+def wrap_triton(kernel):
+    """`torch.library.wrap_triton`, which does not take interpreted kernels in every torch."""
+    return kernel if INTERPRET.value else torch.library.wrap_triton(kernel)
+
+
+def triton_op(name: str):
+    """`torch.library.triton_op`; under the interpreter an opaque op, since no compiler sees into that."""
+    register = torch.library.custom_op if INTERPRET.value else torch.library.triton_op
+    return register(name, mutates_args=())

@@ -1,0 +1,150 @@
+"""The machine code of the Triton kernels, compiled without a GPU: tensor cores, spills, layouts."""
+
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton interprets (TRITON_INTERPRET=1), so it compiles nothing", allow_module_level=True)
+
+import torch
+import triton
+from torch._dynamo.backends.common import aot_autograd
+from triton.backends.compiler import GPUTarget
+from triton_machine_code import compile_kernel
+from w2a4.triton_kernels import fake_quant, ldp
+from w2a4.triton_kernels.gemm import gemm_a4_kernel
+from w2a4.triton_kernels.tiles import TILES, fit_k
+
+ARCHS = [80, 90, 100]
+
+
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+# Groups of 128 hold two accumulators, a whole row does not; 32 is less than a step holds.
+CASES = [(arch, 128, tile) for arch in ARCHS for tile in TILES]
+CASES += [(90, group, tile) for group in (32, 4096) for tile in TILES[2::3]]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("arch,group,tile", CASES)
+def test_gemm_machine_code(arch, group, tile, bits, tmp_path):
+    tile = fit_k(tile, group)
+    types = dict.fromkeys(["a_ptr", "weight_ptr"], "*u8") | dict.fromkeys(["tokens", "out_features"], "i32")
+    types |= dict(a_scale_ptr="*fp32", scale_ptr="*fp16", bias_ptr="*bf16", y_ptr="*bf16")
+    types |= dict(levels_ptr="*i32" if bits == 2 else "*fp16")
+    constants = dict(BITS=bits, IN=4096, GROUP=group, ACT_GROUP=4096, BLOCK=group, HAS_BIAS=bits == 2)
+    constants |= dict(BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k)
+    code = compile_kernel(gemm_a4_kernel, arch, types, constants, tile.warps, tile.stages, tmp_path / "cubin")
+    assert code.stack == 0 and not {"LDL", "STL"} & set(code.opcodes)
+    # wgmma and tcgen05 take 64 rows at least. IMMA, IGMMA and UTCIMMA are what ptxas makes of them; which
+    # of them sm_100 gets depends on the version of Triton.
+    expected = {"IMMA"} if arch == 80 or tile.m < 64 else {"IGMMA"} if arch == 90 else {"IMMA", "UTCIMMA"}
+    assert expected & set(code.opcodes)
+    assert not {"HMMA", "DMMA", "HGMMA"} & set(code.opcodes)
+    assert "LDGSTS" in code.opcodes  # loads run ahead of the products
+    if bits == 4:  # without bias: scaled sums are rounded before they are added
+        assert not {"FFMA", "FFMA2"} & set(code.opcodes)
+    else:
+        assert_packs_lie_in_rows(code.ttgir)
+
+
+@pytest.mark.parametrize(
+    "kernel,size",
+    [(ldp.group_range_kernel, 128), (ldp.codebook_kernel, 128), (ldp.codebook_backward_kernel, 11008)]
+    + [(fake_quant.fake_quant_kernel, 128), (fake_quant.fake_quant_backward_kernel, 14336)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_fake_quant_machine_code(kernel, size, tmp_path):
+    padded = triton.next_power_of_2(size)
+    floats = {
+        name for name in kernel.arg_names if name.split("_")[0] in ("clip", "soft", "hard", "low", "high")
+    }
+    floats |= {"grad_clip_ptr", "grad_soft_ptr"}
+    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    types = {name: "*fp32" if name in floats else "*bf16" for name in pointers}
+    types |= {name: "i32" for name in ("rows", "groups") if name in kernel.arg_names}
+    constants = dict(SIZE=size, PADDED=padded, ROWS=max(1, 4096 // padded))
+    constants |= {"KV": size == 128} if "KV" in kernel.arg_names else {}
+    code = compile_kernel(kernel, 90, types, constants, 8 if padded > 4096 else 4, 3, tmp_path / "cubin")
+    assert code.stack == 0 and not {"LDL", "STL"} & set(code.opcodes)
+
+
+def assert_packs_lie_in_rows(ttgir: str) -> None:
+    """`look_up_levels` takes one word of levels for four bytes, so the layout must keep those in a row."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.M))
+    used = re.findall(r"prmt\.b32.*?: tensor<\d+x\d+xi8, (#\w+)>", ttgir)
+    assert used
+    for layout in (layouts[name] for name in used):
+        if "#ttg.blocked" in layout:
+            assert re.search(r"sizePerThread = \[\d+, (4|8|16|32)\].*order = \[1, 0\]", layout), layout
+        else:
+            assert re.search(r"#ttg.linear<\{register = \[\[0, \d+\], \[0, \d+\]", layout), layout
+
+
+@pytest.fixture
+def a_target(monkeypatch):
+    """Something that says which GPU to compile for, all that torch asks the driver while it traces."""
+    if not torch.cuda.is_available():
+        driver = SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0
+        )
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_gemm_traces_into_one_graph_that_writes_its_result_only(a_target, bits, dynamic):
+    """torch.compile sees through the op to the kernel, and that the kernel leaves its inputs alone."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lambda *inputs: [torch.zeros(3, 8) for _ in graph.graph.output_node().args[0]]
+
+    op, words = getattr(torch.ops.w2a4, f"gemm_w{bits}a4"), torch.zeros(8, 2, 4, dtype=torch.int8)
+    codes, weight = torch.zeros(3, 32, dtype=torch.uint8), torch.zeros(8, 8 * bits, dtype=torch.uint8)
+    args = [codes, torch.ones(3, 1), weight, *[words] * (bits == 2), torch.ones(8, 2).half(), None]
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *args: op(*args, 32, torch.float32) + 1,
+        backend=aot_autograd(fw_compiler=backend), fullgraph=True, dynamic=dynamic,
+    )  # fmt: skip
+    compiled(*args)
+    names = [str(node.target) for node in graphs[0].graph.nodes]
+    assert names.count("triton_kernel_wrapper_functional") == 1 and not any("w2a4" in name for name in names)
+    outputs = graphs[0].graph.output_node().args[0]
+    assert len(outputs) == 1, "the kernel is taken to change its inputs"
+
+
+def test_training_traces_into_kernels_that_write_their_results_only(a_target):
+    """Forward and backward of the fake quantisers, in one graph each."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        values = [out if out is None else out.meta["val"] for out in graph.graph.output_node().args[0]]
+        return lambda *inputs: [v if v is None else torch.zeros(v.shape, dtype=v.dtype) for v in values]
+
+    def network(x, clip, soft):
+        low, high = ldp.group_range(x.detach(), 32)
+        hard = soft.detach() + (high - low)[..., None]
+        y = ldp.codebook(fake_quant.fake_quant_a4(x, clip, 16), soft, hard)
+        return fake_quant.fake_quant_kv4(y, clip)
+
+    leaves = [torch.ones(3, 64), torch.ones(1), torch.ones(3, 2, 4)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    torch._dynamo.reset()
+    compiler = aot_autograd(fw_compiler=backend, bw_compiler=backend)
+    torch.compile(network, backend=compiler, fullgraph=True)(*leaves).sum().backward()
+    forward, backward = ([str(node.target) for node in graph.graph.nodes] for graph in graphs)
+    assert forward.count("triton_kernel_wrapper_functional") == 4
+    assert backward.count("triton_kernel_wrapper_functional") == 3
+    assert not any("w2a4" in name for name in forward + backward)
+    assert [(leaf._version, leaf.grad is None) for leaf in leaves] == [(0, False)] * 3

@@ -1,0 +1,29 @@
+"""The Triton kernels in Triton's interpreter, chosen when triton is imported: hence in another process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("what", ["gemm or assembly or rule or autotune", "fake_quant or ldp"])
+def test_interpreted(what):
+    pytest.importorskip("triton", reason="needs triton")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "triton_interpreted.py",
+        "-k",
+        what,
+    ]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -1,0 +1,388 @@
+"""Run by test_triton_interpreter.py with TRITON_INTERPRET=1: the Triton kernels against the reference."""
+
+import operator
+
+import pytest
+import torch
+from numerics import UNIT, assert_close
+from op_arguments import replaced
+from test_ops import linear_inputs
+from w2a4.triton_kernels import fake_quant, gemm, language, ldp, tiles
+
+from w2a4 import quantizers, reference
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def both(bits, args, dtype=torch.float32):
+    got = getattr(torch.ops.w2a4, f"gemm_w{bits}a4")(*args, dtype)
+    return got, getattr(reference, f"linear_w{bits}a4")(*args, dtype)
+
+
+# gemm: bit for bit
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 65, (2, 3), ()])
+@pytest.mark.parametrize("group,act_group", [(64, -1), (32, 64), (64, 32), (128, 384), (384, 128)])
+def test_gemm(bits, tokens, group, act_group):
+    assert_close(*both(bits, linear_inputs(bits, tokens, 70, 384, group, act_group)))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(
+    "out,features,group,act_group",
+    [(1, 96, -1, -1), (65, 288, -1, -1), (7, 288, 96, -1), (9, 288, 96, 288), (130, 1024, 256, -1),
+     (0, 64, 32, -1), (3, 32, 32, 32), (33, 1536, 512, 1536), (5, 1152, 1152, 384)],
+)  # fmt: skip
+def test_gemm_of_odd_shapes(bits, out, features, group, act_group):
+    assert_close(*both(bits, linear_inputs(bits, 5, out, features, group, act_group)))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.float16, torch.bfloat16])
+def test_gemm_dtypes_and_bias(bits, dtype, bias):
+    args = linear_inputs(bits, 3, 37, 64, 32, bias=bias)
+    got, want = both(bits, args, dtype)
+    if dtype == torch.bfloat16:
+        # The interpreter cuts off what bfloat16 does not hold, GPUs round.
+        want = (both(bits, args)[1].view(torch.int32) & -65536).view(torch.float32).bfloat16()
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("tile", tiles.TILES)
+@pytest.mark.parametrize("group", [32, 128, -1])
+def test_gemm_does_not_depend_on_the_tile(bits, tile, group, monkeypatch):
+    monkeypatch.setattr(gemm, "choose_tile", lambda problem, *_: tiles.fit_k(tile, problem.block))
+    assert_close(*both(bits, linear_inputs(bits, 66, 67, 384, group, bias=torch.float32)))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gemm_integer_sums_are_exact_up_to_the_largest_block(bits):
+    # 131040 products of 128 * 128, the largest a kernel meets, come within a millesimal of 2**31.
+    features = gemm.MAX_BLOCK // 32 * 32
+    a_codes = torch.full((2, features // 2), 0x88, dtype=torch.uint8)
+    weight = torch.full((2, features * bits // 8), 0x88 if bits == 4 else 0, dtype=torch.uint8)
+    levels = [torch.tensor([-128, 1, 2, 3], dtype=torch.int8).expand(2, 1, 4).contiguous()] * (bits == 2)
+    args = a_codes, torch.ones(2, 1), weight, *levels, torch.ones(2, 1).half(), None, features
+    got, want = both(bits, args)
+    assert_close(got, want)
+    assert got[0, 0] == features * 8 * (128 if bits == 2 else 8)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gemm_shows_nan_in_its_token_only(bits):
+    a_codes, a_scale, *rest = linear_inputs(bits, 3, 5, 64, 32)
+    a_scale[1] = float("nan")
+    got, want = both(bits, (a_codes, a_scale, *rest))
+    assert_close(got, want)
+    assert got[1].isnan().all() and not got[0].isnan().any()
+
+
+def bad_gemms():
+    good = [*linear_inputs(2, 3, 8, 64, 32), torch.float32]
+    names = ["a_codes", "a_scale", "weight", "levels", "scale"]
+    for i, wrong in enumerate([torch.int8, torch.float16, torch.int8, torch.uint8, torch.float32]):
+        yield replaced(good, i, good[i].to(wrong)), f"{names[i]} has dtype {wrong}"
+    for i in (0, 2, 3):
+        yield replaced(good, i, good[i][:, :-1]), f"{names[i]} has shape"
+        yield (
+            replaced(good, i, torch.stack([good[i]] * 2, -1)[..., 0]),
+            f"{names[i]} of shape.*not contiguous",
+        )
+    yield replaced(good, 1, good[1][:2]), r"a_codes has shape \[3, 32\], expected \[2, 32\]"
+    yield replaced(good, 5, torch.randn(7)), r"bias has shape \[7\], expected \[8\]"
+    yield replaced(good, 6, 0), "group_size=0"
+    yield replaced(good, 7, torch.float64), "out_dtype is torch.float64"
+
+    mixed = [*linear_inputs(2, 3, 8, 96, 32, 48), torch.float32]
+    yield mixed, "group_size=32 and the activation group 48"
+    yield [*linear_inputs(2, 3, 8, 96, 48), torch.float32], "multiples of 32; linear_w2a4 takes any"
+    long = [*linear_inputs(2, 1, 1, 131072, -1), torch.float32]
+    yield long, "group_size=131072 .*: a 32-bit sum holds 131071 products"
+
+
+@pytest.mark.parametrize("args,message", list(bad_gemms()))
+def test_gemm_bad_argument(args, message):
+    with pytest.raises(RuntimeError, match=message) as error:
+        torch.ops.w2a4.gemm_w2a4(*args)
+    assert "w2a4.gemm_w2a4" in str(error.value)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gemm_devices_must_agree(bits):
+    args = [*linear_inputs(bits, 3, 8, 64, 32), torch.float32]
+    with pytest.raises(RuntimeError, match="weight is on meta, expected cpu"):
+        getattr(torch.ops.w2a4, f"gemm_w{bits}a4")(*replaced(args, 2, args[2].to("meta")))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gemm_opcheck(bits):
+    args = (*linear_inputs(bits, (2, 3), 8, 64, 32, bias=torch.float32), torch.bfloat16)
+    op = getattr(torch.ops.w2a4, f"gemm_w{bits}a4").default
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gemm_is_one_node_of_a_compiled_graph(bits):
+    args = (*linear_inputs(bits, 3, 8, 64, 32), torch.float32)
+    op, graphs = getattr(torch.ops.w2a4, f"gemm_w{bits}a4"), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda *args: op(*args) + 1, backend=backend, fullgraph=True)
+    assert_close(compiled(*args), both(bits, args[:-1])[1] + 1)
+    assert [node.op for node in graphs[0].graph.nodes].count("call_function") == 2
+
+
+# language: the assembly that the interpreter does not run
+
+
+def run_asm(text, outputs, *inputs):
+    """The registers $0, $1, ... after the few instructions that the kernels use, on Python integers."""
+    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+
+    def value(name):
+        return registers[name] if name in registers else int(name, 0)
+
+    for line in text.strip().strip("{}").split(";"):
+        if not line.strip() or line.strip().startswith(".reg"):
+            continue
+        name, rest = line.split(maxsplit=1)
+        to, *sources = (part.strip() for part in rest.split(","))
+        a, b, *selector = (value(source) for source in sources)
+        if name == "prmt.b32":
+            both = (b << 32 | a).to_bytes(8, "little")
+            nibbles = [selector[0] >> 4 * i & 15 for i in range(4)]
+            assert max(nibbles) < 8
+            registers[to] = int.from_bytes(bytes(both[n] for n in nibbles), "little")
+        else:
+            operation = {"and.b32": operator.and_, "shl.b32": operator.lshift, "shr.u32": operator.rshift}[
+                name
+            ]
+            registers[to] = operation(a, b) & 0xFFFFFFFF
+    return [registers[f"${i}"].to_bytes(4, "little") for i in range(outputs)]
+
+
+def words(*shape):
+    return torch.randint(0, 256, (*shape, 4), dtype=torch.uint8)
+
+
+def signed(data):
+    return torch.frombuffer(bytearray(data), dtype=torch.int8)
+
+
+def test_nibbles_in_assembly():
+    for word in words(50):
+        even, odd = run_asm(language._NIBBLES.value, 2, int.from_bytes(bytes(word.tolist()), "little"))
+        codes = reference.unpack(word, 4, 8, signed=True)
+        assert_close(signed(even), codes[0::2] * 16)
+        assert_close(signed(odd), codes[1::2] * 16)
+
+
+def test_levels_in_assembly():
+    for word, levels in zip(words(50), words(50), strict=True):
+        integers = (int.from_bytes(bytes(t.tolist()), "little") for t in (word, levels))
+        out = run_asm(language._LEVELS.value, 4, *integers)
+        want = levels.view(torch.int8)[reference.unpack(word, 2, 16).long()]
+        assert_close(signed(out[0] + out[1]), want[0::2])
+        assert_close(signed(out[2] + out[3]), want[1::2])
+
+
+# tiles
+
+
+def test_rule_fits_the_tokens():
+    problems = [
+        tiles.Problem(2, t, n, 4096, 128, 4096) for t in (1, 16, 17, 100, 2048) for n in (64, 4096, 28672)
+    ]
+    chosen = [tiles.rule(problem) for problem in problems]
+    assert all(tile in tiles.TILES for tile in chosen)
+    assert [t.m for t in chosen[:3]] == [16, 16, 16] and chosen[-1] == tiles.TILES[-1]
+
+
+@pytest.fixture
+def a_gpu(monkeypatch, tmp_path):
+    """What choosing asks of a GPU, and a clock by which tiles of 64 tokens are the fastest."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiles, "_measured", {})
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU, really")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tiles.triton.testing, "do_bench", lambda run: run())
+    yield lambda tile: abs(tile.m - 64) + tile.n / 1000
+    tiles.autotune(False)
+
+
+def test_autotune_measures_once_and_remembers(a_gpu, monkeypatch):
+    problem, codes = tiles.Problem(2, 900, 4096, 4096, 128, 4096), torch.empty(1)
+    assert tiles.choose_tile(problem, codes, a_gpu) == tiles.rule(problem)
+    tiles.autotune(True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tiles.choose_tile(problem, codes, a_gpu) == tiles.rule(problem)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    best = tiles.Tile(64, 64, 128, 4, 4)
+    assert tiles.choose_tile(problem, codes, a_gpu) == best
+    tiles.autotune(False)
+    tiles._measured.clear()  # as in another process
+    assert tiles.choose_tile(problem._replace(tokens=1000), codes, None) == best
+    assert tiles.choose_tile(problem._replace(tokens=2000), codes, None).m == 128
+
+
+def test_autotune_passes_over_tiles_that_do_not_fit(a_gpu):
+    def run(tile):
+        if tile.m < 128:
+            raise tiles.OutOfResources(1, 0, "shared memory")
+        return a_gpu(tile)
+
+    tiles.autotune(True)
+    assert tiles.choose_tile(tiles.Problem(4, 9, 64, 64, 64, 64), torch.empty(1), run).m == 128
+
+
+# fake_quant and ldp: values bit for bit, gradients up to the rounding of sums
+
+
+def with_gradients(function, inputs, grad):
+    """The result and the gradients of all floating inputs."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    result = function(*leaves)
+    result.backward(grad)
+    return result.detach(), [leaf.grad for leaf in leaves]
+
+
+def assert_same_gradients(got, want, sizes):
+    """Each within the rounding of its dtype and, a sum, of terms whose magnitudes add up to its size."""
+    for actual, expected, size in zip(got, want, sizes, strict=True):
+        # A term is rounded some four times.
+        assert_close(actual, expected, atol=4 * UNIT * size, rtol=torch.finfo(actual.dtype).eps)
+
+
+def sizes(grad, x):
+    """For the gradients to x and to a clip or a level."""
+    return 0.0, float(grad.abs().double().sum() * x.abs().max())
+
+
+ROWS = [(1, -1), (7, -1), (90, -1), (96, 32), (288, 96), (128, 64)]
+
+
+def activations(features, dtype):
+    x = torch.randn(3, 5, features).to(dtype)
+    x[0, 3] = 0
+    x[1, 2, 0] = 100
+    return x
+
+
+def in_dtype(result, dtype):
+    """float32 values as the interpreter stores them: it cuts off what bfloat16 does not hold, GPUs round."""
+    if dtype != torch.bfloat16:
+        return result.to(dtype)
+    return (result.contiguous().view(torch.int32) & -65536).view(torch.float32).bfloat16()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("features,group", ROWS)
+@pytest.mark.parametrize("clip", [0.6, 1.0])
+def test_fake_quant_a4(features, group, dtype, clip):
+    x, grad = activations(features, dtype), torch.randn(3, 5, features).to(dtype)
+    inputs = x, torch.tensor([clip])
+    got, gradients = with_gradients(lambda *t: fake_quant.fake_quant_a4(*t, group), inputs, grad)
+    _, wanted = with_gradients(lambda *t: quantizers.fake_quant_a4(*t, group), inputs, grad)
+    exact = quantizers.fake_quant_a4(x.float(), torch.tensor([clip]), group)
+    assert_close(got, in_dtype(exact, dtype))
+    assert_same_gradients(gradients, wanted, sizes(grad, x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("head_dim", [1, 16, 80, 128])
+@pytest.mark.parametrize("clip", [0.6, 1.0])
+def test_fake_quant_kv4(head_dim, dtype, clip):
+    x, grad = activations(head_dim, dtype), torch.randn(3, 5, head_dim).to(dtype)
+    inputs = x, torch.tensor([clip])
+    got, gradients = with_gradients(fake_quant.fake_quant_kv4, inputs, grad)
+    _, wanted = with_gradients(quantizers.fake_quant_kv4, inputs, grad)
+    assert_close(got, in_dtype(quantizers.fake_quant_kv4(x.float(), torch.tensor([clip])), dtype))
+    assert_same_gradients(gradients, wanted, sizes(grad, x))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_fake_quant_shows_what_is_not_finite(bad):
+    x = torch.randn(3, 64)
+    x[1, 40] = bad
+    clip = torch.tensor([0.9])
+    assert_close(fake_quant.fake_quant_a4(x, clip, 32), quantizers.fake_quant_a4(x, clip, 32))
+    assert_close(fake_quant.fake_quant_kv4(x, clip), quantizers.fake_quant_kv4(x, clip))
+    low, high = ldp.group_range(x, 32)
+    assert low[1, 1].isnan() and high[1, 1].isnan() and low.isnan().sum() == high.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32)])
+def test_fake_quant_of_none(shape):
+    clip = torch.ones(1, requires_grad=True)
+    fake_quant.fake_quant_a4(torch.randn(shape), clip).sum().backward()
+    assert clip.grad.item() == 0
+
+
+def triton_ldp(w, beta, gamma, s1, s2, group):
+    """`quantizers.ldp_fake_quant` with the kernels in place of what touches every weight."""
+    low, high = ldp.group_range(w.detach(), group)
+    soft = quantizers.ldp_levels(beta, gamma, s1, s2, low, high).sort(-1).values
+    ints, scale = quantizers._round_levels(soft)
+    return ldp.codebook(w, soft, ints.float() * scale.float()[..., None])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "out,features,group", [(1, 4, 4), (3, 90, 15), (5, 288, 96), (33, 256, 128), (2, 576, 576)]
+)
+def test_ldp(out, features, group, dtype):
+    w = (torch.randn(out, features) * 0.1).to(dtype)
+    w[0, :group] = w[0, :group].abs()  # one sign: the levels come out of order
+    parameters = [torch.randn(out, features // group) for _ in range(4)]
+    grad = torch.randn(out, features).to(dtype)
+    got, gradients = with_gradients(lambda *t: triton_ldp(*t, group), (w, *parameters), grad)
+    want, wanted = with_gradients(lambda *t: quantizers.ldp_fake_quant(*t, group), (w, *parameters), grad)
+    exact = quantizers.ldp_fake_quant(w.float(), *parameters, group)
+    assert_close(got, in_dtype(exact, dtype))
+    assert_close(gradients[0], wanted[0])
+    assert_same_gradients(gradients[1:], wanted[1:], [sizes(grad, w)[1]] * 4)
+
+
+def fake_quant_calls():
+    x, clip, w = torch.randn(2, 3, 32), torch.tensor([0.9]), torch.randn(3, 64)
+    soft = torch.randn(3, 2, 4).sort(-1).values
+    yield "fake_quant_a4", (x.half(), clip, 16)
+    yield "fake_quant_kv4", (x, clip)
+    yield "fake_quant_backward", (x, x, clip, 16, False)
+    yield "group_range", (w.bfloat16(), 32)
+    yield "codebook", (w, soft, soft)
+    yield "codebook_backward", (w, w, soft, soft)
+
+
+@pytest.mark.parametrize("name,args", list(fake_quant_calls()))
+def test_fake_quant_opcheck(name, args):
+    torch.library.opcheck(
+        getattr(torch.ops.w2a4, name).default, args, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def bad_fake_quants():
+    x, clip, w = torch.randn(3, 64), torch.tensor([0.9]), torch.randn(3, 64)
+    soft = torch.randn(3, 2, 4)
+    yield "fake_quant_a4", (x, clip, 33), "group_size=33 does not divide"
+    yield "fake_quant_a4", (x.double(), clip, -1), "x has dtype torch.float64"
+    yield "fake_quant_a4", (x.T, clip, -1), "x of shape .* is not contiguous"
+    yield "fake_quant_kv4", (x, clip.double()), "clip has dtype torch.float64"
+    yield "fake_quant_kv4", (x, torch.rand(2)), r"clip has shape \[2\], expected \[1\]"
+    yield "group_range", (w, 5), "group_size=5 does not divide"
+    yield "codebook", (w, soft[:2], soft), r"soft has shape \[2, 2, 4\], expected \[3, 2, 4\]"
+    yield "codebook", (w, soft, soft.half()), "hard has dtype torch.float16"
+
+
+@pytest.mark.parametrize("name,args,message", list(bad_fake_quants()))
+def test_fake_quant_bad_argument(name, args, message):
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.w2a4, name)(*args)
