@@ -262,8 +262,10 @@ def assert_same_gradients(got, want, sizes):
 
 
 def sizes(grad, x):
-    """For the gradients to x and to a clip or a level."""
-    return 0.0, float(grad.abs().double().sum() * x.abs().max())
+    """For the gradients to x, whose extremes move codes of up to 8 sevenths or 15 fifteenths of their row, and
+    to a clip or a level.
+    """
+    return 2 * float(grad.abs().double().sum(-1).max()), float(grad.abs().double().sum() * x.abs().max())
 
 
 ROWS = [(1, -1), (7, -1), (90, -1), (96, 32), (288, 96), (128, 64)]

@@ -25,11 +25,18 @@ def _symmetric(x, clip):
 
 
 @triton.jit
+def _range(x, exists):
+    """Least and greatest of each row."""
+    low = tl.min(tl.where(exists, x, float("inf")), axis=1)
+    return low, tl.max(tl.where(exists, x, float("-inf")), axis=1)
+
+
+@triton.jit
 def _asymmetric(x, exists, clip):
     """Scale and zero-point of each row as float16 holds them, and by how much clip moves the two."""
     taint = tl.sum(x * 0.0, axis=1)
-    low = tl.min(tl.where(exists, x, float("inf")), axis=1) + taint
-    high = tl.max(tl.where(exists, x, float("-inf")), axis=1) + taint
+    low, high = _range(x, exists)
+    low, high = low + taint, high + taint
     # Not fused with the addition and subtraction below.
     middle, half = (low + high) * 0.5, mul_rn((high - low) * 0.5, clip)
     scale = tl.div_rn(half + half, 15.0).to(tl.float16).to(tl.float32)
@@ -44,6 +51,14 @@ def _quantise(x, divisor, least, most):
     inside = (steps >= least) & (steps <= most)
     clipped = tl.where(steps < least, least, tl.where(steps > most, most, steps))
     return steps, round_even(clipped), inside
+
+
+@triton.jit
+def _to_extreme(x, extreme, exists, gradient):
+    """The gradient of each row's extreme, shared by the entries that are it."""
+    is_it = (x == extreme[:, None]) & exists
+    count = tl.maximum(tl.sum(is_it.to(tl.float32), axis=1), 1.0)
+    return tl.where(is_it, tl.div_rn(gradient, count)[:, None], 0.0)
 
 
 @triton.jit
@@ -71,7 +86,7 @@ def fake_quant_backward_kernel(
     grad_ptr, x_ptr, clip_ptr, grad_x_ptr, grad_clip_ptr, rows, KV: tl.constexpr, SIZE: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """To x its gradient where it is not clipped; to clip one sum a row, float32 [rows]."""
+    """To x its gradient where it is not clipped, and through scale and zero-point; to clip one sum a row."""
     row, offsets, exists = rows_of_program(rows, SIZE, ROWS, PADDED)
     x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
@@ -81,15 +96,24 @@ def fake_quant_backward_kernel(
         steps, code, inside = _quantise(x - zero, tl.where(scale == 0, 1.0, scale), 0.0, 15.0)
         # Where nothing is clipped the zero-point cancels out, and a scale of 0 has no code to move.
         inside = inside & (scale != 0)
-        to_zero = tl.sum(tl.where(inside, 0.0, grad), axis=1) * zero_by_clip
+        to_scale = tl.sum(grad * (code - tl.where(inside, steps, 0.0)), axis=1)
+        to_zero = tl.sum(tl.where(inside, 0.0, grad), axis=1)
+        low, high = _range(x, exists)
+        by_range = to_scale * clip / 15.0
+        by_extremes = _to_extreme(x, high, exists, by_range + to_zero * (0.5 - 0.5 * clip))
+        by_extremes += _to_extreme(x, low, exists, to_zero * (0.5 + 0.5 * clip) - by_range)
+        to_clip = to_scale * scale_by_clip + to_zero * zero_by_clip
     else:
         scale, scale_by_clip = _symmetric(x, clip)
         steps, code, inside = _quantise(x, scale, -8.0, 7.0)
-        to_zero = tl.zeros((ROWS,), tl.float32)
-    grad_x = tl.where(inside, grad, 0.0)
+        to_scale = tl.sum(grad * (code - tl.where(inside, steps, 0.0)), axis=1)
+        sign = tl.where(x < 0, -1.0, tl.where(x > 0, 1.0, 0.0))
+        largest = tl.max(tl.abs(x), axis=1)
+        by_extremes = sign * _to_extreme(tl.abs(x), largest, exists, to_scale * clip / 7.0)
+        to_clip = to_scale * scale_by_clip
+    grad_x = tl.where(inside, grad, 0.0) + by_extremes
     tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=exists)
-    to_scale = tl.sum(grad * (code - tl.where(inside, steps, 0.0)), axis=1) * scale_by_clip
-    tl.store(grad_clip_ptr + row, to_scale + to_zero, mask=row < rows)
+    tl.store(grad_clip_ptr + row, to_clip, mask=row < rows)
 
 
 @triton_op("w2a4::fake_quant_a4")
