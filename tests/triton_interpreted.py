@@ -262,9 +262,7 @@ def assert_same_gradients(got, want, sizes):
 
 
 def sizes(grad, x):
-    """For the gradients to x, whose extremes move codes of up to 8 sevenths or 15 fifteenths of their row, and
-    to a clip or a level.
-    """
+    """For the gradients to x, whose extremes move the scale of their row, and to a clip or a level."""
     return 2 * float(grad.abs().double().sum(-1).max()), float(grad.abs().double().sum() * x.abs().max())
 
 
