@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import FEW_STEPS, SMALL, plain, succeed  # noqa: F401
-from test_training import Letters, _one_thread, llama, small_recipe, stream  # noqa: F401
+from test_training import Letters, llama, small_recipe, stream
 from transformers import AutoModelForCausalLM
 
 from w2a4.errors import TrainingError
 from w2a4.training import run, trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HERE = Path(__file__).parent
 
