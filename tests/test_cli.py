@@ -1,5 +1,6 @@
 """The command line: every command on a tiny model, and every error as one line with exit code 1."""
 
+import functools
 import json
 import os
 import resource
@@ -295,6 +296,8 @@ def test_a_real_process(plain, tmp_path):
         [*command, "chat", str(plain), "--max-new-tokens", "2"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A job in the background ignores Ctrl-C, and so do its children.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     chat.stdin.write("hello\n")
     chat.stdin.flush()

@@ -102,12 +102,13 @@ def test_training_brings_the_student_nearer(tmp_path):
 def test_accumulation_does_not_matter(tmp_path):
     losses = []
     for micro in (4, 1):
-        short = make_trainer(tmp_path / str(micro), dataclasses.replace(TRAINING, micro_batch=micro))
+        # CAKLD weighs by the confidence in each forward pass, so its parts would differ a little.
+        training = dataclasses.replace(TRAINING, micro_batch=micro, loss="kl")
+        short = make_trainer(tmp_path / str(micro), training)
         short.train()
         losses.append([entry["loss"] for entry in short.state.log_history if "loss" in entry])
     assert len(losses[0]) == TRAINING.steps
-    # CAKLD weighs by the confidence in each forward pass, so that parts differ a little.
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
 def test_groups_have_their_own_rates():
