@@ -29,8 +29,7 @@ def fake_quant_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> Tensor:
     """4-bit activations: `dequantize_a4(*quantize_a4(x, clip, group_size))`, differentiable.
 
     Gradients, to x and clip: exactly that of `scale * code` with rounding passed through, the scale being
-    a function of both. Through it a largest entry feels the errors that it causes in all the others:
-    without that, a rotation would have next to nothing to learn from.
+    a function of both. Through it a largest entry feels the errors that it causes in all the others.
 
     Args:
         x: floating `[..., K]`.
