@@ -10,73 +10,114 @@ namespace w2a4::cpu {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kTokens = 4;  // tokens and outputs of a tile: 16 vectors of sums
-constexpr int kOuts = 4;
-constexpr int64_t kAhead = 4096;     // bytes of weight that are fetched ahead
-constexpr int64_t kGrain = 1 << 17;  // products of one thread that are worth waking another
+constexpr int kOuts = 4;              // outputs of a task
+constexpr int kMostTokens = 4;        // tokens of a tile
+constexpr int64_t kMostOuts = 64;     // rows of weights that stay in the cache for all tokens,
+constexpr int64_t kFloats = 1 << 16;  // and what they may take of it
+constexpr int64_t kAhead = 4096;      // bytes of weight that are fetched ahead
+constexpr int64_t kGrain = 1 << 17;   // products of one thread that are worth waking another
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
 
 struct Task {
   const LinearW8Params* p;
-  const float* x;  // [tokens rounded up to kTokens, padded], of the rest nothing is used
+  const float* x;  // [tokens + kMostTokens, padded], of the rest nothing is used
   int64_t padded;  // in_features rounded up to kLanes, filled with zeros
 };
 
+// Lane i + 8 to lane i, of these i + 4 to i, and so on.
 W2A4_INLINE float sum_lanes(const Vec& v) {
-  float s[kLanes];
-  std::memcpy(s, &v, sizeof(s));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) s[i] += s[i + width];
-  return s[0];
+  typedef float Half __attribute__((vector_size(kLanes / 2 * sizeof(float))));
+  typedef float Quarter __attribute__((vector_size(kLanes / 4 * sizeof(float))));
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof(halves));
+  const Half half = halves[0] + halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof(quarters));
+  const Quarter s = quarters[0] + quarters[1];
+  return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-template <int kT>
-W2A4_INLINE void dot_tile(const float* x, const float* w, int64_t padded, float* out) {
-  Vec sums[kT][kOuts] = {};
-  for (int64_t k = 0; k < padded; k += kLanes) {
-    Vec wv[kOuts];
-    for (int o = 0; o < kOuts; ++o) wv[o] = *reinterpret_cast<const Vec*>(w + o * padded + k);
-    for (int t = 0; t < kT; ++t) {
-      const Vec xv = *reinterpret_cast<const Vec*>(x + t * padded + k);
-      for (int o = 0; o < kOuts; ++o) sums[t][o] += xv * wv[o];
+// Tokens and outputs whose sums fill the vector registers, beside the weights of one vector.
+template <class Arch>
+constexpr int kTileTokens = Arch::kLanes == 16  ? 4
+                            : Arch::kLanes == 8 ? 3
+                                                : 2;
+template <class Arch>
+constexpr int kTileOuts = Arch::kLanes == 16  ? 4
+                          : Arch::kLanes == 8 ? 2
+                                              : 1;
+
+// out[t][o] = row t of x times row o of w; out is [kTileTokens, ldout].
+template <class Arch>
+W2A4_INLINE void dot_tile(const float* x, const float* w, int64_t padded, float* out,
+                          int64_t ldout) {
+  constexpr int kT = kTileTokens<Arch>, kO = kTileOuts<Arch>, kParts = kLanes / Arch::kLanes;
+  typedef float Part
+      __attribute__((vector_size(Arch::kLanes * sizeof(float)), aligned(4), may_alias));
+  Part sums[kT][kO][kParts] = {};
+  for (int64_t k = 0; k < padded; k += kLanes)
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t at = k + part * Arch::kLanes;
+      Part weights[kO];
+#pragma GCC unroll 4
+      for (int o = 0; o < kO; ++o) weights[o] = *reinterpret_cast<const Part*>(w + o * padded + at);
+#pragma GCC unroll 4
+      for (int t = 0; t < kT; ++t) {
+        const Part inputs = *reinterpret_cast<const Part*>(x + t * padded + at);
+#pragma GCC unroll 4
+        for (int o = 0; o < kO; ++o) sums[t][o][part] += inputs * weights[o];
+      }
+    }
+  // Sums that a loop indexes would live in memory: from here on they do, and not above.
+  Part ends[kT][kO][kParts];
+  std::memcpy(ends, sums, sizeof(ends));
+  for (int t = 0; t < kT; ++t)
+    for (int o = 0; o < kO; ++o) {
+      Vec lanes;
+      std::memcpy(&lanes, ends[t][o], sizeof(lanes));
+      out[t * ldout + o] = sum_lanes(lanes);
+    }
+}
+
+// Outputs first .. first + outs, of all tokens.
+template <class Arch>
+W2A4_INLINE void out_block(const Task& task, int64_t first, int64_t outs, float* w) {
+  constexpr int kT = kTileTokens<Arch>, kO = kTileOuts<Arch>;
+  const LinearW8Params& p = *task.p;
+  float scale[kMostOuts], bias[kMostOuts] = {}, y[kT * kMostOuts];
+  for (int64_t o = 0; o < outs; ++o) {
+    const int8_t* row = p.weight + (first + o) * p.in_features;
+    float* to = w + o * task.padded;
+    for (int64_t k = 0; k < p.in_features; ++k) to[k] = row[k];
+    std::fill(to + p.in_features, to + task.padded, 0.0f);
+    scale[o] = to_float(F16{p.scale[first + o]});
+  }
+  const int64_t whole = (outs + kO - 1) / kO * kO;
+  std::fill_n(w + outs * task.padded, (whole - outs) * task.padded, 0.0f);
+  if (p.bias) load(p.bias, p.bias_dtype, first, outs, bias);
+  for (int64_t t = 0; t < p.tokens; t += kT) {
+    for (int64_t o = 0; o < whole; o += kO)
+      dot_tile<Arch>(task.x + t * task.padded, w + o * task.padded, task.padded, y + o, kMostOuts);
+    for (int64_t i = 0; i < std::min<int64_t>(kT, p.tokens - t); ++i) {
+      float* row = y + i * kMostOuts;
+      for (int64_t o = 0; o < outs; ++o) row[o] *= scale[o];
+      if (p.bias)
+        for (int64_t o = 0; o < outs; ++o) row[o] += bias[o];
+      store(row, p.y, p.dtype, (t + i) * p.out_features + first, outs);
     }
   }
-  for (int t = 0; t < kT; ++t)
-    for (int o = 0; o < kOuts; ++o) out[t * kOuts + o] = sum_lanes(sums[t][o]);
 }
 
 template <class Arch>
 W2A4_INLINE void out_tiles(const Task& task, int64_t begin, int64_t end) {
-  const LinearW8Params& p = *task.p;
-  const auto w = aligned<float>(kOuts * task.padded);
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t first = tile * kOuts, outs = std::min<int64_t>(kOuts, p.out_features - first);
-    float scale[kOuts], bias[kOuts] = {};
-    for (int64_t o = 0; o < outs; ++o) {
-      const int8_t* row = p.weight + (first + o) * p.in_features;
-      float* to = w.get() + o * task.padded;
-      for (int64_t k = 0; k < p.in_features; ++k) to[k] = row[k];
-      std::fill(to + p.in_features, to + task.padded, 0.0f);
-      scale[o] = to_float(F16{p.scale[first + o]});
-    }
-    std::fill_n(w.get() + outs * task.padded, (kOuts - outs) * task.padded, 0.0f);
-    if (p.bias) load(p.bias, p.bias_dtype, first, outs, bias);
-    for (int64_t t = 0; t < p.tokens; t += kTokens) {
-      const int64_t tokens = std::min<int64_t>(kTokens, p.tokens - t);
-      float out[kTokens * kOuts];
-      if (tokens == 1)
-        dot_tile<1>(task.x + t * task.padded, w.get(), task.padded, out);
-      else
-        dot_tile<kTokens>(task.x + t * task.padded, w.get(), task.padded, out);
-      for (int64_t i = 0; i < tokens; ++i) {
-        for (int64_t o = 0; o < outs; ++o) out[i * kOuts + o] *= scale[o];
-        if (p.bias)
-          for (int64_t o = 0; o < outs; ++o) out[i * kOuts + o] += bias[o];
-        store(out + i * kOuts, p.y, p.dtype, (t + i) * p.out_features + first, outs);
-      }
-    }
-  }
+  const int64_t fit = std::max<int64_t>(kOuts, kFloats / task.padded / kOuts * kOuts);
+  const int64_t block = std::min(kMostOuts, fit),
+                last = std::min(end * kOuts, task.p->out_features);
+  const auto w = aligned<float>(block * task.padded);
+  for (int64_t first = begin * kOuts; first < last; first += block)
+    out_block<Arch>(task, first, std::min(block, last - first), w.get());
 }
 W2A4_DISPATCH(out_tiles, Task)
 
@@ -135,7 +176,7 @@ W2A4_TARGET void one_token(const Task& task, int64_t begin, int64_t end) {
 
 void linear_w8(const LinearW8Params& p) {
   const int64_t padded = (p.in_features + kLanes - 1) / kLanes * kLanes;
-  const auto x = aligned<float>((p.tokens + kTokens) * padded);
+  const auto x = aligned<float>((p.tokens + kMostTokens) * padded);
   for (int64_t t = 0; t < p.tokens; ++t) {
     load(p.x, p.dtype, t * p.in_features, p.in_features, x.get() + t * padded);
     std::fill(x.get() + t * padded + p.in_features, x.get() + (t + 1) * padded, 0.0f);
