@@ -31,6 +31,11 @@ STABLE_TORCH_LIBRARY(w2a4, m) {
       "attention_kv4(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, "
       "SymInt length, Tensor? mask, bool causal, float scaling, Tensor? k_sink=None, "
       "Tensor? v_sink=None) -> Tensor");
+  m.def("snap(Tensor w, Tensor levels) -> Tensor");
+  m.def("snap_backward(Tensor grad, Tensor w, Tensor soft, Tensor levels) -> (Tensor, Tensor)");
+  m.def("fake_quant_rows(Tensor x, Tensor clip, bool kv) -> Tensor");
+  m.def(
+      "fake_quant_rows_backward(Tensor grad, Tensor x, Tensor clip, bool kv) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(w2a4, CPU, m) {
@@ -40,4 +45,8 @@ STABLE_TORCH_LIBRARY_IMPL(w2a4, CPU, m) {
   m.impl("append_kv4", TORCH_BOX(&w2a4::append_kv4));
   m.impl("rope_append_kv4", TORCH_BOX(&w2a4::rope_append_kv4));
   m.impl("attention_kv4", TORCH_BOX(&w2a4::attention_kv4));
+  m.impl("snap", TORCH_BOX(&w2a4::snap));
+  m.impl("snap_backward", TORCH_BOX(&w2a4::snap_backward));
+  m.impl("fake_quant_rows", TORCH_BOX(&w2a4::fake_quant_rows));
+  m.impl("fake_quant_rows_backward", TORCH_BOX(&w2a4::fake_quant_rows_backward));
 }

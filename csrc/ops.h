@@ -54,6 +54,16 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
                      const std::optional<Tensor>& mask, bool causal, double scaling,
                      const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink);
 
+Tensor snap(const Tensor& w, const Tensor& levels);
+
+std::tuple<Tensor, Tensor> snap_backward(const Tensor& grad, const Tensor& w, const Tensor& soft,
+                                         const Tensor& levels);
+
+Tensor fake_quant_rows(const Tensor& x, const Tensor& clip, bool kv);
+
+std::tuple<Tensor, Tensor> fake_quant_rows_backward(const Tensor& grad, const Tensor& x,
+                                                    const Tensor& clip, bool kv);
+
 // Registers the ops of entry_a4.cpp, which w2a4._C and w2a4._cuda each compile for their device.
 inline void register_a4(torch::stable::detail::StableLibrary& m) {
   m.impl("hadamard", TORCH_BOX(&hadamard));

@@ -211,7 +211,18 @@ def _(q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_
     return q.new_empty((batch, tokens, heads, head_dim))
 
 
-# Gradient of the one op that training goes through.
+if _C is not None:
+    torch.library.register_fake("w2a4::snap")(lambda w, levels: torch.empty_like(w))
+    torch.library.register_fake("w2a4::snap_backward")(
+        lambda grad, w, soft, levels: (torch.empty_like(w), torch.empty_like(soft))
+    )
+    torch.library.register_fake("w2a4::fake_quant_rows")(lambda x, clip, kv: torch.empty_like(x))
+    torch.library.register_fake("w2a4::fake_quant_rows_backward")(
+        lambda grad, x, clip, kv: (torch.empty_like(x), x.new_empty(x.shape[:-1].numel()))
+    )
+
+
+# Gradient of the one op that has one by itself; those of the last four are in `quantizers`.
 
 
 def _save_hadamard(ctx, inputs, output):
@@ -458,3 +469,31 @@ def attention_kv4(
     return _ops.attention_kv4.default(
         q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink
     )
+
+
+# What training passes through. These have CPU kernels and nothing else; `quantizers` is PyTorch elsewhere.
+
+
+def has_training_kernels(x: Tensor) -> bool:
+    """Whether the next four ops take tensors like x: float32 on the CPU, where kernels are built."""
+    return _C is not None and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def snap(w: Tensor, levels: Tensor) -> Tensor:
+    """Weights `[out, G, group_size]` as the nearest of their group's `levels` `[out, G, 4]`, ascending."""
+    return _ops.snap.default(w.contiguous(), levels.contiguous())
+
+
+def snap_backward(grad: Tensor, w: Tensor, soft: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """To w what lies between the ends of `soft` `[out, G, 4]`; to each of soft the sum of what took it."""
+    return _ops.snap_backward.default(grad.contiguous(), w.contiguous(), soft.contiguous(), levels)
+
+
+def fake_quant_rows(x: Tensor, clip: Tensor, kv: bool) -> Tensor:
+    """Each row of `[..., row]` as 4 bits give it back: keys and values (kv), or activations; clip `[1]`."""
+    return _ops.fake_quant_rows.default(x.contiguous(), clip, kv)
+
+
+def fake_quant_rows_backward(grad: Tensor, x: Tensor, clip: Tensor, kv: bool) -> tuple[Tensor, Tensor]:
+    """Gradients to x, also through scale and zero-point, and to clip: `[rows]`, of which the sum is meant."""
+    return _ops.fake_quant_rows_backward.default(grad.contiguous(), x.contiguous(), clip, kv)

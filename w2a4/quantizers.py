@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import ops
 from .config import resolve_group_size
 
 #: How close to 0 or 1 a sigmoid of LDP is initialised. Nearer, its parameter would hardly move; at
@@ -42,6 +43,8 @@ def fake_quant_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> Tensor:
     Source: learned step size, S. Esser et al. (arXiv 1902.08153), for a scale relative to max|x|.
     """
     groups = x.float().unflatten(-1, (-1, x.shape[-1] if group_size == -1 else group_size))
+    if ops.has_training_kernels(groups):
+        return _FakeQuantRows.apply(groups, clip, False).flatten(-2).to(x.dtype)
     scale = clip * groups.abs().amax(-1, keepdim=True) / 7
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     codes = (groups / scale).clamp(-8, 7)
@@ -62,11 +65,29 @@ def fake_quant_kv4(x: Tensor, clip: Tensor | float) -> Tensor:
         `[..., head_dim]` in x's dtype; the float32 value rounded once.
     """
     rows = x.float()
+    if ops.has_training_kernels(rows):
+        clip = clip if isinstance(clip, Tensor) else torch.tensor([clip])
+        return _FakeQuantRows.apply(rows, clip, True).to(x.dtype)
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     middle, half = (low + high) * 0.5, (high - low) * 0.5 * clip
     scale, zero = _half((half + half) / 15), _half(middle - half)
     codes = ((rows - zero) / torch.where(scale == 0, torch.ones_like(scale), scale)).clamp(0, 15)
     return (straight_through(codes, codes.round()) * scale + zero).to(x.dtype)
+
+
+class _FakeQuantRows(torch.autograd.Function):
+    """`fake_quant_a4` of groups, or `fake_quant_kv4`, by the compiled kernels."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, clip: Tensor, kv: bool) -> Tensor:
+        ctx.save_for_backward(x, clip)
+        ctx.kv = kv
+        return ops.fake_quant_rows(x, clip, kv)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        to_x, to_clip = ops.fake_quant_rows_backward(grad, *ctx.saved_tensors, ctx.kv)
+        return to_x, to_clip.sum().reshape(1), None
 
 
 def _half(x: Tensor) -> Tensor:
@@ -120,21 +141,27 @@ class _Codebook(torch.autograd.Function):
     """Groups `[..., g]` as the nearest of their levels `[..., 4]`, ascending, in their stored form.
 
     By hand, since a whole model's weights pass through it: beside its input, backward needs a byte a
-    weight.
+    weight, or nothing where kernels are compiled.
     """
 
     @staticmethod
     def forward(ctx, groups: Tensor, soft: Tensor) -> Tensor:
         ints, scale = _round_levels(soft)
+        exact = ints.to(soft.dtype) * scale.to(soft.dtype)[..., None]
+        ctx.compiled = ops.has_training_kernels(groups)
+        if ctx.compiled:
+            ctx.save_for_backward(groups, soft, exact)
+            return ops.snap(groups, exact)
         codes = nearest_codes(groups, ints, scale)
         ctx.save_for_backward(groups, soft, codes)
-        exact = ints.to(soft.dtype) * scale.to(soft.dtype)[..., None]
         first, second, third, fourth = (exact[..., i : i + 1] for i in range(4))
         low, high = torch.where(codes > 0, second, first), torch.where(codes > 2, fourth, third)
         return torch.where(codes > 1, high, low)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if ctx.compiled:
+            return ops.snap_backward(grad, *ctx.saved_tensors)
         groups, soft, codes = ctx.saved_tensors
         # Sums over "code >= k", whose differences are those of one code each.
         above = [grad.sum(-1), *((grad * (codes > k)).sum(-1) for k in range(3)), 0 * grad[..., 0]]

@@ -11,6 +11,8 @@ void linear_a4(const LinearA4Params& p);
 void linear_w8(const LinearW8Params& p);
 void quantize_kv4(const QuantizeKV4Params& p);
 void rope_append_kv4(const RopeAppendKV4Params& p);
+void snap(const SnapParams& p);
+void fake_quant_rows(const FakeQuantParams& p);
 void attention_kv4(const AttentionKV4Params& p);
 
 }  // namespace w2a4::cpu

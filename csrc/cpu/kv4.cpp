@@ -1,6 +1,5 @@
 // Asymmetric 4-bit keys and values, bit-exact to the reference: quantize_kv4, append_kv4, and the
 // latter behind RoPE and R3.
-#include <limits>
 #include <vector>
 
 #include "hadamard.h"
@@ -9,19 +8,6 @@
 
 namespace w2a4::cpu {
 namespace {
-
-// Smallest and largest of x; both NaN if one of x is, as torch's amin and amax.
-W2A4_INLINE void range(const float* x, int64_t n, float& low, float& high) {
-  low = high = x[0];
-  int32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
-    const int32_t magnitude = bits<int32_t>(x[i]) & 0x7fffffff;
-    most = magnitude > most ? magnitude : most;
-  }
-  if (most > 0x7f800000) low = high = std::numeric_limits<float>::quiet_NaN();
-}
 
 W2A4_INLINE void quantize_head(const float* x, int64_t n, float clip, uint8_t* codes, F16* params) {
   float low, high;

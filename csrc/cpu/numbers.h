@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <limits>
 
 #include "../params.h"
 #include "arch.h"
@@ -108,6 +109,19 @@ W2A4_INLINE void store(const float* src, void* dst, ScalarType dtype, int64_t fi
 // Half to even, for |x| < 2**22. Adding 1.5 * 2**23 leaves no fraction bits.
 W2A4_INLINE float round_even(float x) {
   return (x + 12582912.0f) - 12582912.0f;
+}
+
+// Smallest and largest of x; both NaN if one of x is, as torch's amin and amax.
+W2A4_INLINE void range(const float* x, int64_t n, float& low, float& high) {
+  low = high = x[0];
+  int32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+    const int32_t magnitude = bits<int32_t>(x[i]) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+  }
+  if (most > 0x7f800000) low = high = std::numeric_limits<float>::quiet_NaN();
 }
 
 // Value of a signed nibble, 0..15 -> -8..7.

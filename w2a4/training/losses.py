@@ -125,4 +125,6 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor):
         (grad,) = ctx.saved_tensors
-        return grad * scale.to(grad.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
+        if scale.device.type != "cpu" or scale != 1:  # as it mostly is, and this is as large as the logits
+            grad = grad * scale.to(grad.dtype)
+        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
