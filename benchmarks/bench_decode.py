@@ -1,12 +1,13 @@
-"""Decoding on the CPU: a packed model against the float model in float32, as transformers generates.
+"""Decoding on the CPU: the engine against transformers, with the packed model and with the float one.
 
     python -m benchmarks.bench_decode [--model DIR] [--packed DIR] [--tokens 48] [--repeats 9]
         [--threads N] [--json FILE]
 
-Both continue one prompt greedily, in one process and by turns; the end token counts for nothing, so that
-both make as many tokens. Before the clock starts, the packed model's tokens by `w2a4.evaluate.generate`
-must be those of its own `model.generate`. The model is the demo's if none is given, and it is packed by
-round to nearest, for this run only, if no packed one is given.
+Three sides continue one prompt greedily, in one process and by turns: `w2a4.Engine` and `model.generate`
+with the packed model, and `model.generate` with the float model in float32. The end token counts for
+nothing, so that all make as many tokens. Before the clock starts, the engine's tokens must be those of the
+packed model's own `generate`. The model is the demo's if none is given, and it is packed by round to
+nearest, for this run only, if no packed one is given.
 """
 
 from __future__ import annotations
@@ -40,24 +41,20 @@ RECIPE = w2a4.Recipe(name="rtn", weight_method="rtn", act_clip=0.9, calib_sample
 Generate = Callable[[Any, int, Any], Tensor]
 
 
+#: What is timed, by the name it has in tables; ratios are of its seconds over the engine's.
+SIDES = {
+    "engine": "engine",
+    "generate": "generate, the same model",
+    "float32": "generate, float32",
+}
+
+
 @dataclass(frozen=True)
 class Run:
     """Seconds until all tokens and until the first, the prompt's pass included in both."""
 
     seconds: float
     first: float
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One run each, right after one another; `ratio` is peer over ours."""
-
-    ours: Run
-    peer: Run
-
-    @property
-    def ratio(self) -> float:
-        return self.peer.seconds / self.ours.seconds
 
 
 class Clock:
@@ -73,7 +70,7 @@ class Clock:
         pass
 
 
-def packed_generate(model: Any) -> Generate:
+def engine_generate(model: Any) -> Generate:
     return lambda inputs, count, streamer=None: evaluate.generate(model, inputs, count, streamer)
 
 
@@ -110,56 +107,59 @@ def pack(source: str, out: Path) -> str:
     return str(out)
 
 
-def measure(ours: Generate, peer: Generate, inputs: Any, count: int, repeats: int) -> list[Pair]:
-    """Pairs of runs, every other one with the peer first; one short run of each before."""
-    for generate in (ours, peer):
+def measure(sides: dict[str, Generate], inputs: Any, count: int, repeats: int) -> list[dict[str, Run]]:
+    """A run of each side, `repeats` times, each time another one first; one short run of each before."""
+    for generate in sides.values():
         generate(inputs, 2, None)
-    pairs = []
-    for repeat in tqdm(range(repeats), unit="pair", disable=not sys.stderr.isatty()):
-        order = (ours, peer) if repeat % 2 == 0 else (peer, ours)
-        runs = {generate: timed(generate, inputs, count) for generate in order}
-        pairs.append(Pair(runs[ours], runs[peer]))
-    return pairs
+    rounds, names = [], [*sides]
+    for repeat in tqdm(range(repeats), unit="round", disable=not sys.stderr.isatty()):
+        turn = repeat % len(names)
+        rounds.append({name: timed(sides[name], inputs, count) for name in names[turn:] + names[:turn]})
+    return rounds
 
 
-def summary(pairs: list[Pair], count: int) -> dict[str, Any]:
-    """Medians over the pairs, and the ratios' range."""
+def summary(rounds: list[dict[str, Run]], count: int) -> dict[str, dict[str, Any]]:
+    """Of each side the medians over the rounds, and the range of its ratio to the engine."""
+    found = {}
+    for name in SIDES:
+        runs = [of[name] for of in rounds]
+        ratios = [of[name].seconds / of["engine"].seconds for of in rounds]
+        found[name] = {
+            "tokens_per_second": count / statistics.median(run.seconds for run in runs),
+            "first_token_ms": 1e3 * statistics.median(run.first for run in runs),
+            "ratio": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+        }
+    return found
 
-    def side(name: str) -> dict[str, float]:
-        runs = [getattr(pair, name) for pair in pairs]
-        seconds = statistics.median(run.seconds for run in runs)
-        first = statistics.median(run.first for run in runs)
-        return {"tokens_per_second": count / seconds, "first_token_ms": 1e3 * first}
 
-    ratios = [pair.ratio for pair in pairs]
-    ratio = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-    return {"ours": side("ours"), "peer": side("peer"), "ratio": ratio}
-
-
-def table(found: dict[str, Any], pairs: int) -> str:
-    names = {"ours": "w2a4", "peer": "transformers, float32"}
-    rows = [(name, *found[key].values()) for key, name in names.items()]
-    text = tabulate(rows, ("", "tokens/s", "first token, ms"), floatfmt=("", ".1f", ".1f"))
-    ratio = found["ratio"]
-    return (
-        f"{text}\n{ratio['median']:.2f} times as fast, median of {pairs} pairs, "
-        f"{ratio['least']:.2f} to {ratio['most']:.2f}"
-    )
+def table(found: dict[str, Any], rounds: int) -> str:
+    rows = []
+    for name, side in found.items():
+        speed, first, ratio = side["tokens_per_second"], side["first_token_ms"], side["ratio"]
+        spread = f"{ratio['least']:.2f} to {ratio['most']:.2f}" if name != "engine" else ""
+        rows.append((SIDES[name], f"{speed:.1f}", f"{first:.1f}", f"{ratio['median']:.2f}", spread))
+    headers = ("", "tokens/s", "first token, ms", "times the engine's", "least to most")
+    text = tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4))
+    return f"{text}\nMedians of {rounds} rounds."
 
 
 def run(model: str, packed: str, count: int, repeats: int) -> dict[str, Any]:
     """Check, then measure.
 
     Returns:
-        what the JSON holds but for its `meta`; without pairs and summary if the check failed.
+        what the JSON holds but for its `meta`; without rounds and summary if the check failed.
     """
     full, tokenizer = load(model)
     small, _ = load(packed)
     if not isinstance(getattr(small.config, "quantization_config", None), w2a4.W2A4Config):
         raise click.ClickException(f"{packed} is not packed by w2a4; give what `w2a4 quantize` wrote")
     inputs = tokenizer(demo.PROMPT, return_tensors="pt", return_token_type_ids=False)
-    ours, peer = packed_generate(small), transformers_generate(full)
-    correct = torch.equal(ours(inputs, count, None), transformers_generate(small)(inputs, count, None))
+    sides = {
+        "engine": engine_generate(small),
+        "generate": transformers_generate(small),
+        "float32": transformers_generate(full),
+    }
+    correct = torch.equal(sides["engine"](inputs, count, None), sides["generate"](inputs, count, None))
     result = {
         "model": source_name(model),
         "recipe": small.config.quantization_config.recipe,
@@ -169,9 +169,9 @@ def run(model: str, packed: str, count: int, repeats: int) -> dict[str, Any]:
         "correct": correct,
     }
     if correct:
-        pairs = measure(ours, peer, inputs, count, repeats)
-        result["pairs"] = [asdict(pair) | {"ratio": pair.ratio} for pair in pairs]
-        result["summary"] = summary(pairs, count)
+        rounds = measure(sides, inputs, count, repeats)
+        result["rounds"] = [{name: asdict(side) for name, side in of.items()} for of in rounds]
+        result["summary"] = summary(rounds, count)
     return result
 
 
@@ -179,8 +179,8 @@ def run(model: str, packed: str, count: int, repeats: int) -> dict[str, Any]:
 @click.option("--model", help="A float model's directory, hub id or .gguf; the demo's by default.")
 @click.option("--packed", type=click.Path(exists=True, file_okay=False), help="The same model, packed.")
 @click.option("--tokens", "count", type=click.IntRange(min=2), default=48, show_default=True)
-@click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True, help="Pairs of runs.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of both.")
+@click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True, help="Rounds of runs.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of all.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Result file.")
 def main(model, packed, count, repeats, threads, json_file):
     if threads is not None:
@@ -197,7 +197,7 @@ def main(model, packed, count, repeats, threads, json_file):
     if json_file is not None:
         write_json(json_file, {"meta": meta, **result})
     if not result["correct"]:
-        raise click.ClickException("evaluate.generate and model.generate give other tokens, so no times")
+        raise click.ClickException("the engine and model.generate give other tokens, so no times")
     print(table(result["summary"], repeats))
 
 

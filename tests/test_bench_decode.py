@@ -1,4 +1,4 @@
-"""benchmarks.bench_decode: tokens checked before the clock, pairs by turns, and what it writes."""
+"""benchmarks.bench_decode: tokens checked before the clock, sides by turns, and what it writes."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from benchmarks import bench_decode
 from w2a4 import demo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SIDE = {"tokens_per_second", "first_token_ms"}
+SIDE = {"tokens_per_second", "first_token_ms", "ratio"}
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +44,17 @@ def test_it_packs_checks_and_measures(plain, tmp_path, monkeypatch):
     arguments = ["--model", plain, "--tokens", 5, "--repeats", 3, "--json", tmp_path / "r.json"]
     monkeypatch.setattr(sys, "argv", ["bench_decode", *map(str, arguments)])
     code, output = answer(*arguments)
-    assert code == 0 and "median of 3 pairs" in output and "transformers, float32" in output
+    assert code == 0 and "Medians of 3 rounds" in output and "generate, float32" in output
     result = json.loads((tmp_path / "r.json").read_text())
     assert {"commit", "versions", "cpu", "date"} <= set(result["meta"])
     assert result["meta"]["command"].endswith(f"bench_decode --model {plain} --tokens 5 --repeats 3 --json "
                                               f"{tmp_path / 'r.json'}")  # fmt: skip
     assert result["correct"] and result["tokens"] == 5 and result["recipe"]["weight_method"] == "rtn"
-    assert len(result["pairs"]) == 3
-    for pair in result["pairs"]:
-        assert pair["ratio"] == pair["peer"]["seconds"] / pair["ours"]["seconds"]
-        assert all(0 < pair[side]["first"] < pair[side]["seconds"] for side in ("ours", "peer"))
-    assert set(result["summary"]["ours"]) == set(result["summary"]["peer"]) == SIDE
+    assert len(result["rounds"]) == 3
+    for of in result["rounds"]:
+        assert set(of) == set(bench_decode.SIDES)
+        assert all(0 < side["first"] < side["seconds"] for side in of.values())
+    assert [set(side) for side in result["summary"].values()] == [SIDE] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
@@ -70,10 +70,10 @@ def test_no_time_if_tokens_differ(plain, packed, tmp_path, monkeypatch):
     code, output = answer("--model", plain, "--packed", packed, "--tokens", 3, "--json", file)
     assert code == 1 and "other tokens, so no times" in output and "tokens/s" not in output
     result = json.loads(file.read_text())
-    assert result["correct"] is False and "pairs" not in result and "summary" not in result
+    assert result["correct"] is False and "rounds" not in result and "summary" not in result
 
 
-def test_pairs_take_turns_after_a_short_run_of_each():
+def test_sides_take_turns_after_a_short_run_of_each():
     calls = []
 
     def generate(name):
@@ -85,18 +85,19 @@ def test_pairs_take_turns_after_a_short_run_of_each():
 
         return run
 
-    pairs = bench_decode.measure(generate("a"), generate("b"), None, 7, 3)
-    assert calls == [("a", 2), ("b", 2), ("a", 7), ("b", 7), ("b", 7), ("a", 7), ("a", 7), ("b", 7)]
-    assert len(pairs) == 3
+    rounds = bench_decode.measure({name: generate(name) for name in "abc"}, None, 7, 3)
+    assert calls == [(name, 2) for name in "abc"] + [(name, 7) for name in "abcbcacab"]
+    assert len(rounds) == 3
 
 
 def test_medians_and_ratios():
     runs = [bench_decode.Run(seconds, seconds / 4) for seconds in (1.0, 2.0, 4.0)]
-    pairs = [bench_decode.Pair(runs[0], run) for run in (runs[2], runs[0], runs[1])]
-    found = bench_decode.summary(pairs, 8)
-    assert found["ours"] == {"tokens_per_second": 8.0, "first_token_ms": 250.0}
-    assert found["peer"] == {"tokens_per_second": 4.0, "first_token_ms": 500.0}
-    assert found["ratio"] == {"median": 2.0, "least": 1.0, "most": 4.0}
+    rounds = [{"engine": runs[0], "generate": runs[0], "float32": run} for run in (runs[2], runs[0], runs[1])]
+    found = bench_decode.summary(rounds, 8)
+    assert (found["engine"]["tokens_per_second"], found["engine"]["first_token_ms"]) == (8.0, 250.0)
+    assert (found["float32"]["tokens_per_second"], found["float32"]["first_token_ms"]) == (4.0, 500.0)
+    assert found["float32"]["ratio"] == {"median": 2.0, "least": 1.0, "most": 4.0}
+    assert found["generate"]["ratio"]["median"] == 1.0
 
 
 def test_what_cannot_be_measured_is_said_in_a_line(plain, tmp_path):

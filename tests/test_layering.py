@@ -12,7 +12,7 @@ PACKAGE = ROOT / "w2a4"
 
 #: Top first. CONTRIBUTING.md says why.
 LAYERS = (
-    "cli", "demo", "evaluate", "training", "pipeline", "learn_rotation", "smooth", "resume", "calibrate",
+    "cli", "demo", "evaluate", "engine", "training", "pipeline", "learn_rotation", "smooth", "resume", "calibrate",
     "integrations", "layers", "fitting", "rotation", "quantizers", "ops", "reference", "packing", "data",
     "report", "config", "errors",
 )  # fmt: skip

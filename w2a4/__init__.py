@@ -7,6 +7,7 @@ Importing the package registers the `w2a4` quantiser, attention and mask with tr
 from importlib.metadata import version
 
 from .config import Recipe, RotationConfig, RotationLearning, Training
+from .engine import Engine, Sampling
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -28,6 +29,7 @@ __version__ = version("w2a4")
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "Engine",
     "KV4Cache",
     "Recipe",
     "RecipeError",
@@ -35,6 +37,7 @@ __all__ = [
     "RotationConfig",
     "RotationError",
     "RotationLearning",
+    "Sampling",
     "Training",
     "TrainingError",
     "W2A4Config",

@@ -6,13 +6,12 @@ of the command line in a process of its own, so that its peak memory is that of 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import data
+from .engine import Engine, inference
 from .errors import CalibrationError, W2A4Error
 from .report import peak_memory_mb
 
@@ -67,7 +67,7 @@ def perplexity(
     ids = data.windows(tokenizer, content, seqlen)[:windows]
     start = time.perf_counter()
     total = 0.0
-    with _inference(model):
+    with inference(model):
         logits_of = _logits_function(model, ids[:1])
         for window in _progress(ids, "perplexity", progress):
             total += _cross_entropy_sum(logits_of, window[None].to(model.device))
@@ -113,27 +113,15 @@ def generation_speed(
 
 
 def generate(model: Any, inputs: Any, max_new_tokens: int, streamer: Any = None) -> Tensor:
-    """Greedy continuation of tokenised inputs of batch 1, int64 `[new tokens]`.
-
-    The tokens of `model.generate(do_sample=False)`, without the two to three milliseconds that its
-    bookkeeping takes for each.
-    """
-    ids, cache, new = inputs["input_ids"], None, []
-    end = model.generation_config.eos_token_id
-    ends = set(end if isinstance(end, list) else [end])
-    if streamer is not None:
-        streamer.put(ids.cpu())
-    with _inference(model):
-        while len(new) < max_new_tokens and (not new or new[-1] not in ends):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            ids = out.logits[:, -1].float().argmax(-1, keepdim=True)
-            new.append(int(ids))
-            if streamer is not None:
-                streamer.put(ids[0].cpu())
-    if streamer is not None:
-        streamer.end()
-    return torch.tensor(new)
+    """Greedy continuation of tokenised inputs of batch 1 by `Engine`, int64 `[new tokens]`."""
+    ids = inputs["input_ids"][0]
+    if streamer is None:
+        return Engine(model).generate([ids], max_new_tokens)[0]
+    streamer.put(ids[None].cpu())
+    on_token = lambda _, token: streamer.put(torch.tensor([token]))  # noqa: E731
+    (new,) = Engine(model).generate([ids], max_new_tokens, on_token=on_token)
+    streamer.end()
+    return new
 
 
 def reply(
@@ -174,18 +162,6 @@ def measured_apart(arguments: Sequence[str]) -> dict[str, Any]:
                 f"`w2a4 {' '.join(arguments)}` failed with exit code {status}; its message is above"
             )
         return json.loads(out.read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def _inference(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the training mode comes back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _logits_function(model: Any, sample: Tensor) -> Callable[[Tensor], Callable[[int, int], Tensor]]:

@@ -95,7 +95,7 @@ class Parts:
         self.fit = self._fit(mlp.config.hidden_act)
         if self.fit:
             heads = [linear.out_features // attn.head_dim for linear in self.qkv]
-            self.qk_v, self.q_k = [heads[0] + heads[1], heads[2]], heads[:2]
+            self.qk_v, self.q_k, self.kv_heads = [heads[0] + heads[1], heads[2]], heads[:2], heads[2]
 
     def _fit(self, hidden_act: str) -> bool:
         """The layer is one that the fused ops compute."""
@@ -152,11 +152,25 @@ class FusedLayer:
         own = parts.attn.config._attn_implementation == NAME
         if not parts.fit or not own or parts.watched():
             return super().forward(hidden_states, **kwargs)
-        hidden_states = hidden_states + _attention_part(parts, hidden_states, **kwargs)
-        return hidden_states + _mlp_part(parts, hidden_states)
+        return decoder_layer(parts, hidden_states, **kwargs)
 
 
-def _attention_part(
+def fused_parts(model: Any) -> list[Parts] | None:
+    """Those of all layers of a packed LLaMA with a 4-bit KV cache; None for any other model.
+
+    Also None where something looks at a layer or at the decoder, which only their own forward serves.
+    """
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not layers or not all(isinstance(layer, FusedLayer) for layer in layers):
+        return None
+    parts = [_parts(layer) for layer in layers]
+    own = model.config._attn_implementation == NAME and parts[0].attn.kv_settings.kv_bits == 4
+    watched = decoder._forward_hooks or decoder._forward_pre_hooks or any(part.watched() for part in parts)
+    return parts if own and not watched and all(part.fit for part in parts) else None
+
+
+def decoder_layer(
     parts: Parts,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -164,11 +178,24 @@ def _attention_part(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> Tensor:
+    """One decoder layer on `[batch, tokens, hidden]`; arguments as transformers passes them."""
+    attended = _attention_part(parts, hidden_states, position_embeddings, attention_mask, past_key_values)
+    hidden_states = hidden_states + attended
+    return hidden_states + _mlp_part(parts, hidden_states)
+
+
+def _attention_part(
+    parts: Parts,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+) -> Tensor:
     """Norm, attention and o_proj."""
     attn, settings = parts.attn, parts.attn.kv_settings
     qkv = _norm_linear(parts.norms[0], parts.joint_qkv.current(), hidden_states)
     own_cache = past_key_values.layers[attn.layer_idx] if type(past_key_values) is KV4Cache else None
-    appended = own_cache and own_cache.append_qkv(qkv, parts.qk_v[1], *position_embeddings)
+    appended = own_cache and own_cache.append_qkv(qkv, parts.kv_heads, *position_embeddings)
     if appended:
         context = packed_attention(*appended, as_bool(attention_mask), attn.scaling)
         return parts.o_proj.forward(context.flatten(-2))

@@ -20,9 +20,9 @@ class KV4Layer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, settings: KVSettings):
+    def __init__(self, settings: KVSettings, capacity: int = INITIAL_CAPACITY):
         super().__init__()
-        self.settings = settings
+        self.settings, self.capacity = settings, capacity
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
@@ -40,6 +40,26 @@ class KV4Layer(CacheLayerMixin):
             setattr(self, side, PackedKV(empty["codes"], empty["params"], 0))
         self.is_initialized = True
 
+    def allocate(self, like: Tensor, batch: int, heads: int, head_dim: int) -> None:
+        """Room for `capacity` tokens of `batch` sequences, before there are any."""
+        self._initialize(like, batch, heads, head_dim)
+        for side in (self.keys, self.values):
+            _reserve(side, self.capacity, self.capacity)
+
+    def row(self, index: int, skip: int) -> KV4Layer:
+        """See `KV4Cache.row`; this layer is allocated."""
+        view = KV4Layer(self.settings, self.capacity - skip)
+        view.dtype, view.device, view.is_initialized = self.dtype, self.device, True
+        place = slice(index, index + 1), slice(None), slice(skip, None)
+        view.keys, view.values = (
+            PackedKV(side.codes[place], side.params[place], 0) for side in (self.keys, self.values)
+        )
+        return view
+
+    def fill(self, length: int) -> None:
+        """Say that `length` tokens are in use, which were written through `row`."""
+        self.length = self.keys.length = self.values.length = length
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[PackedKV, PackedKV]:
         """Rotate and pack new keys and values `[batch, kv_heads, tokens, head_dim]`; return all so far."""
         return self.append(self.settings.rotate(key_states), value_states)
@@ -50,7 +70,7 @@ class KV4Layer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         stop = self.length + key_states.shape[2]
         for side, states in ((self.keys, key_states), (self.values, value_states)):
-            _reserve(side, stop)
+            _reserve(side, stop, self.capacity)
             _append_sink(side, states, self.settings.sink_tokens)
             ops.append_kv4(states, side.codes, side.params, self.length, self.settings.kv_clip)
             side.length = stop
@@ -76,8 +96,8 @@ class KV4Layer(CacheLayerMixin):
         if not self.is_initialized:
             self._initialize(qkv, qkv.shape[0], kv_heads, cos.shape[-1])
         keys, values, stop = self.keys, self.values, self.length + qkv.shape[1]
-        _reserve(keys, stop)
-        _reserve(values, stop)
+        _reserve(keys, stop, self.capacity)
+        _reserve(values, stop, self.capacity)
         query = ops.rope_append_kv4(
             qkv, cos, sin, *r3, keys.codes, keys.params, values.codes, values.params, self.length,
             self.settings.kv_clip,
@@ -146,25 +166,35 @@ class KV4Cache(Cache):
     A quantised model makes one by itself; give it one to keep it, or to read `nbytes()`.
     """
 
-    def __init__(self, settings: KVSettings, num_layers: int):
-        super().__init__(layers=[KV4Layer(settings) for _ in range(num_layers)])
+    def __init__(self, settings: KVSettings, num_layers: int, capacity: int = INITIAL_CAPACITY):
+        """
+        Args:
+            capacity: tokens that there is room for from the first one on.
+        """
+        super().__init__(layers=[KV4Layer(settings, capacity) for _ in range(num_layers)])
 
     @classmethod
-    def for_model(cls, model) -> KV4Cache:
+    def for_model(cls, model, capacity: int = INITIAL_CAPACITY) -> KV4Cache:
         layers = model.get_decoder().layers
-        return cls(layers[0].self_attn.kv_settings, len(layers))
+        return cls(layers[0].self_attn.kv_settings, len(layers), capacity)
+
+    def row(self, index: int, skip: int) -> KV4Cache:
+        """An empty cache that writes into sequence `index` of this one, from token `skip` on."""
+        view = KV4Cache(self.layers[0].settings, 0)
+        view.layers = [layer.row(index, skip) for layer in self.layers]
+        return view
 
     def nbytes(self) -> int:
         """Bytes of all tokens in use."""
         return sum(layer.nbytes() for layer in self.layers)
 
 
-def _reserve(side: PackedKV, tokens: int) -> None:
-    """Room for `tokens` tokens; what is there is copied."""
+def _reserve(side: PackedKV, tokens: int, least: int) -> None:
+    """Room for `tokens` tokens, and at first for `least`; what is there is copied."""
     capacity = side.codes.shape[2]
     if tokens <= capacity:
         return
-    grown = max(INITIAL_CAPACITY, 2 * capacity, tokens)
+    grown = max(least, 2 * capacity, tokens)
     for name in ("codes", "params"):
         old = getattr(side, name)
         new = old.new_zeros(*old.shape[:2], grown, old.shape[3])

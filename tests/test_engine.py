@@ -1,0 +1,152 @@
+"""The engine: the tokens of `model.generate`, for one prompt and for many of different lengths."""
+
+import pytest
+import torch
+from packed import packed_model, prompt
+from tiny_llama import tiny_llama
+
+import w2a4
+from w2a4 import engine
+from w2a4.engine import Engine, Sampling
+from w2a4.errors import W2A4Error
+
+PROMPTS = [prompt(tokens=n, seed=n)[0] for n in (9, 1, 30, 9)]
+
+
+def by_transformers(model, ids, count: int = 12) -> torch.Tensor:
+    """Greedy continuation, int64 `[n]`."""
+    out = model.generate(ids[None], max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, len(ids) :]
+
+
+def assert_same(got, want) -> None:
+    assert [tokens.tolist() for tokens in got] == [tokens.tolist() for tokens in want]
+
+
+RECIPES = {
+    "w2": {},
+    "w4 row": {"weight_bits": 4, "group_size": -1, "weight_method": "rtn"},
+    "no r3, r4": {"rotation.r3": "none", "rotation.r4": "none"},
+    "random r3": {"rotation.r3": "random"},
+    "sinks": {"sink_tokens": 2},
+    "16-bit cache": {"kv_bits": 16},
+    "16-bit activations": {"act_bits": 16},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_tokens_are_those_of_transformers(recipe):
+    model = packed_model(**recipe)
+    want = [by_transformers(model, ids) for ids in PROMPTS]
+    assert_same(Engine(model).generate(PROMPTS, 12), want)
+    assert_same(Engine(model).generate([PROMPTS[0], PROMPTS[3]], 12), [want[0], want[3]])
+
+
+def test_a_float_model():
+    model = tiny_llama(dtype=torch.float32, vocab_size=131, eos_token_id=None).eval()
+    want = [by_transformers(model, ids) for ids in PROMPTS]
+    assert_same(Engine(model).generate(PROMPTS, 12), want)
+
+
+def test_a_hook_is_called():
+    model, calls = packed_model(), []
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    assert_same(Engine(model).generate(PROMPTS[:1], 4), [by_transformers(packed_model(), PROMPTS[0], 4)])
+    assert len(calls) == 4
+
+
+def test_a_long_prompt_in_chunks(monkeypatch):
+    model = packed_model()
+    want = Engine(model).generate(PROMPTS, 8)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 7)
+    assert_same(Engine(model).generate(PROMPTS, 8), want)
+
+
+def test_stop_tokens_and_callback():
+    model, seen = packed_model(), []
+    whole = Engine(model).generate(PROMPTS, 12)
+    stop = int(whole[0][3])
+    first = [tokens[: tokens.tolist().index(stop) + 1] if stop in tokens else tokens for tokens in whole]
+    got = Engine(model).generate(PROMPTS, 12, stop_tokens=[stop], on_token=lambda *pair: seen.append(pair))
+    assert_same(got, first)
+    assert [[t for row, t in seen if row == i] for i in range(4)] == [tokens.tolist() for tokens in got]
+    model.generation_config.eos_token_id = stop
+    assert_same(Engine(model).generate(PROMPTS, 12), first)
+
+
+def test_training_mode_and_gradients_are_left_alone():
+    model = packed_model().train()
+    Engine(model).generate(PROMPTS[:1], 2)
+    assert model.training and torch.is_grad_enabled()
+
+
+LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).repeat(4000, 1)
+
+
+def shares(sampling: Sampling) -> list[float]:
+    generator = sampling.generator(LOGITS.device)
+    return (sampling.pick(LOGITS, generator).bincount(minlength=4) / len(LOGITS)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "want"),
+    [
+        (Sampling(), [0, 1, 0, 0]),
+        (Sampling(1.0, seed=1), LOGITS[0].softmax(0).tolist()),
+        (Sampling(2.0, seed=1), (LOGITS[0] / 2).softmax(0).tolist()),
+        (Sampling(1.0, top_k=1, seed=1), [0, 1, 0, 0]),
+        (Sampling(1.0, top_k=2, seed=1), [0, *torch.tensor([3.0, -1e9, 2.0]).softmax(0).tolist()]),
+        # The most probable token has 0.64 of it all, the first two 0.88.
+        (Sampling(1.0, top_p=0.6, seed=1), [0, 1, 0, 0]),
+        (Sampling(1.0, top_p=0.7, seed=1), [0, *torch.tensor([3.0, -1e9, 2.0]).softmax(0).tolist()]),
+        (Sampling(1.0, top_k=9, top_p=1.0, seed=1), LOGITS[0].softmax(0).tolist()),
+    ],
+)
+def test_sampling(sampling, want):
+    assert shares(sampling) == pytest.approx(want, abs=0.03)  # four standard deviations of 4000 draws
+    assert shares(sampling) == shares(sampling)
+
+
+def test_sampled_text_repeats_with_its_seed():
+    eng = Engine(packed_model())
+    first, again, other = (eng.generate(PROMPTS, 8, Sampling(1.0, seed=seed)) for seed in (3, 3, 4))
+    assert_same(first, again)
+    assert [t.tolist() for t in first] != [t.tolist() for t in other]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "0 prompts: give 1 to 16"),
+        ([[1]] * 17, {}, "17 prompts: give 1 to 16"),
+        ([[1], []], {}, r"prompt 1 has shape \[0\]"),
+        ([[1, 131]], {}, r"prompt 0 has tokens from 1 to 131, not all in 0\.\.130"),
+        (
+            [[1] * 60],
+            {"max_new_tokens": 5},
+            "prompt 0 has 60 tokens; with max_new_tokens=5 the cache of max_length=64",
+        ),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_bad_requests(prompts, options, message):
+    with pytest.raises(W2A4Error, match=message):
+        Engine(packed_model(), max_length=64).generate(prompts, **{"max_new_tokens": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"temperature": -1.0}, "temperature=-1"), ({"top_k": -1}, "top_k=-1"), ({"top_p": 0.0}, "top_p=0")],
+)
+def test_bad_sampling(values, message):
+    with pytest.raises(W2A4Error, match=message):
+        Sampling(**values)
+
+
+def test_a_cache_longer_than_the_positions():
+    model = packed_model()
+    with pytest.raises(
+        W2A4Error, match=f"max_length=99999: give a number from 2 to {model.config.max_position_embeddings}"
+    ):
+        Engine(model, max_length=99999)
+    assert w2a4.Engine is Engine
