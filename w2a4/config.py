@@ -376,7 +376,9 @@ RECIPES = {
     "w2a4kv4-rcp": Recipe(name="w2a4kv4-rcp", training=Training(data="self")),
     "w2a4kv4-rcp-quick": Recipe(
         name="w2a4kv4-rcp-quick",
-        training=Training(steps=1000, batch_size=2, seqlen=512, micro_batch=-1, minutes=5.0),
+        training=Training(
+            steps=1000, batch_size=2, seqlen=512, micro_batch=-1, minutes=5.0, quantizer_lr=2e-3
+        ),
     ),
     "w2a4kv4-rcp-block": Recipe(
         name="w2a4kv4-rcp-block",
