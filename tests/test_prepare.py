@@ -10,6 +10,8 @@ from packed import SHAPE, calibration, prompt
 from tiny_llama import tiny_llama
 
 import w2a4
+from w2a4.integrations.fused import fused_parts
+from w2a4.integrations.hf import decoder_linears
 from w2a4.training.linear import FakeQuantLinear
 from w2a4.training.prepare import convert, fake_quant_linears, prepare
 
@@ -93,7 +95,9 @@ def test_training_begins_with_the_codes_of_the_fit(bits):
 
 def test_what_is_trained():
     model = prepared()
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
+    }
     names = ("weight", "beta", "gamma", "s1", "s2", "act_clip")
     assert trained == {f"{linear}.{name}" for linear in fake_quant_linears(model) for name in names}
     loss = model(prompt(2, 16), labels=prompt(2, 16), use_cache=False).loss
@@ -164,3 +168,27 @@ def test_errors():
     linear.s1.data[0, 0] = float("nan")
     with pytest.raises(w2a4.W2A4Error, match=r"layers.0.self_attn.q_proj.s1 holds NaN"):
         convert(ready)
+
+
+def test_linears_of_one_input_share_their_clip():
+    """So that a trained model's q, k and v, and gate and up, run as one linear each."""
+    model = prepared()
+    layer = model.model.layers[0]
+    clips = {name: linear.act_clip for name, linear in decoder_linears(layer).items()}
+    assert clips["q_proj"] is clips["k_proj"] is clips["v_proj"] is not clips["o_proj"]
+    assert clips["gate_proj"] is clips["up_proj"] is not clips["down_proj"]
+    with torch.no_grad():
+        clips["q_proj"].mul_(0.9)
+    packed = w2a4.convert(model)
+    assert fused_parts(packed) is not None
+
+
+def test_latent_weights_begin_with_the_codes_or_at_their_values():
+    kept, free = (prepared(**{"training.keep_codes": keep}) for keep in (True, False))
+    full = tiny_llama(dtype=torch.float32, **SHAPE)
+    w2a4.rotate(full, w2a4.Recipe.load("w2a4kv4").rotation)
+    original = decoder_linears(full.model.layers[0])
+    for name, linear in decoder_linears(free.model.layers[0]).items():
+        assert torch.equal(linear.weight, original[name].weight)
+        same = decoder_linears(kept.model.layers[0])[name]
+        assert (same.fitted().codes != linear.fitted().codes).float().mean() > 0.01

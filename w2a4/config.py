@@ -63,6 +63,8 @@ class Training:
             on the calibration windows; then loss, data, seqlen, micro_batch and minutes do not matter, and
             steps are those of a layer.
         init: what training begins with: `gptq`, `lloyd` (round to nearest) or `minmax`.
+        keep_codes: begin with the codes of the fit, which is best for a short run; without, latent weights
+            begin at their full-precision values, which GPTQ's codes are not nearest to.
         grid: `ldp`, four learned levels a group; `uniform`, learned ends and equal steps between; or
             `minmax`, equal steps between the least and the greatest weight, wherever these move.
         learn_act_clip: whether the clips of the activations are learned.
@@ -86,6 +88,7 @@ class Training:
 
     route: Literal["end_to_end", "block"] = "end_to_end"
     init: Literal["gptq", "lloyd", "minmax"] = "gptq"
+    keep_codes: bool = True
     grid: Literal["ldp", "uniform", "minmax"] = "ldp"
     learn_act_clip: bool = True
     loss: Literal["cakld", "kl", "cross_entropy"] = "cakld"

@@ -15,6 +15,7 @@ from ..config import Recipe, Training
 from ..errors import TrainingError
 from ..integrations.hf import decoder_linears
 from .linear import FakeQuantLinear
+from .prepare import fake_quant_linear, share_act_clips
 from .trainer import parameter_groups, rate
 
 
@@ -84,11 +85,10 @@ def _replace(layer: nn.Module, quantizer: LayerQuantizer, training: Training) ->
     layer.requires_grad_(False)
     for name, linear in decoder_linears(quantizer.reference).items():
         parent = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
-        trained = FakeQuantLinear(
-            linear.weight, linear.bias, fits[name], training.grid, training.init == "minmax"
-        )
+        trained = fake_quant_linear(linear, fits[name], training)
         trained.set_trainable(training.learn_act_clip)
         setattr(parent, name, trained)
+    share_act_clips(layer)
 
 
 def _forward(layer: nn.Module, x: Tensor, quantizer: LayerQuantizer) -> Tensor:

@@ -55,14 +55,16 @@ class FakeQuantLinear(nn.Module):
         start: _PackedLinear,
         grid: Literal["ldp", "uniform", "minmax"] = "ldp",
         minmax: bool = False,
+        keep_codes: bool = True,
     ):
         """
         Args:
             weight: full-precision `[out, in]`, rotated as `start` expects it.
             bias: `[out]` or None.
-            start: a packed fit of this weight; training begins with its codes.
+            start: a packed fit of this weight; training begins with its levels.
             grid: at 2 bits, see `config.Training`.
             minmax: begin with the plain range of the weights instead of the fit; grid `minmax` always does.
+            keep_codes: begin with the codes of `start` too, not with those nearest to the weight.
         """
         super().__init__()
         self.in_features, self.out_features = start.in_features, start.out_features
@@ -70,7 +72,9 @@ class FakeQuantLinear(nn.Module):
         self.act_bits, self.act_group_size = start.act_bits, start.act_group_size
         self.rotation: OnlineRotation | None = start.rotation
         fitted, minmax = start.fitted(), minmax or grid == "minmax"
-        latent = weight.detach().float() if minmax else _inside_cells(weight.detach().float(), fitted)
+        latent = weight.detach().float()
+        if keep_codes and not minmax:
+            latent = _inside_cells(latent, fitted)
         self.weight = nn.Parameter(latent.to(weight.dtype))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         values = _grid_parameters(latent, fitted, grid, minmax)

@@ -62,7 +62,8 @@ def prepare(
         fits = decoder_linears(fit)
         for name, linear in decoder_linears(layer).items():
             parent = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
-            setattr(parent, name, _fake_quant_linear(linear, fits[name], recipe.training))
+            setattr(parent, name, fake_quant_linear(linear, fits[name], recipe.training))
+        share_act_clips(layer)
     _freeze(model, packed, recipe.training)
     before: W2A4Config = packed.config.quantization_config
     recipe = recipe.override(rotation=before.recipe["rotation"], smooth=before.recipe["smooth"])
@@ -76,9 +77,17 @@ def start_recipe(recipe: Recipe) -> Recipe:
     return recipe.override(weight_method=INIT_METHODS[recipe.training.init])
 
 
-def _fake_quant_linear(linear: nn.Linear, fit: _PackedLinear, training: Training) -> FakeQuantLinear:
+def fake_quant_linear(linear: nn.Linear, fit: _PackedLinear, training: Training) -> FakeQuantLinear:
     minmax = training.init == "minmax"
-    return FakeQuantLinear(linear.weight, linear.bias, fit, training.grid, minmax)
+    return FakeQuantLinear(linear.weight, linear.bias, fit, training.grid, minmax, training.keep_codes)
+
+
+def share_act_clips(layer: nn.Module) -> None:
+    """One clip for the linears that read one input, so that it is quantised once for all of them."""
+    attn, mlp = layer.self_attn, layer.mlp
+    for first, *others in ((attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        for other in others:
+            other.act_clip = first.act_clip
 
 
 def _freeze(model: nn.Module, packed: nn.Module, training: Training) -> None:

@@ -224,7 +224,8 @@ class QATTrainer(Trainer):
         for name in _trained(self.model):
             tensor = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
             if self.args.should_save:
-                whole[name] = tensor.contiguous().cpu()
+                # Clips are shared by linears of one input, and a file's tensors must not be.
+                whole[name] = tensor.cpu().clone() if tensor.numel() == 1 else tensor.contiguous().cpu()
         return whole
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
