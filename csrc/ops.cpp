@@ -31,6 +31,16 @@ STABLE_TORCH_LIBRARY(w2a4, m) {
       "attention_kv4(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, "
       "SymInt length, Tensor? mask, bool causal, float scaling, Tensor? k_sink=None, "
       "Tensor? v_sink=None) -> Tensor");
+  m.def(
+      "decoder_layer(Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor[] norms, float eps, "
+      "Tensor[] qkv_proj, Tensor[] o_proj, Tensor[] gate_up_proj, Tensor[] down_proj, "
+      "int[] group_sizes, int[] act_group_sizes, Tensor? r3, int r3_block, Tensor? r4, int "
+      "r4_block, "
+      "Tensor(a!) k_codes, Tensor(b!) k_params, Tensor(c!) v_codes, Tensor(d!) v_params, "
+      "Tensor? k_sink, Tensor? v_sink, SymInt start, float kv_clip, float scaling) -> Tensor");
+  m.def(
+      "round_columns(Tensor work, Tensor coupling, Tensor? current, Tensor grid, Tensor group) -> "
+      "(Tensor, Tensor)");
   m.def("snap(Tensor w, Tensor levels) -> Tensor");
   m.def("snap_backward(Tensor grad, Tensor w, Tensor soft, Tensor levels) -> (Tensor, Tensor)");
   m.def("fake_quant_rows(Tensor x, Tensor clip, bool kv) -> Tensor");
@@ -45,6 +55,8 @@ STABLE_TORCH_LIBRARY_IMPL(w2a4, CPU, m) {
   m.impl("append_kv4", TORCH_BOX(&w2a4::append_kv4));
   m.impl("rope_append_kv4", TORCH_BOX(&w2a4::rope_append_kv4));
   m.impl("attention_kv4", TORCH_BOX(&w2a4::attention_kv4));
+  m.impl("decoder_layer", TORCH_BOX(&w2a4::decoder_layer));
+  m.impl("round_columns", TORCH_BOX(&w2a4::round_columns));
   m.impl("snap", TORCH_BOX(&w2a4::snap));
   m.impl("snap_backward", TORCH_BOX(&w2a4::snap_backward));
   m.impl("fake_quant_rows", TORCH_BOX(&w2a4::fake_quant_rows));

@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace w2a4 {
 
@@ -53,6 +54,22 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
                      const Tensor& v_codes, const Tensor& v_params, int64_t length,
                      const std::optional<Tensor>& mask, bool causal, double scaling,
                      const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink);
+
+Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                     const std::optional<Tensor>& mask, const std::vector<Tensor>& norms,
+                     double eps, const std::vector<Tensor>& qkv_proj,
+                     const std::vector<Tensor>& o_proj, const std::vector<Tensor>& gate_up_proj,
+                     const std::vector<Tensor>& down_proj, const std::vector<int64_t>& group_sizes,
+                     const std::vector<int64_t>& act_group_sizes, const std::optional<Tensor>& r3,
+                     int64_t r3_block, const std::optional<Tensor>& r4, int64_t r4_block,
+                     const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
+                     const Tensor& v_params, const std::optional<Tensor>& k_sink,
+                     const std::optional<Tensor>& v_sink, int64_t start, double kv_clip,
+                     double scaling);
+
+std::tuple<Tensor, Tensor> round_columns(const Tensor& work, const Tensor& coupling,
+                                         const std::optional<Tensor>& current, const Tensor& grid,
+                                         const Tensor& group);
 
 Tensor snap(const Tensor& w, const Tensor& levels);
 

@@ -142,4 +142,24 @@ struct AttentionKV4Params {
   float scaling;
 };
 
+// Columns of a weight matrix, which are rows here, rounded one after another.
+struct RoundColumnsParams {
+  const float* work;      // [columns, out]
+  const float* coupling;  // [columns, columns]
+  const float* current;   // [columns, out], or null: work as it has become
+  const float* grid;      // [groups, points, out]: four points, ascending, or one scale
+  const int64_t* group;   // [columns]
+  int8_t* codes;          // [columns, out]
+  float* change;          // [columns, out]
+  int64_t columns, out, points;
+};
+
+// y += x.
+struct AddParams {
+  const void* x;  // [n], of dtype
+  void* y;        // [n], of dtype
+  ScalarType dtype;
+  int64_t n;
+};
+
 }  // namespace w2a4

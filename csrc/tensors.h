@@ -16,19 +16,34 @@ constexpr ScalarType kI8 = ScalarType::Char;
 constexpr ScalarType kF16 = ScalarType::Half;
 constexpr ScalarType kF32 = ScalarType::Float;
 
-// An uninitialised, contiguous tensor on the device of `like`. By the C shim: the dispatcher, which
-// torch::stable::new_empty goes through, takes microseconds to find an op by its name.
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0;)
     strides[i] = stride, stride *= std::max<int64_t>(shape[i], 1);
+  return strides;
+}
+
+// An uninitialised, contiguous tensor on the device of `like`. By the C shim: the dispatcher, which
+// torch::stable::new_empty goes through, takes microseconds to find an op by its name.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  const std::vector<int64_t> strides = contiguous_strides(shape);
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       like.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(),
       like.is_cpu() ? 0 : like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The memory of a contiguous `t`, from element `offset` on, as a contiguous tensor of another
+// shape.
+inline Tensor view_of(const Tensor& t, const std::vector<int64_t>& shape, int64_t offset = 0) {
+  const std::vector<int64_t> strides = contiguous_strides(shape);
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      t.get(), static_cast<int64_t>(shape.size()), shape.data(), strides.data(), offset, &handle));
   return Tensor(handle);
 }
 

@@ -29,6 +29,10 @@ PREFILL_CHUNK = 1024
 DEFAULT_LENGTH = 4096
 
 
+#: Kinds of RoPE whose angles depend on how long a sequence has become.
+DYNAMIC_ROPE = ("dynamic", "longrope")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
@@ -194,8 +198,10 @@ class _Packed:
         gaps = [self.length - len(row) for row in rows]
         device = rows[0].device
         self.gaps, self.seen = torch.tensor(gaps, device=device)[:, None], None
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.places = torch.arange(capacity, device=device)[None]
         if any(gaps):
-            self.seen = (torch.arange(capacity, device=device) >= self.gaps)[:, None, None]
+            self.seen = (self.places[0] >= self.gaps)[:, None, None]
             self.logits = torch.cat(self._prefill_apart(rows, gaps))
         else:
             self.logits = self._prefill(torch.stack(rows), self.cache)
@@ -230,10 +236,20 @@ class _Packed:
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: KV4Cache, mask: Tensor | None) -> Tensor:
         hidden = self.decoder.embed_tokens(ids)
-        rotary = self.decoder.rotary_emb(hidden, positions)
+        rotary = self._rotary(hidden, positions)
         for part in self.parts:
             hidden = decoder_layer(part, hidden, rotary, mask, cache)
         return self.head(self.decoder.norm(hidden[:, -1:]))[:, -1]
+
+    def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions, out of a table of all of them where they are fixed."""
+        embedding = self.decoder.rotary_emb
+        if getattr(embedding, "rope_type", "default") in DYNAMIC_ROPE:
+            return embedding(hidden, positions)
+        if self.rotary is None:
+            self.rotary = embedding(hidden, self.places)
+        cos, sin = self.rotary
+        return cos[0, positions], sin[0, positions]
 
 
 class _Plain:

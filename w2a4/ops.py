@@ -1,4 +1,4 @@
-"""The only door to the kernels: one function an op, its fake, its gradient, the choice of back end.
+"""The only door to the kernels: one function an op, its gradient, the choice of back end.
 
 `torch.ops.w2a4.<op>` runs compiled kernels on the CPU where `w2a4._C` is built, on CUDA where `w2a4._cuda`
 is, and `w2a4.reference` everywhere else (slowly, with one warning). Functions here are what other modules
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import reference
+from . import fakes, reference
 
 _SCHEMAS = {
     "hadamard": "(Tensor x, Tensor? had_k, int block_size, bool transpose=False) -> Tensor",
@@ -36,6 +36,8 @@ _SCHEMAS = {
     "attention_kv4": "(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, "
     "SymInt length, Tensor? mask, bool causal, float scaling, Tensor? k_sink=None, "
     "Tensor? v_sink=None) -> Tensor",
+    "round_columns": "(Tensor work, Tensor coupling, Tensor? current, Tensor grid, Tensor group) "
+    "-> (Tensor, Tensor)",
 }
 
 _HOW_TO_BUILD = "build it with `pip install .` or `python setup.py build_ext --inplace`"
@@ -117,109 +119,7 @@ def _fallback(name: str) -> Callable:
 for _name in _SCHEMAS:
     _library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
 
-
-# Fakes: shapes and dtypes without data, for torch.compile and meta tensors.
-
-
-def _one_device(**tensors: Tensor | None) -> None:
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
-        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise RuntimeError(f"arguments lie on different devices: {listed}; move them to one")
-
-
-@torch.library.register_fake("w2a4::hadamard")
-def _(x, had_k, block_size, transpose=False):
-    _one_device(x=x, had_k=had_k)
-    return x.new_empty(x.shape)
-
-
-def _fake_a4(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    *tokens, features = x.shape
-    groups = 1 if group_size == -1 else features // group_size
-    codes = x.new_empty((*tokens, (features + 1) // 2), dtype=torch.uint8)
-    return codes, x.new_empty((*tokens, groups), dtype=torch.float32)
-
-
-@torch.library.register_fake("w2a4::quantize_a4")
-def _(x, clip, group_size=-1):
-    _one_device(x=x, clip=clip)
-    return _fake_a4(x, group_size)
-
-
-@torch.library.register_fake("w2a4::hadamard_a4")
-def _(x, had_k, block_size, clip, group_size=-1):
-    _one_device(x=x, had_k=had_k, clip=clip)
-    return _fake_a4(x, group_size)
-
-
-@torch.library.register_fake("w2a4::rmsnorm_a4")
-def _(x, weight, eps, clip, group_size=-1):
-    _one_device(x=x, weight=weight, clip=clip)
-    return _fake_a4(x, group_size)
-
-
-@torch.library.register_fake("w2a4::silu_mul_hadamard_a4")
-def _(gate, up, had_k, block_size, clip, group_size=-1):
-    _one_device(gate=gate, up=up, had_k=had_k, clip=clip)
-    return _fake_a4(gate, group_size)
-
-
-@torch.library.register_fake("w2a4::linear_w2a4")
-def _(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype):
-    _one_device(a_codes=a_codes, a_scale=a_scale, weight=weight, levels=levels, scale=scale, bias=bias)
-    return a_codes.new_empty((*a_codes.shape[:-1], scale.shape[0]), dtype=out_dtype)
-
-
-@torch.library.register_fake("w2a4::linear_w4a4")
-def _(a_codes, a_scale, weight, scale, bias, group_size, out_dtype):
-    _one_device(a_codes=a_codes, a_scale=a_scale, weight=weight, scale=scale, bias=bias)
-    return a_codes.new_empty((*a_codes.shape[:-1], scale.shape[0]), dtype=out_dtype)
-
-
-@torch.library.register_fake("w2a4::linear_w8")
-def _(x, weight, scale, bias):
-    _one_device(x=x, weight=weight, scale=scale, bias=bias)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.register_fake("w2a4::quantize_kv4")
-def _(x, clip):
-    codes = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
-    return codes, x.new_empty((*x.shape[:-1], 2), dtype=torch.float16)
-
-
-@torch.library.register_fake("w2a4::append_kv4")
-def _(x, codes, params, start, clip):
-    _one_device(x=x, codes=codes, params=params)
-
-
-@torch.library.register_fake("w2a4::rope_append_kv4")
-def _(qkv, cos, sin, had_k, block_size, k_codes, k_params, v_codes, v_params, start, clip):
-    _one_device(qkv=qkv, cos=cos, sin=sin, had_k=had_k, k_codes=k_codes, k_params=k_params,
-                v_codes=v_codes, v_params=v_params)  # fmt: skip
-    batch, tokens, width = qkv.shape
-    head_dim = cos.shape[-1]
-    return qkv.new_empty((batch, width // head_dim - 2 * k_codes.shape[1], tokens, head_dim))
-
-
-@torch.library.register_fake("w2a4::attention_kv4")
-def _(q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink=None, v_sink=None):
-    _one_device(q=q, k_codes=k_codes, k_params=k_params, v_codes=v_codes, v_params=v_params, mask=mask,
-                k_sink=k_sink, v_sink=v_sink)  # fmt: skip
-    batch, heads, tokens, head_dim = q.shape
-    return q.new_empty((batch, tokens, heads, head_dim))
-
-
-if _C is not None:
-    torch.library.register_fake("w2a4::snap")(lambda w, levels: torch.empty_like(w))
-    torch.library.register_fake("w2a4::snap_backward")(
-        lambda grad, w, soft, levels: (torch.empty_like(w), torch.empty_like(soft))
-    )
-    torch.library.register_fake("w2a4::fake_quant_rows")(lambda x, clip, kv: torch.empty_like(x))
-    torch.library.register_fake("w2a4::fake_quant_rows_backward")(
-        lambda grad, x, clip, kv: (torch.empty_like(x), x.new_empty(x.shape[:-1].numel()))
-    )
+fakes.register()
 
 
 # Gradient of the one op that has one by itself; those of the last four are in `quantizers`.
@@ -469,6 +369,65 @@ def attention_kv4(
     return _ops.attention_kv4.default(
         q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink
     )
+
+
+def round_columns(
+    work: Tensor, coupling: Tensor, current: Tensor | None, grid: Tensor, group: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Columns of a weight matrix to the nearest values of their grids, one after another.
+
+    What rounding a column changes in it is taken, times its coupling, off every later one.
+
+    Args:
+        work: float32 `[columns, out]`, the transposed weight.
+        coupling: float32 `[columns, columns]`, row j that of column j to the others.
+        current: float32 `[columns, out]` that changes are counted from; None counts from work.
+        grid: float32 `[G, 4, out]`, points in ascending order, or `[G, 1, out]`, the scale of -8..7.
+        group: int64 `[columns]` into grid.
+
+    Returns:
+        codes int8 and changes float32, both `[columns, out]`.
+    """
+    return _ops.round_columns.default(
+        work.contiguous(), coupling.contiguous(), current, grid.contiguous(), group
+    )
+
+
+def has_layer_kernel(x: Tensor) -> bool:
+    """Whether `decoder_layer` takes activations like x: 32 or 16 bits on the CPU, where kernels are built."""
+    return _C is not None and x.device.type == "cpu" and x.dtype != torch.float64
+
+
+def decoder_layer(
+    x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, norms: list[Tensor], eps: float,
+    qkv_proj: list[Tensor], o_proj: list[Tensor], gate_up_proj: list[Tensor], down_proj: list[Tensor],
+    group_sizes: list[int], act_group_sizes: list[int],
+    r3: tuple[Tensor | None, int], r4: tuple[Tensor | None, int],
+    k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor,
+    k_sink: Tensor | None, v_sink: Tensor | None, start: int, kv_clip: float, scaling: float,
+) -> Tensor:  # fmt: skip
+    """A decoder layer of a packed LLaMA, to the bit what its ops give one after another.
+
+    Args:
+        x: `[batch, tokens, hidden]`, see `has_layer_kernel`.
+        cos, sin: see `rope_append_kv4`.
+        mask: see `attention_kv4`; None is causal.
+        norms, eps: the weights of both RMSNorms.
+        qkv_proj, o_proj, gate_up_proj, down_proj: weight, scale and act_clip of each linear, of q/k/v and of
+            gate/up one below the other, then levels if its weights have 2 bits, then bias if it has one.
+        group_sizes, act_group_sizes: of weights and of inputs of the four; see `linear_w2a4`.
+        r3, r4: had_k and block_size of R3 and R4, see `hadamard`.
+        k_codes, k_params, v_codes, v_params, start, kv_clip: the caches, written as by `rope_append_kv4`.
+        k_sink, v_sink, scaling: see `attention_kv4`.
+
+    Returns:
+        `[batch, tokens, hidden]` in x's dtype, with both residuals added.
+    """
+    return _ops.decoder_layer.default(
+        x.contiguous(), cos.contiguous(), sin.contiguous(), mask, norms, eps,
+        qkv_proj, o_proj, gate_up_proj, down_proj, group_sizes, act_group_sizes, *r3, *r4,
+        k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, kv_clip, scaling,
+    )  # fmt: skip
 
 
 # What training passes through. These have CPU kernels and nothing else; `quantizers` is PyTorch elsewhere.

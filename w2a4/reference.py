@@ -309,3 +309,23 @@ def attention_kv4(
     scores = (q.float() @ k.mT * scaling).masked_fill(~seen, float("-inf"))
     weights = scores.softmax(-1).masked_fill(~seen, 0.0)
     return (weights @ v).transpose(1, 2).to(q.dtype).contiguous()
+
+
+def round_columns(
+    work: Tensor, coupling: Tensor, current: Tensor | None, grid: Tensor, group: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `ops.round_columns`."""
+    work = work.clone()
+    codes, change = torch.empty_like(work, dtype=torch.int8), torch.empty_like(work)
+    for j, index in enumerate(group.tolist()):
+        points = grid[index]
+        if len(points) == 4:
+            codes[j] = (work[j] > (points[1:] + points[:-1]) / 2).sum(0)
+            rounded = points.gather(0, codes[j, None].long())[0]
+        else:
+            rounded = (work[j] / points[0]).round().clamp(-8, 7)
+            codes[j] = rounded
+            rounded = rounded * points[0]
+        change[j] = rounded - (work if current is None else current)[j]
+        work[j + 1 :] -= coupling[j, j + 1 :, None] * change[j]
+    return codes, change

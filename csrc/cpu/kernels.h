@@ -14,5 +14,7 @@ void rope_append_kv4(const RopeAppendKV4Params& p);
 void snap(const SnapParams& p);
 void fake_quant_rows(const FakeQuantParams& p);
 void attention_kv4(const AttentionKV4Params& p);
+void round_columns(const RoundColumnsParams& p);
+void add(const AddParams& p);
 
 }  // namespace w2a4::cpu

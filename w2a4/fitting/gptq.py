@@ -14,13 +14,12 @@ codes are then polished by exact coordinate descent, and levels and scales by le
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..config import resolve_group_size
 from .lloyd import round_levels
 from .rtn import fit_grid
@@ -106,9 +105,10 @@ class _Grid:
         self.scale = scale.float().T.contiguous()
         self.levels = None if levels is None else levels.permute(1, 2, 0).contiguous()
 
-    def points(self, group: int) -> Tensor:
-        """Grid values float32 `[4, out]` of a group, ascending."""
-        return self.levels[group].float() * self.scale[group]
+    def points(self, group: int | slice) -> Tensor:
+        """Grid values float32 `[4, out]` of a group, ascending; if they are uniform the scale `[1, out]`."""
+        scale = self.scale[group].unsqueeze(-2)
+        return scale if self.levels is None else self.levels[group].float() * scale
 
     def values(self, codes: Tensor, group: int) -> Tensor:
         """Float32 values of codes `[n, out]`."""
@@ -116,30 +116,12 @@ class _Grid:
             return codes * self.scale[group]
         return self.points(group).gather(0, codes.long())
 
-    def nearest(self, values: Tensor, group: int) -> Tensor:
-        """Codes int8 nearest to `values` `[out]`."""
-        if self.levels is None:
-            return (values / self.scale[group]).round_().clamp_(-8, 7).to(torch.int8)
-        points = self.points(group)
-        return (values > (points[1:] + points[:-1]) / 2).sum(0).to(torch.int8)
-
     def weight(self, codes: Tensor) -> QuantizedWeight:
         """The weight of codes `[in, out]`."""
         levels = None if self.levels is None else self.levels.permute(2, 0, 1).contiguous()
         return QuantizedWeight(
             codes.T.contiguous(), self.scale.T.contiguous().half(), levels, self.group_size
         )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """For loops over single columns: starting and joining threads would cost more than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _sweep(target: Tensor, hessian: Tensor, grid: _Grid, order: Tensor | None, block: int) -> Tensor:
@@ -150,18 +132,16 @@ def _sweep(target: Tensor, hessian: Tensor, grid: _Grid, order: Tensor | None, b
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order].double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
     codes = torch.empty(work.shape, dtype=torch.int8, device=target.device)
-    position, pivots = order.tolist(), upper.diagonal().tolist()
+    points, pivots = grid.points(slice(None)), upper.diagonal()
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        errors = torch.empty(stop - start, target.shape[0], device=target.device)
-        with _one_thread():
-            for j in range(start, stop):
-                column, group = position[j], position[j] // grid.group_size
-                codes[column] = grid.nearest(work[j], group)
-                error = (work[j] - grid.values(codes[column, None], group)[0]) / pivots[j]
-                work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
-                errors[j - start] = error
-        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        here, places = slice(start, stop), order[start:stop]
+        # What is left of a column after rounding, times its row of the factor, goes into the later ones.
+        coupling = -upper[here, here] / pivots[here, None]
+        codes[places], change = ops.round_columns(
+            work[here], coupling, None, points, places // grid.group_size
+        )
+        work[stop:].addmm_(upper[here, stop:].T, change / pivots[here, None])
     return codes
 
 
@@ -198,15 +178,15 @@ def _descend(
     stop: int,
 ) -> Tensor:
     """Coordinate descent over the codes of columns start..stop-1; returns how far the values moved."""
-    moves = torch.empty(stop - start, codes.shape[1], device=codes.device)
-    local, pivots = gradient[start:stop], hessian.diagonal()[start:stop].tolist()
-    with _one_thread():
-        for j in range(start, stop):
-            codes[j] = grid.nearest(current[j] + gradient[j] / pivots[j - start], group)
-            value = grid.values(codes[j, None], group)[0]
-            moves[j - start] = value - current[j]
-            current[j] = value
-            local.addr_(hessian[start:stop, j], moves[j - start], alpha=-1)
+    here = slice(start, stop)
+    block = hessian[here, here]
+    pivots = block.diagonal()[:, None]
+    # The best value of a column, all others fixed; a move of one shifts it for the later ones.
+    codes[here], moves = ops.round_columns(
+        current[here] + gradient[here] / pivots, (block / pivots).T, current[here].contiguous(),
+        grid.points(group)[None], torch.zeros(stop - start, dtype=torch.long, device=codes.device),
+    )  # fmt: skip
+    current[here] += moves
     return moves
 
 
@@ -224,18 +204,18 @@ def _refit_grid(
         basis = torch.stack([(codes == k).float() for k in range(4)])
         old = grid.points(group)
     projected = (hessian @ basis.permute(1, 0, 2).flatten(1)).view(len(codes), len(basis), -1)
-    by_row = basis.permute(2, 0, 1).contiguous()
-    normal = by_row @ projected.permute(2, 0, 1)
-    right = by_row @ (hessian @ current + gradient).T[..., None]
+    normal = torch.stack([(b[:, None] * projected).sum(0) for b in basis])  # [n, n, out]
+    right = (basis * (hessian @ current + gradient)).sum(1)
     # A weak pull to the old number settles those that no weight uses.
-    pull = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    normal.diagonal(dim1=1, dim2=2).add_(pull[:, None])
-    solved = torch.linalg.solve(normal, right + (pull * old).T[..., None])[..., 0]
+    diagonal = normal.diagonal().T  # [n, out]
+    pull = 1e-4 * diagonal.mean(0).clamp_min(1e-12)
+    diagonal += pull
+    solved = _solve(normal, right + pull * old)
     if grid.levels is None:
-        levels, scale = None, fp16_scale(solved[:, 0]).float()
+        levels, scale = None, fp16_scale(solved[0]).float()
         new = codes * scale
     else:
-        levels, scale = round_levels(solved)
+        levels, scale = round_levels(solved.T)
         levels, scale = levels.T, scale.float()
         new = (levels.float() * scale).gather(0, codes.long())
     change = new - current
@@ -243,3 +223,21 @@ def _refit_grid(
     grid.scale[group] = torch.where(better, scale, grid.scale[group])
     if levels is not None:
         grid.levels[group] = torch.where(better, levels, grid.levels[group])
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """x `[n, batch]` of `matrix @ x = right` for many small positive definite matrices.
+
+    Elimination over the whole batch: LAPACK takes them one by one.
+
+    Args:
+        matrix: `[n, n, batch]`.
+        right: `[n, batch]`.
+    """
+    rows = torch.cat([matrix, right[:, None]], 1)  # [n, n + 1, batch]
+    for i in range(len(rows)):
+        rows[i] /= rows[i, i].clone()
+        for j in range(len(rows)):
+            if j != i:
+                rows[j] -= rows[j, i].clone() * rows[i]
+    return rows[:, -1]

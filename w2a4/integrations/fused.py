@@ -24,6 +24,7 @@ from .kv_cache import KV4Cache
 
 #: Activations of these are computed in float32 by the fused ops.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ORDER = ("weight", "scale", "act_clip", "levels", "bias")
 
 
 class Joint:
@@ -179,9 +180,49 @@ def decoder_layer(
     **kwargs: Any,
 ) -> Tensor:
     """One decoder layer on `[batch, tokens, hidden]`; arguments as transformers passes them."""
+    if type(past_key_values) is KV4Cache and ops.has_layer_kernel(hidden_states):
+        out = _in_one_op(parts, hidden_states, position_embeddings, attention_mask, past_key_values)
+        if out is not None:
+            return out
     attended = _attention_part(parts, hidden_states, position_embeddings, attention_mask, past_key_values)
     hidden_states = hidden_states + attended
     return hidden_states + _mlp_part(parts, hidden_states)
+
+
+def _in_one_op(
+    parts: Parts,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None,
+    cache: KV4Cache,
+) -> Tensor | None:
+    """The layer as `ops.decoder_layer`; None if a rotation is of a kind that it does not compute."""
+    attn, own_cache = parts.attn, cache.layers[parts.attn.layer_idx]
+    r4 = OnlineRotation.for_ops(parts.down_proj.rotation, hidden_states.device)
+    if r4 is None or parts.o_proj.rotation is not None:
+        return None
+    r3 = own_cache.reserve(hidden_states, parts.kv_heads, attn.head_dim)
+    if r3 is None:
+        return None
+    linears = parts.joint_qkv.current(), parts.o_proj, parts.joint_gate_up.current(), parts.down_proj
+    keys, values, start = own_cache.keys, own_cache.values, own_cache.length
+    stop = start + hidden_states.shape[1]
+    mask = as_bool(attention_mask)
+    out = ops.decoder_layer(
+        hidden_states, *position_embeddings, None if mask is None else mask[..., :stop],
+        [norm._parameters["weight"] for norm in parts.norms], parts.norms[0].variance_epsilon,
+        *map(_tensors, linears), [linear.group_size for linear in linears],
+        [linear.act_group_size for linear in linears], r3, r4, keys.codes, keys.params, values.codes,
+        values.params, keys.sink, values.sink, start, own_cache.settings.kv_clip, attn.scaling,
+    )  # fmt: skip
+    own_cache.fill(stop)
+    return out
+
+
+def _tensors(linear: _PackedLinear) -> list[Tensor]:
+    """Those of a linear in the order of `ops.decoder_layer`."""
+    own = linear._parameters
+    return [own[name] for name in _ORDER if own.get(name) is not None]
 
 
 def _attention_part(

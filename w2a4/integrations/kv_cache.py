@@ -57,7 +57,7 @@ class KV4Layer(CacheLayerMixin):
         return view
 
     def fill(self, length: int) -> None:
-        """Say that `length` tokens are in use, which were written through `row`."""
+        """Say that `length` tokens are in use, which were written through `row`, or by an op."""
         self.length = self.keys.length = self.values.length = length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[PackedKV, PackedKV]:
@@ -90,20 +90,35 @@ class KV4Layer(CacheLayerMixin):
             rotated queries, all keys and all values so far; None if R3 is of a kind that the op does not
             compute, or tokens are to be kept in 16 bits too.
         """
-        r3 = OnlineRotation.for_ops(self.settings.rotation, qkv.device)
-        if r3 is None or self.length < self.settings.sink_tokens:
+        r3 = self.reserve(qkv, kv_heads, cos.shape[-1])
+        if r3 is None:
             return None
-        if not self.is_initialized:
-            self._initialize(qkv, qkv.shape[0], kv_heads, cos.shape[-1])
-        keys, values, stop = self.keys, self.values, self.length + qkv.shape[1]
-        _reserve(keys, stop, self.capacity)
-        _reserve(values, stop, self.capacity)
+        keys, values = self.keys, self.values
         query = ops.rope_append_kv4(
             qkv, cos, sin, *r3, keys.codes, keys.params, values.codes, values.params, self.length,
             self.settings.kv_clip,
         )  # fmt: skip
-        self.length = keys.length = values.length = stop
+        self.fill(self.length + qkv.shape[1])
         return query, keys, values
+
+    def reserve(self, like: Tensor, kv_heads: int, head_dim: int) -> tuple[Tensor | None, int] | None:
+        """Room for the next tokens, for an op that does RoPE, R3 and packing; then `fill`.
+
+        Args:
+            like: `[batch, tokens, …]`.
+
+        Returns:
+            R3 as ops take it; None if it is of a kind that they do not compute, or tokens are to be kept
+            in 16 bits too.
+        """
+        r3 = OnlineRotation.for_ops(self.settings.rotation, like.device)
+        if r3 is None or self.length < self.settings.sink_tokens:
+            return None
+        if not self.is_initialized:
+            self._initialize(like, like.shape[0], kv_heads, head_dim)
+        for side in (self.keys, self.values):
+            _reserve(side, self.length + like.shape[1], self.capacity)
+        return r3
 
     def get_seq_length(self, *args) -> int:
         return self.length

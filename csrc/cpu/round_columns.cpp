@@ -1,0 +1,75 @@
+// round_columns: the inner loop of GPTQ and of coordinate descent. Rows of a weight matrix do not
+// depend on each other, so a tile of some rows goes through all columns in the innermost cache.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+#include "numbers.h"
+
+namespace w2a4::cpu {
+namespace {
+
+constexpr int64_t kTile = 64;  // rows of the weight matrix, which are columns of what lies here
+
+// q = the grid value nearest to v, and its code.
+W2A4_INLINE void nearest_level(const float* v, const float* points, int64_t stride, int64_t n,
+                               int8_t* code, float* q) {
+  const float *p0 = points, *p1 = p0 + stride, *p2 = p1 + stride, *p3 = p2 + stride;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool above0 = v[i] > (p1[i] + p0[i]) / 2, above1 = v[i] > (p2[i] + p1[i]) / 2,
+               above2 = v[i] > (p3[i] + p2[i]) / 2;
+    code[i] = static_cast<int8_t>(above0 + above1 + above2);
+    const float low = above0 ? p1[i] : p0[i], high = above2 ? p3[i] : p2[i];
+    q[i] = above1 ? high : low;
+  }
+}
+
+W2A4_INLINE void nearest_step(const float* v, const float* scale, int64_t n, int8_t* code,
+                              float* q) {
+  for (int64_t i = 0; i < n; ++i) {
+    // Clamped first, so that round_even is exact.
+    const float steps = v[i] / scale[i];
+    const float k = round_even(steps < -8.0f ? -8.0f : steps > 7.0f ? 7.0f : steps);
+    code[i] = static_cast<int8_t>(k);
+    q[i] = k * scale[i];
+  }
+}
+
+template <class Arch>
+W2A4_INLINE void round_tiles(const RoundColumnsParams& p, int64_t begin, int64_t end) {
+  std::vector<float> scratch((p.columns + 2) * kTile);  // zeros
+  float *tile = scratch.data(), *q = tile + p.columns * kTile, *change = q + kTile;
+  for (int64_t first = begin * kTile; first < end * kTile; first += kTile) {
+    const int64_t n = std::min(kTile, p.out - first);
+    std::fill_n(change, kTile, 0.0f);
+    for (int64_t j = 0; j < p.columns; ++j)
+      std::copy_n(p.work + j * p.out + first, n, tile + j * kTile);
+    for (int64_t j = 0; j < p.columns; ++j) {
+      const float* v = tile + j * kTile;
+      const float* grid = p.grid + p.group[j] * p.points * p.out + first;
+      int8_t* code = p.codes + j * p.out + first;
+      if (p.points == 4)
+        nearest_level(v, grid, p.out, n, code, q);
+      else
+        nearest_step(v, grid, n, code, q);
+      const float* from = p.current ? p.current + j * p.out + first : v;
+      for (int64_t i = 0; i < n; ++i) change[i] = q[i] - from[i];
+      std::copy_n(change, n, p.change + j * p.out + first);
+      for (int64_t later = j + 1; later < p.columns; ++later) {
+        const float factor = p.coupling[j * p.columns + later];
+        float* row = tile + later * kTile;
+        for (int64_t i = 0; i < kTile; ++i) row[i] -= factor * change[i];  // 0 beyond n
+      }
+    }
+  }
+}
+W2A4_DISPATCH(round_tiles, RoundColumnsParams)
+
+}  // namespace
+
+void round_columns(const RoundColumnsParams& p) {
+  parallel((p.out + kTile - 1) / kTile, 1, p, round_tiles_dispatch);
+}
+
+}  // namespace w2a4::cpu
