@@ -380,7 +380,7 @@ RECIPES = {
     "w2a4kv4-rcp-quick": Recipe(
         name="w2a4kv4-rcp-quick",
         training=Training(
-            steps=1000, batch_size=2, seqlen=512, micro_batch=-1, minutes=5.0, quantizer_lr=2e-3
+            steps=1000, batch_size=2, seqlen=512, micro_batch=-1, minutes=3.0, quantizer_lr=2e-3
         ),
     ),
     "w2a4kv4-rcp-block": Recipe(

@@ -44,16 +44,16 @@ def run(out: Path, model: str | None, windows: int, seqlen: int) -> list[dict[st
         W2A4Error: the model is not installed, a step failed, or `out` holds something else.
     """
     _clear(out)
-    source = model or str(_model())
     evaluation = ["--windows", str(windows), "--seqlen", str(seqlen)]
-    baseline = out / ".full-precision"
+    scratch = out / ".full-precision"
     try:
-        rows = [_baseline(source, baseline, evaluation)]
+        source, half = _full_precision(model or str(_model()), scratch)
+        rows = [_measure("full precision", half, [*evaluation, "--dtype", "float32"])]
+        for name, (command, *options) in ROWS.items():
+            _step(command, str(source), *options, "--out", str(out / name))
+            rows.append(_measure(name, out / name, evaluation))
     finally:
-        shutil.rmtree(baseline, ignore_errors=True)
-    for name, (command, *options) in ROWS.items():
-        _step(command, source, *options, "--out", str(out / name))
-        rows.append(_measure(name, out / name, evaluation))
+        shutil.rmtree(scratch, ignore_errors=True)
     click.echo("\n" + report.table([_row(row, rows[0]) for row in rows]))
     click.echo(f"\nPerplexity on {report.protocol(rows[0]['eval'])}.\n")
     for row in rows:
@@ -63,13 +63,18 @@ def run(out: Path, model: str | None, windows: int, seqlen: int) -> list[dict[st
     return rows
 
 
-def _baseline(source: str, folder: Path, evaluation: Sequence[str]) -> dict[str, Any]:
-    """Measure the model itself from a float16 directory, so that all rows are loaded alike."""
-    loaded, tokenizer = pipeline.load_model(source)
-    loaded.to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    del loaded
-    return _measure("full precision", folder, [*evaluation, "--dtype", "float32"])
+def _full_precision(model: str, scratch: Path) -> tuple[Path, Path]:
+    """The model as a directory under its own name, and in float16 so that all rows are loaded alike.
+
+    A GGUF file takes half a minute to load, a directory a second.
+    """
+    source, half = scratch / Path(model).name.removesuffix(".gguf"), scratch / "float16"
+    loaded, tokenizer = pipeline.load_model(model)
+    for folder in (source, half):
+        loaded.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        loaded.to(torch.float16)
+    return source, half
 
 
 def _measure(name: str, folder: Path, evaluation: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import W2A4Error
-from .integrations.fused import decoder_layer, fused_parts
+from .integrations.fused import LayerOp, decoder_layer, fused_parts, layer_op
 from .integrations.kv_cache import KV4Cache
 
 MAX_BATCH = 16
@@ -198,6 +198,7 @@ class _Packed:
         gaps = [self.length - len(row) for row in rows]
         device = rows[0].device
         self.gaps, self.seen = torch.tensor(gaps, device=device)[:, None], None
+        self.calls: list[LayerOp] | None = None
         self.rotary: tuple[Tensor, Tensor] | None = None
         self.places = torch.arange(capacity, device=device)[None]
         if any(gaps):
@@ -237,8 +238,16 @@ class _Packed:
     def _forward(self, ids: Tensor, positions: Tensor, cache: KV4Cache, mask: Tensor | None) -> Tensor:
         hidden = self.decoder.embed_tokens(ids)
         rotary = self._rotary(hidden, positions)
-        for part in self.parts:
-            hidden = decoder_layer(part, hidden, rotary, mask, cache)
+        if self.calls is None and ids.shape[1] == 1 and cache is self.cache and cache.get_seq_length():
+            # Every step from here on has the same arguments, but for its token and its place.
+            calls = [layer_op(part, cache, hidden) for part in self.parts]
+            self.calls = calls if all(calls) else None
+        if self.calls is not None:
+            for call in self.calls:
+                hidden = call(hidden, rotary, mask)
+        else:
+            for part in self.parts:
+                hidden = decoder_layer(part, hidden, rotary, mask, cache)
         return self.head(self.decoder.norm(hidden[:, -1:]))[:, -1]
 
     def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import tempfile
 import time
@@ -78,15 +79,20 @@ def load_model(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[n
 
 
 def _load_gguf(path: Path) -> tuple[nn.Module, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not path.is_file():
         raise CheckpointError(f"{str(path)!r} does not exist; give the path of a .gguf file")
-    _check_gguf(path)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    except Exception:
+        _check_gguf(path)  # its message is the better one
+        raise
+    if loaded.config.model_type != "llama":
+        _check_gguf(path)
     # transformers refuses to save models that came from GGUF: move the weights to a fresh one.
-    config = AutoConfig.from_pretrained(**where)
+    config = copy.deepcopy(loaded.config)
     for key in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, key):
             delattr(config, key)

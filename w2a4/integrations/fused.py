@@ -10,6 +10,7 @@ wherever something looks at them (hooks, torch.compile) or its parts are not tho
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from .kv_cache import KV4Cache
 
 #: Activations of these are computed in float32 by the fused ops.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: `(hidden states, cos and sin, boolean mask or None) -> hidden states`.
+LayerOp = Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None], Tensor]
+
 _ORDER = ("weight", "scale", "act_clip", "levels", "bias")
 
 
@@ -180,43 +184,46 @@ def decoder_layer(
     **kwargs: Any,
 ) -> Tensor:
     """One decoder layer on `[batch, tokens, hidden]`; arguments as transformers passes them."""
-    if type(past_key_values) is KV4Cache and ops.has_layer_kernel(hidden_states):
-        out = _in_one_op(parts, hidden_states, position_embeddings, attention_mask, past_key_values)
-        if out is not None:
-            return out
+    if type(past_key_values) is KV4Cache:
+        call = layer_op(parts, past_key_values, hidden_states)
+        if call is not None:
+            return call(hidden_states, position_embeddings, as_bool(attention_mask))
     attended = _attention_part(parts, hidden_states, position_embeddings, attention_mask, past_key_values)
     hidden_states = hidden_states + attended
     return hidden_states + _mlp_part(parts, hidden_states)
 
 
-def _in_one_op(
-    parts: Parts,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None,
-    cache: KV4Cache,
-) -> Tensor | None:
-    """The layer as `ops.decoder_layer`; None if a rotation is of a kind that it does not compute."""
+def layer_op(parts: Parts, cache: KV4Cache, hidden_states: Tensor) -> LayerOp | None:
+    """`ops.decoder_layer` for this layer and its part of a cache, where it computes such a layer.
+
+    It can be called again as long as parameters stay where they are and the cache has room.
+    """
     attn, own_cache = parts.attn, cache.layers[parts.attn.layer_idx]
     r4 = OnlineRotation.for_ops(parts.down_proj.rotation, hidden_states.device)
-    if r4 is None or parts.o_proj.rotation is not None:
+    if r4 is None or parts.o_proj.rotation is not None or not ops.has_layer_kernel(hidden_states):
         return None
     r3 = own_cache.reserve(hidden_states, parts.kv_heads, attn.head_dim)
     if r3 is None:
         return None
     linears = parts.joint_qkv.current(), parts.o_proj, parts.joint_gate_up.current(), parts.down_proj
-    keys, values, start = own_cache.keys, own_cache.values, own_cache.length
-    stop = start + hidden_states.shape[1]
-    mask = as_bool(attention_mask)
-    out = ops.decoder_layer(
-        hidden_states, *position_embeddings, None if mask is None else mask[..., :stop],
+    keys, values = own_cache.keys, own_cache.values
+    fixed = (
         [norm._parameters["weight"] for norm in parts.norms], parts.norms[0].variance_epsilon,
         *map(_tensors, linears), [linear.group_size for linear in linears],
         [linear.act_group_size for linear in linears], r3, r4, keys.codes, keys.params, values.codes,
-        values.params, keys.sink, values.sink, start, own_cache.settings.kv_clip, attn.scaling,
+        values.params, keys.sink, values.sink,
     )  # fmt: skip
-    own_cache.fill(stop)
-    return out
+    settings = own_cache.settings.kv_clip, attn.scaling
+
+    def call(hidden_states: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        start = own_cache.length
+        stop = start + hidden_states.shape[1]
+        mask = None if mask is None else mask[..., :stop]
+        out = ops.decoder_layer(hidden_states, *rotary, mask, *fixed, start, *settings)
+        own_cache.fill(stop)
+        return out
+
+    return call
 
 
 def _tensors(linear: _PackedLinear) -> list[Tensor]:
