@@ -3,6 +3,7 @@
     python -m benchmarks.bench_training [--layers 6] [--tokens 1024] [--repeats 7] [--json FILE]
 
 A LLaMA with SmolLM2-135M's widths and random weights; loss is cross-entropy, so that no teacher counts.
+Embedding, norms and head are frozen in both.
 Steps of both kinds take turns in one process; peak memory is that of a process of its own for each. Before
 the clock starts, the fake-quantised model's logits must be those of the packed model it becomes.
 """
@@ -46,7 +47,10 @@ def build(kind: str, layers: int) -> nn.Module:
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).float()
-    if kind != "plain":
+    if kind == "plain":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("_proj" in name)  # what the others train
+    else:
         prepare(model, None, RECIPE, torch.randint(config.vocab_size, (1, 32)), progress=False)
     if kind == "quantised, checkpointing":
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -57,7 +61,8 @@ def build(kind: str, layers: int) -> nn.Module:
 def stepper(kind: str, layers: int, ids: Tensor) -> Callable[[], None]:
     """A function that makes one step of AdamW."""
     model = build(kind, layers)
-    groups = parameter_groups(model, RECIPE.training) if kind != "plain" else model.parameters()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = parameter_groups(model, RECIPE.training) if kind != "plain" else trained
     optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=True)
 
     def step() -> None:
