@@ -231,3 +231,13 @@ assert ops.build_info().startswith("w2a4._C: not built")
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_kernels_of_another_version_say_so():
+    code = (
+        "import sys, types; module = types.ModuleType('w2a4._C'); module.build_info = ''; "
+        "sys.modules['w2a4._C'] = module; import w2a4.ops"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"ImportError: w2a4._C is of another version: it lacks .*build it", done.stderr)

@@ -18,11 +18,15 @@ def _fake(function: Callable) -> Callable:
     return function
 
 
+def missing() -> list[str]:
+    """Ops that are not defined."""
+    return [name for name in _FAKES if not hasattr(torch.ops.w2a4, name)]
+
+
 def register() -> None:
     """Tell torch of the fakes of all ops that are defined."""
-    for name, function in _FAKES.items():
-        if hasattr(torch.ops.w2a4, name):
-            torch.library.register_fake(f"w2a4::{name}", function)
+    for name in _FAKES.keys() - missing():
+        torch.library.register_fake(f"w2a4::{name}", _FAKES[name])
 
 
 def _one_device(**tensors: Tensor | None) -> None:

@@ -55,6 +55,8 @@ except ImportError as error:
     )
 else:
     _library = torch.library.Library("w2a4", "FRAGMENT")
+    if fakes.missing():
+        raise ImportError(f"w2a4._C is of another version: it lacks {fakes.missing()}; {_HOW_TO_BUILD}")
 
 _ops = torch.ops.w2a4
 
