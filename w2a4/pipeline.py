@@ -83,14 +83,9 @@ def _load_gguf(path: Path) -> tuple[nn.Module, Any]:
 
     if not path.is_file():
         raise CheckpointError(f"{str(path)!r} does not exist; give the path of a .gguf file")
+    _check_gguf(path)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except Exception:
-        _check_gguf(path)  # its message is the better one
-        raise
-    if loaded.config.model_type != "llama":
-        _check_gguf(path)
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # transformers refuses to save models that came from GGUF: move the weights to a fresh one.
     config = copy.deepcopy(loaded.config)
     for key in ("quantization_config", "_pre_quantization_dtype"):
