@@ -45,8 +45,10 @@ void add(const Check& check, const Tensor& x, const Tensor& y, const char* name)
   kernels::add({y.data_ptr(), x.data_ptr(), x.scalar_type(), x.numel()});
 }
 
-// The halves of the last dimension, contiguous.
-std::pair<Tensor, Tensor> halves(const Tensor& x) {
+// The halves of the last dimension, contiguous: what gate_proj and up_proj give.
+std::pair<Tensor, Tensor> halves(const Check& check, const Tensor& x) {
+  check.that(x.size(-1) % 2 == 0, "gate_up_proj has ", x.size(-1),
+             " outputs, expected as many of gate_proj as of up_proj");
   const int64_t rows = rows_of(x), half = x.size(-1) / 2;
   const std::vector<int64_t> shape = with_last(x, half);
   if (rows == 1) return {view_of(x, shape), view_of(x, shape, half)};
@@ -97,8 +99,8 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
   const Tensor y = o(quantize_a4(joined, o.clip, o.act_group_size), dtype);
   add(check, y, x, "o_proj");
 
-  const auto [gate, up] =
-      halves(gate_up(rmsnorm_a4(y, norms[1], eps, gate_up.clip, gate_up.act_group_size), dtype));
+  const auto [gate, up] = halves(
+      check, gate_up(rmsnorm_a4(y, norms[1], eps, gate_up.clip, gate_up.act_group_size), dtype));
   const Tensor out =
       down(silu_mul_hadamard_a4(gate, up, r4, r4_block, down.clip, down.act_group_size), dtype);
   add(check, out, y, "down_proj");

@@ -32,6 +32,14 @@ def test_rows(tmp_path):
     assert result["tokens"] == 24 and result["meta"]["versions"]["torch"]
 
 
+def test_both_kinds_train_the_same_matrices():
+    names = [
+        {n for n, p in bench_training.build(kind, 1).named_parameters() if p.requires_grad and "weight" in n}
+        for kind in ("plain", "quantised")
+    ]
+    assert names[0] == names[1] and len(names[0]) == 7
+
+
 def test_nothing_is_timed_where_the_model_is_wrong(monkeypatch):
     monkeypatch.setattr(bench_training, "is_right", lambda layers, ids: False)
     run = CliRunner().invoke(bench_training.main, ["--layers", "1"])

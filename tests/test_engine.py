@@ -150,3 +150,13 @@ def test_a_cache_longer_than_the_positions():
     ):
         Engine(model, max_length=99999)
     assert w2a4.Engine is Engine
+
+
+def test_rope_that_depends_on_how_long_a_sequence_is():
+    """Longer than 16 tokens, all positions turn by other angles."""
+    half = [1.0] * 16, [4.0] * 16
+    scaling = {"rope_type": "longrope", "short_factor": half[0], "long_factor": half[1], "factor": 4.0,
+               "original_max_position_embeddings": 16}  # fmt: skip
+    model = packed_model({"rope_scaling": scaling, "max_position_embeddings": 64})
+    want = by_transformers(model, PROMPTS[0], 16)
+    assert_same(Engine(model).generate([PROMPTS[0]], 16), [want])

@@ -1,7 +1,6 @@
 // round_columns: the inner loop of GPTQ and of coordinate descent. Rows of a weight matrix do not
 // depend on each other, so a tile of some rows goes through all columns in the innermost cache.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "kernels.h"
