@@ -90,7 +90,10 @@ def test_every_field_can_be_overridden():
         ({"gptq_act_order": "yes"}, "gptq_act_order='yes'"),
         ({"rotation.r3": "learned"}, "r3='learned'"),
         ({"rotation.r1": "learnt"}, "r1='learnt': give one of 'none', 'hadamard'"),
-        ({"rotation_learning.objective": "loss"}, "objective='loss': give one of 'network', 'kurtosis'"),
+        (
+            {"rotation_learning.objective": "loss"},
+            "objective='loss': give one of 'network', 'distill', 'kurtosis'",
+        ),
         ({"rotation_learning.steps": 0}, "steps=0: give a number >= 1"),
         ({"rotation_learning.lr": 0}, "lr=0.0: give a number > 0"),
         ({"rotation_learning.lr": float("nan")}, "lr=nan"),

@@ -129,6 +129,7 @@ class RotationLearning:
 
     Attributes:
         objective: `network` minimises the cross-entropy of the whole fake-quantised model (SpinQuant);
+            `distill` its divergence from the full-precision model, whose gradients are far less noisy;
             `kurtosis` brings the kurtosis of activations near that of a uniform distribution, layer by
             layer, without a pass backward through the model (KurTail).
         steps: of Cayley SGD.
@@ -137,13 +138,13 @@ class RotationLearning:
         momentum: share of the last step's direction kept.
         max_grad_norm: gradients of all matrices are scaled down together to this norm, without which the
             rate hardly matters: steps have a largest size, and most would be of it.
-        batch_size: sequences a step (objective `network`).
+        batch_size: sequences a step (not for `kurtosis`).
         seqlen: tokens a sequence.
         init: rotation to start from, drawn from `rotation.seed`; `none` is the identity.
         weights: `full` keeps weights in 16 bits while learning, `recipe` rounds them to the recipe's.
     """
 
-    objective: Literal["network", "kurtosis"] = "network"
+    objective: Literal["network", "distill", "kurtosis"] = "network"
     steps: int = 100
     lr: float = 1.5
     schedule: Literal["linear", "cosine", "constant"] = "linear"

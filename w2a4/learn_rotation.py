@@ -1,8 +1,9 @@
 """Learned rotations: R1 and R2 that make a LLaMA lose least when it is quantised.
 
-`learn_rotation` writes the file that `rotation.learned` names. Two objectives: the cross-entropy of the
-fake-quantised network (SpinQuant, arXiv 2405.16406), and the kurtosis of activations (KurTail,
-arXiv 2503.01483), which needs no pass backward through the model. Both descend by Cayley SGD.
+`learn_rotation` writes the file that `rotation.learned` names. Three objectives: the cross-entropy of the
+fake-quantised network (SpinQuant, arXiv 2405.16406), its divergence from the full-precision one, and the
+kurtosis of activations (KurTail, arXiv 2503.01483), which needs no pass backward through the model. All
+descend by Cayley SGD.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def _check(model: nn.Module, recipe: Recipe, out: Path) -> None:
     check_original(model)
     options = recipe.rotation_learning
     kept = recipe.weight_bits == 16 or options.weights == "full"
-    if options.objective == "network" and kept and recipe.act_bits == recipe.kv_bits == 16:
+    if options.objective != "kurtosis" and kept and recipe.act_bits == recipe.kv_bits == 16:
         raise RotationError(
             f"act_bits=16, kv_bits=16, rotation_learning.weights={options.weights!r}: nothing is quantised "
             "while learning, so no rotation is better than another; set act_bits or kv_bits to 4"
@@ -242,9 +243,22 @@ class RotatedNetwork:
 
     def loss(self, ids: Tensor, rotations: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the next token, float scalar, for ids int64 `[batch, tokens]`."""
-        hidden, r1 = self._hidden(ids, rotations), rotations.get("R1")
+        return self._mean(self._cross_entropy, ids, ids, rotations)
+
+    def divergence(self, ids: Tensor, rotations: dict[str, Tensor]) -> Tensor:
+        """Mean Kullback-Leibler divergence of the next token's distribution from the full-precision
+        model's, float scalar, for ids int64 `[batch, tokens]`.
+        """
+        with torch.no_grad():
+            hidden = self.base.model(ids, use_cache=False).last_hidden_state
+        return self._mean(self._divergence, ids, hidden, rotations)
+
+    def _mean(
+        self, function: Callable[..., Tensor], ids: Tensor, targets: Tensor, rotations: dict[str, Tensor]
+    ) -> Tensor:
         # One sequence at a time: logits are as wide as the vocabulary.
-        return torch.stack([_again(self._loss, *each, r1) for each in zip(hidden, ids, strict=True)]).mean()
+        pairs = zip(self._hidden(ids, rotations), targets, strict=True)
+        return torch.stack([_again(function, *pair, rotations.get("R1")) for pair in pairs]).mean()
 
     def logits(self, ids: Tensor, rotations: dict[str, Tensor]) -> Tensor:
         """`[batch, tokens, vocab]` in the model's dtype."""
@@ -263,9 +277,14 @@ class RotatedNetwork:
         x = _normalize(x, self.base.model.norm)
         return self.base.lm_head(_turn(x, None if r1 is None else r1.T).to(x.dtype))
 
-    def _loss(self, x: Tensor, ids: Tensor, r1: Tensor | None) -> Tensor:
-        logits = self._head(x[:-1], r1)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[1:])
+    def _cross_entropy(self, x: Tensor, ids: Tensor, r1: Tensor | None) -> Tensor:
+        return F.cross_entropy(_wide(self._head(x[:-1], r1)), ids[1:])
+
+    def _divergence(self, x: Tensor, teacher: Tensor, r1: Tensor | None) -> Tensor:
+        student, target = _wide(self._head(x, r1)), _wide(self.base.lm_head(teacher))
+        return F.kl_div(
+            student.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True
+        )
 
     def _layer(self, layer: nn.Module, x: Tensor, cos_sin, r1: Tensor | None, r2: Tensor | None) -> Tensor:
         seen = self._activation(_normalize(x, layer.input_layernorm))
@@ -314,9 +333,13 @@ def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _normalize(x: Tensor, norm: nn.Module) -> Tensor:
     """RMSNorm without its weight, which is folded."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = _wide(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon)).to(x.dtype)
 
 
@@ -344,7 +367,7 @@ def _fake_weight(weight: Tensor, bits: int, group_size: int | str) -> Tensor:
 
 
 def network_objective(model: nn.Module, recipe: Recipe, ids: Tensor) -> Objective:
-    """Cross-entropy of the fake-quantised network on the windows of the step.
+    """Loss of the fake-quantised network on the windows of the step.
 
     Windows come in a random order of the recipe's seed, all of them before one comes again.
     """
@@ -354,7 +377,8 @@ def network_objective(model: nn.Module, recipe: Recipe, ids: Tensor) -> Objectiv
     rounds = [torch.randperm(len(ids), generator=generator) for _ in range(-(-needed // len(ids)))]
     order = torch.cat(rounds)[:needed].view(options.steps, options.batch_size)
     device = network.act_clip.device
-    return lambda step, rotations: network.loss(ids[order[step]].to(device), rotations)
+    loss = network.loss if options.objective == "network" else network.divergence
+    return lambda step, rotations: loss(ids[order[step]].to(device), rotations)
 
 
 def kurtosis_objective(model: nn.Module, recipe: Recipe, ids: Tensor) -> Objective:
@@ -414,6 +438,7 @@ def _sites(base: nn.Module, recipe: Recipe, ids: Tensor) -> dict[str, list[Tenso
 
 OBJECTIVES: dict[str, Callable[[nn.Module, Recipe, Tensor], Objective]] = {
     "network": network_objective,
+    "distill": network_objective,
     "kurtosis": kurtosis_objective,
 }
 
