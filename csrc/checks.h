@@ -39,6 +39,10 @@ inline const char* dtype_name(ScalarType dtype) {
       return "uint8";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
     case ScalarType::Bool:
       return "bool";
     default:

@@ -75,7 +75,7 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
                      const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
                      const Tensor& v_params, const std::optional<Tensor>& k_sink,
                      const std::optional<Tensor>& v_sink, int64_t start, double kv_clip,
-                     double scaling) {
+                     double scaling, const std::optional<Tensor>& starts) {
   Check check("decoder_layer");
   check.dtype(x, "x", {kF32, kF16, ScalarType::BFloat16});
   check.that(x.dim() == 3, "x has shape ", shape_name(x), ", expected [batch, tokens, hidden]");
@@ -92,9 +92,9 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
 
   const Tensor heads = qkv(rmsnorm_a4(x, norms[0], eps, qkv.clip, qkv.act_group_size), dtype);
   const Tensor q = rope_append_kv4(heads, cos, sin, r3, r3_block, k_codes, k_params, v_codes,
-                                   v_params, start, kv_clip);
+                                   v_params, start, kv_clip, starts);
   const Tensor context = attention_kv4(q, k_codes, k_params, v_codes, v_params, start + x.size(1),
-                                       mask, !mask, scaling, k_sink, v_sink);
+                                       mask, !mask, scaling, k_sink, v_sink, starts);
   const Tensor joined = view_of(context, {x.size(0), x.size(1), q.size(1) * q.size(3)});
   const Tensor y = o(quantize_a4(joined, o.clip, o.act_group_size), dtype);
   add(check, y, x, "o_proj");

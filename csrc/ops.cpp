@@ -22,22 +22,24 @@ STABLE_TORCH_LIBRARY(w2a4, m) {
   m.def("linear_w8(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   m.def("quantize_kv4(Tensor x, float clip) -> (Tensor, Tensor)");
   m.def(
-      "append_kv4(Tensor x, Tensor(a!) codes, Tensor(b!) params, SymInt start, float clip) -> ()");
+      "append_kv4(Tensor x, Tensor(a!) codes, Tensor(b!) params, SymInt start, float clip, "
+      "Tensor? starts=None) -> ()");
   m.def(
       "rope_append_kv4(Tensor qkv, Tensor cos, Tensor sin, Tensor? had_k, int block_size, "
       "Tensor(a!) k_codes, Tensor(b!) k_params, Tensor(c!) v_codes, Tensor(d!) v_params, "
-      "SymInt start, float clip) -> Tensor");
+      "SymInt start, float clip, Tensor? starts=None) -> Tensor");
   m.def(
       "attention_kv4(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, "
       "SymInt length, Tensor? mask, bool causal, float scaling, Tensor? k_sink=None, "
-      "Tensor? v_sink=None) -> Tensor");
+      "Tensor? v_sink=None, Tensor? starts=None) -> Tensor");
   m.def(
       "decoder_layer(Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor[] norms, float eps, "
       "Tensor[] qkv_proj, Tensor[] o_proj, Tensor[] gate_up_proj, Tensor[] down_proj, "
       "int[] group_sizes, int[] act_group_sizes, Tensor? r3, int r3_block, Tensor? r4, int "
       "r4_block, "
       "Tensor(a!) k_codes, Tensor(b!) k_params, Tensor(c!) v_codes, Tensor(d!) v_params, "
-      "Tensor? k_sink, Tensor? v_sink, SymInt start, float kv_clip, float scaling) -> Tensor");
+      "Tensor? k_sink, Tensor? v_sink, SymInt start, float kv_clip, float scaling, "
+      "Tensor? starts=None) -> Tensor");
   m.def(
       "round_columns(Tensor work, Tensor coupling, Tensor? current, Tensor grid, Tensor group) -> "
       "(Tensor, Tensor)");
@@ -51,10 +53,7 @@ STABLE_TORCH_LIBRARY(w2a4, m) {
 STABLE_TORCH_LIBRARY_IMPL(w2a4, CPU, m) {
   w2a4::register_a4(m);
   m.impl("linear_w8", TORCH_BOX(&w2a4::linear_w8));
-  m.impl("quantize_kv4", TORCH_BOX(&w2a4::quantize_kv4));
-  m.impl("append_kv4", TORCH_BOX(&w2a4::append_kv4));
-  m.impl("rope_append_kv4", TORCH_BOX(&w2a4::rope_append_kv4));
-  m.impl("attention_kv4", TORCH_BOX(&w2a4::attention_kv4));
+  w2a4::register_kv4(m);
   m.impl("decoder_layer", TORCH_BOX(&w2a4::decoder_layer));
   m.impl("round_columns", TORCH_BOX(&w2a4::round_columns));
   m.impl("snap", TORCH_BOX(&w2a4::snap));

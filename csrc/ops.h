@@ -43,17 +43,19 @@ Tensor linear_w8(const Tensor& x, const Tensor& weight, const Tensor& scale,
 std::tuple<Tensor, Tensor> quantize_kv4(const Tensor& x, double clip);
 
 void append_kv4(const Tensor& x, const Tensor& codes, const Tensor& params, int64_t start,
-                double clip);
+                double clip, const std::optional<Tensor>& starts);
 
 Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
                        const std::optional<Tensor>& had_k, int64_t block_size,
                        const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
-                       const Tensor& v_params, int64_t start, double clip);
+                       const Tensor& v_params, int64_t start, double clip,
+                       const std::optional<Tensor>& starts);
 
 Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
                      const Tensor& v_codes, const Tensor& v_params, int64_t length,
                      const std::optional<Tensor>& mask, bool causal, double scaling,
-                     const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink);
+                     const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
+                     const std::optional<Tensor>& starts);
 
 Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
                      const std::optional<Tensor>& mask, const std::vector<Tensor>& norms,
@@ -65,7 +67,7 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
                      const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
                      const Tensor& v_params, const std::optional<Tensor>& k_sink,
                      const std::optional<Tensor>& v_sink, int64_t start, double kv_clip,
-                     double scaling);
+                     double scaling, const std::optional<Tensor>& starts);
 
 std::tuple<Tensor, Tensor> round_columns(const Tensor& work, const Tensor& coupling,
                                          const std::optional<Tensor>& current, const Tensor& grid,
@@ -90,6 +92,14 @@ inline void register_a4(torch::stable::detail::StableLibrary& m) {
   m.impl("silu_mul_hadamard_a4", TORCH_BOX(&silu_mul_hadamard_a4));
   m.impl("linear_w2a4", TORCH_BOX(&linear_w2a4));
   m.impl("linear_w4a4", TORCH_BOX(&linear_w4a4));
+}
+
+// The same of entry_kv4.cpp.
+inline void register_kv4(torch::stable::detail::StableLibrary& m) {
+  m.impl("quantize_kv4", TORCH_BOX(&quantize_kv4));
+  m.impl("append_kv4", TORCH_BOX(&append_kv4));
+  m.impl("rope_append_kv4", TORCH_BOX(&rope_append_kv4));
+  m.impl("attention_kv4", TORCH_BOX(&attention_kv4));
 }
 
 }  // namespace w2a4

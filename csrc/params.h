@@ -106,7 +106,8 @@ struct QuantizeKV4Params {
   Strided4 params;  // float16 [batch, heads, >= start + tokens, 2]: scale, zero-point
   ScalarType dtype;
   int64_t batch, heads, tokens, head_dim;
-  int64_t start;  // token of codes and params that x's first token is written to
+  int64_t start;          // token of codes and params that x's first token is written to
+  const int64_t* starts;  // [batch]: instead of start, which is the most of them; or null
   float clip;
 };
 
@@ -123,6 +124,7 @@ struct RopeAppendKV4Params {
   int64_t batch, tokens, q_heads, kv_heads, head_dim;
   int64_t block_size, k;  // of R3: k * 2**m, divides head_dim; 1: no R3
   int64_t start;
+  const int64_t* starts;  // as in QuantizeKV4Params
   float clip;
 };
 
@@ -137,7 +139,8 @@ struct AttentionKV4Params {
   ScalarType dtype, k_sink_dtype, v_sink_dtype;
   int64_t batch, q_heads, kv_heads, q_tokens, head_dim;
   int64_t length;
-  int64_t sinks;  // the first keys, read from k_sink and v_sink
+  const int64_t* starts;  // [batch]: a sequence has starts + q_tokens keys, length at most; or null
+  int64_t sinks;          // the first keys, read from k_sink and v_sink
   bool causal;
   float scaling;
 };

@@ -46,6 +46,17 @@ def test_append_kv4(tokens, start):
     assert_close(params, want_params)
 
 
+def test_append_kv4_at_places_of_each_sequence():
+    x, starts = torch.randn(3, 2, 2, 16), torch.tensor([4, 0, 7])
+    codes = torch.full((3, 2, 9, 8), 9, dtype=torch.uint8)
+    params = torch.full((3, 2, 9, 2), 7.0, dtype=torch.float16)
+    want = codes.clone(), params.clone()
+    for b, start in enumerate(starts.tolist()):
+        ops.append_kv4(x[b : b + 1], *[t[b : b + 1] for t in want], start, 0.9)
+    ops.append_kv4(x, codes, params, 7, 0.9, starts)
+    assert torch.equal(codes, want[0]) and torch.equal(params, want[1])
+
+
 def test_append_kv4_into_a_view():
     big, big_params = (
         torch.zeros(2, 9, 4, 16, dtype=torch.uint8),
@@ -121,6 +132,27 @@ def test_rope_append_kv4_has_the_bits_of_the_single_ops(had_k, block):
     assert all(torch.equal(a, b) for a, b in zip(caches, want, strict=True))
 
 
+def test_rope_append_kv4_at_places_of_each_sequence():
+    qkv, cos, sin, caches = rope_arguments(3, 2, 4, 2, 16, 9)
+    want, starts = [t.clone() for t in caches], torch.tensor([4, 0, 7])
+    alone = [
+        ops.rope_append_kv4(
+            qkv[b : b + 1],
+            cos[b : b + 1],
+            sin[b : b + 1],
+            None,
+            16,
+            *[t[b : b + 1] for t in want],
+            start,
+            0.9,
+        )
+        for b, start in enumerate(starts.tolist())
+    ]
+    q = ops.rope_append_kv4(qkv, cos, sin, None, 16, *caches, 7, 0.9, starts)
+    assert torch.equal(q, torch.cat(alone))
+    assert all(torch.equal(a, b) for a, b in zip(caches, want, strict=True))
+
+
 def test_rope_append_kv4_of_no_token():
     qkv, cos, sin, caches = rope_arguments(2, 0, 2, 1, 16, 4)
     assert ops.rope_append_kv4(qkv, cos, sin, None, 16, *caches, 4, 0.9).shape == (2, 2, 0, 16)
@@ -181,6 +213,23 @@ def test_attention_kv4_sinks(sinks, tokens, dtype):
     k_sink, v_sink = torch.randn(2, sinks, 2, 2, 32).to(dtype).transpose(1, 3).unbind(2)
     args = (q, *kv, 70, None, True, 0.2, k_sink, v_sink)
     assert_close(ops.attention_kv4(*args), reference.attention_kv4(*args), atol=3e-6)
+
+
+@pytest.mark.parametrize("tokens,starts", [(1, [0, 69, 30]), (5, [65, 0, 1]), (65, [5, 4, 0])])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_attention_kv4_of_sequences_of_different_lengths(tokens, starts, causal, sinks):
+    q, kv, starts = torch.randn(3, 4, tokens, 32), cache(3, 2, 70, 32), torch.tensor(starts)
+    for b, start in enumerate(starts.tolist()):  # what lies beyond is poison
+        kv[1][b, :, start + tokens :] = kv[3][b, :, start + tokens :] = float("nan")
+    sink = (torch.randn(3, 2, sinks, 32),) * 2 if sinks else (None, None)
+    got = ops.attention_kv4(q, *kv, 70, None, causal, 0.2, *sink, starts)
+    assert_close(got, reference.attention_kv4(q, *[t.nan_to_num() for t in kv], 70, None, causal, 0.2, *sink,
+                                              starts), atol=3e-6)  # fmt: skip
+    for b, start in enumerate(starts.tolist()):
+        one = [None if t is None else t[b : b + 1] for t in (q, *kv, *sink)]
+        alone = ops.attention_kv4(*one[:5], start + tokens, None, causal, 0.2, *one[5:])
+        assert torch.equal(got[b : b + 1], alone)
 
 
 def test_attention_kv4_of_large_scores():
@@ -282,6 +331,12 @@ def bad_calls():
     yield "attention_kv4", replaced(attention, 5, -1), "length=-1"
     yield "attention_kv4", replaced(attention, 6, torch.ones(1, 1, 3, 4, dtype=torch.bool)), "mask has shape"
     yield "attention_kv4", replaced(attention, 6, torch.ones(1, 1, 3, 5)), "mask has dtype float32"
+    starts = torch.tensor([3])
+    yield "append_kv4", (kv, codes, params, 2, 0.9, starts), r"starts\[0\]=3, expected 0 to 2 of start"
+    yield "append_kv4", (kv, codes, params, 6, 0.9, -starts), r"starts\[0\]=-3, expected 0 to 6"
+    yield "append_kv4", (kv, codes, params, 6, 0.9, starts.int()), "starts has dtype int32, expected int64"
+    yield "append_kv4", (kv, codes, params, 6, 0.9, starts[:0]), r"starts has shape \[0\], expected \[1\]"
+    yield "attention_kv4", (*attention, starts), r"starts\[0\]=3, expected 0 to 2 of length - q_tokens"
     yield "attention_kv4", replaced(attention, 9, torch.randn(1, 2, 1, 16)), "v_sink is missing"
 
 
@@ -301,6 +356,9 @@ def opcheck_calls():
     rope_qkv, cos, sin, caches = rope_arguments(2, 3, 4, 2, 16, 9)
     yield "rope_append_kv4", (rope_qkv, cos, sin, None, 16, *caches, 2, 0.9)
     yield "attention_kv4", (q, *kv, 7, torch.ones(1, 1, 3, 7, dtype=torch.bool), True, 0.25, sink, sink)
+    starts = torch.tensor([2])
+    yield "append_kv4", (sink, kv[0].clone(), kv[1].clone(), 3, 0.9, starts)
+    yield "attention_kv4", (q, *kv, 7, None, True, 0.25, None, None, starts)
 
 
 @pytest.mark.parametrize("name,args", list(opcheck_calls()))

@@ -29,13 +29,14 @@ _SCHEMAS = {
     "int group_size, ScalarType out_dtype) -> Tensor",
     "linear_w8": "(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
     "quantize_kv4": "(Tensor x, float clip) -> (Tensor, Tensor)",
-    "append_kv4": "(Tensor x, Tensor(a!) codes, Tensor(b!) params, SymInt start, float clip) -> ()",
+    "append_kv4": "(Tensor x, Tensor(a!) codes, Tensor(b!) params, SymInt start, float clip, "
+    "Tensor? starts=None) -> ()",
     "rope_append_kv4": "(Tensor qkv, Tensor cos, Tensor sin, Tensor? had_k, int block_size, "
     "Tensor(a!) k_codes, Tensor(b!) k_params, Tensor(c!) v_codes, Tensor(d!) v_params, SymInt start, "
-    "float clip) -> Tensor",
+    "float clip, Tensor? starts=None) -> Tensor",
     "attention_kv4": "(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, "
     "SymInt length, Tensor? mask, bool causal, float scaling, Tensor? k_sink=None, "
-    "Tensor? v_sink=None) -> Tensor",
+    "Tensor? v_sink=None, Tensor? starts=None) -> Tensor",
     "round_columns": "(Tensor work, Tensor coupling, Tensor? current, Tensor grid, Tensor group) "
     "-> (Tensor, Tensor)",
 }
@@ -303,7 +304,9 @@ def quantize_kv4(x: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     return _ops.quantize_kv4.default(x, clip)
 
 
-def append_kv4(x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float) -> None:
+def append_kv4(
+    x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float, starts: Tensor | None = None
+) -> None:
     """Quantise x as `quantize_kv4` and write it into a cache at token `start`, in place.
 
     Args:
@@ -312,15 +315,17 @@ def append_kv4(x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float
         params: float16 `[batch, heads, capacity, 2]`, written; both may be strided views.
         start: `start + tokens <= capacity`.
         clip: see `quantize_kv4`.
+        starts: int64 `[batch]`, instead of `start`, which is the most of them; or None.
 
     Equivalent: `codes[:, :, start:stop], params[:, :, start:stop] = quantize_kv4(x, clip)`.
     """
-    _ops.append_kv4.default(x, codes, params, start, clip)
+    _ops.append_kv4.default(x, codes, params, start, clip, starts)
 
 
 def rope_append_kv4(
     qkv: Tensor, cos: Tensor, sin: Tensor, had_k: Tensor | None, block_size: int,
     k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, start: int, clip: float,
+    starts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """RoPE on queries and keys, R3 on both, and the new keys and values into their caches, in one pass.
 
@@ -333,6 +338,7 @@ def rope_append_kv4(
         k_params, v_params: float16 `[batch, kv_heads, capacity, 2]`, written, as by `append_kv4`.
         start: token of the caches written first; `start + tokens <= capacity`.
         clip: see `quantize_kv4`.
+        starts: see `append_kv4`.
 
     Returns:
         queries `[batch, q_heads, tokens, head_dim]` in qkv's dtype, contiguous; float32 in between.
@@ -341,14 +347,14 @@ def rope_append_kv4(
     """
     return _ops.rope_append_kv4.default(
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), had_k, block_size,
-        k_codes, k_params, v_codes, v_params, start, clip,
+        k_codes, k_params, v_codes, v_params, start, clip, starts,
     )  # fmt: skip
 
 
 def attention_kv4(
     q: Tensor, k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, length: int,
     mask: Tensor | None, causal: bool, scaling: float,
-    k_sink: Tensor | None = None, v_sink: Tensor | None = None,
+    k_sink: Tensor | None = None, v_sink: Tensor | None = None, starts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Softmax attention over a packed 4-bit cache, with grouped query heads.
 
@@ -361,6 +367,9 @@ def attention_kv4(
         causal: query i sees keys `<= length - q_tokens + i` only.
         scaling: factor on the scores.
         k_sink, v_sink: floating `[batch, kv_heads, s, head_dim]`, replace the first s cache entries.
+        starts: int64 `[batch]`: sequence b has `starts[b] + q_tokens` keys, and `length` is the most of
+            these; or None. On a CUDA device nothing waits for the numbers, so a graph can be replayed with
+            others in them.
 
     Returns:
         `[batch, q_tokens, q_heads, head_dim]` in q's dtype, contiguous; zeros where no key is seen. A
@@ -369,7 +378,7 @@ def attention_kv4(
     Equivalent: `softmax(q @ k.mT * scaling + mask) @ v` with k and v from `dequantize_kv4`.
     """
     return _ops.attention_kv4.default(
-        q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink
+        q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink, starts
     )
 
 
@@ -407,6 +416,7 @@ def decoder_layer(
     r3: tuple[Tensor | None, int], r4: tuple[Tensor | None, int],
     k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor,
     k_sink: Tensor | None, v_sink: Tensor | None, start: int, kv_clip: float, scaling: float,
+    starts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A decoder layer of a packed LLaMA, to the bit what its ops give one after another.
 
@@ -420,7 +430,7 @@ def decoder_layer(
         group_sizes, act_group_sizes: of weights and of inputs of the four; see `linear_w2a4`.
         r3, r4: had_k and block_size of R3 and R4, see `hadamard`.
         k_codes, k_params, v_codes, v_params, start, kv_clip: the caches, written as by `rope_append_kv4`.
-        k_sink, v_sink, scaling: see `attention_kv4`.
+        k_sink, v_sink, scaling, starts: see `attention_kv4`.
 
     Returns:
         `[batch, tokens, hidden]` in x's dtype, with both residuals added.
@@ -428,7 +438,7 @@ def decoder_layer(
     return _ops.decoder_layer.default(
         x.contiguous(), cos.contiguous(), sin.contiguous(), mask, norms, eps,
         qkv_proj, o_proj, gate_up_proj, down_proj, group_sizes, act_group_sizes, *r3, *r4,
-        k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, kv_clip, scaling,
+        k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, kv_clip, scaling, starts,
     )  # fmt: skip
 
 

@@ -217,7 +217,9 @@ def dequantize_kv4(codes: Tensor, params: Tensor) -> Tensor:
     return ints * params[..., :1].float() + params[..., 1:].float()
 
 
-def append_kv4(x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float) -> None:
+def append_kv4(
+    x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float, starts: Tensor | None = None
+) -> None:
     """Quantise `x` as `quantize_kv4` and write it into a cache at token `start`, in place.
 
     Args:
@@ -226,9 +228,13 @@ def append_kv4(x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float
         params: float16 `[batch, heads, capacity, 2]`, written.
         start: first token written; `start + tokens <= capacity`.
         clip: see `quantize_kv4`.
+        starts: int64 `[batch]`, instead of `start`, which is the most of them; or None.
     """
-    stop = start + x.shape[2]
-    codes[:, :, start:stop], params[:, :, start:stop] = quantize_kv4(x, clip)
+    if starts is None:
+        starts = torch.full((len(x),), start)
+    for b, first in enumerate(starts.tolist()):
+        places = slice(first, first + x.shape[2])
+        codes[b, :, places], params[b, :, places] = quantize_kv4(x[b], clip)
 
 
 def rope_append_kv4(
@@ -243,6 +249,7 @@ def rope_append_kv4(
     v_params: Tensor,
     start: int,
     clip: float,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """RoPE on queries and keys, R3 on both, and the new keys and values into their caches, in place.
 
@@ -250,7 +257,7 @@ def rope_append_kv4(
         qkv: floating `[batch, tokens, (q_heads + 2 * kv_heads) * head_dim]`, queries, keys, values.
         cos, sin: floating `[batch or 1, tokens, head_dim]`, as transformers' rotary embedding gives them.
         had_k, block_size: R3, as in `hadamard`; block_size 1 is no rotation.
-        k_codes, k_params, v_codes, v_params, start, clip: caches as in `append_kv4`, kv_heads of them.
+        k_codes, k_params, v_codes, v_params, start, clip, starts: as in `append_kv4`, kv_heads of them.
 
     Returns:
         queries `[batch, q_heads, tokens, head_dim]` in qkv's dtype; float32 in between.
@@ -261,8 +268,8 @@ def rope_append_kv4(
     first, second = x.chunk(2, -1)
     x = x * cos.float()[:, None] + torch.cat([-second, first], -1) * sin.float()[:, None]
     x = hadamard(x, had_k, block_size, False)
-    append_kv4(x[:, -kv_heads:], k_codes, k_params, start, clip)
-    append_kv4(v, v_codes, v_params, start, clip)
+    append_kv4(x[:, -kv_heads:], k_codes, k_params, start, clip, starts)
+    append_kv4(v, v_codes, v_params, start, clip, starts)
     return x[:, :-kv_heads].to(qkv.dtype).contiguous()
 
 
@@ -278,6 +285,7 @@ def attention_kv4(
     scaling: float,
     k_sink: Tensor | None = None,
     v_sink: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over a packed 4-bit cache, with grouped query heads.
 
@@ -290,6 +298,7 @@ def attention_kv4(
         causal: query i sees keys `<= length - q_tokens + i` only.
         scaling: factor on the scores.
         k_sink, v_sink: floating `[batch, kv_heads, s, head_dim]` that replace the first s cache entries.
+        starts: int64 `[batch]`: sequence b has `starts[b] + q_tokens` keys, `length` at most; or None.
 
     Returns:
         `[batch, q_tokens, q_heads, head_dim]` in q's dtype; zeros for a query that sees no key.
@@ -301,9 +310,11 @@ def attention_kv4(
         k[:, :, :sinks], v[:, :, :sinks] = k_sink[:, :, :sinks].float(), v_sink[:, :, :sinks].float()
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    seen = torch.ones(q.shape[2], length, dtype=torch.bool, device=q.device)
-    if causal:
-        seen = seen.tril(length - q.shape[2])
+    if starts is None:
+        starts = torch.full((len(q),), length - q.shape[2], device=q.device)
+    key, query = (torch.arange(n, device=q.device) for n in (length, q.shape[2]))
+    last = starts[:, None, None, None] + (query[:, None] if causal else q.shape[2] - 1)
+    seen = (key <= last).expand(-1, -1, q.shape[2], -1)
     if mask is not None:
         seen = seen & mask
     scores = (q.float() @ k.mT * scaling).masked_fill(~seen, float("-inf"))

@@ -192,8 +192,8 @@ struct QueryTile {
   // Keys that the tile's token may see, before any mask: 0 .. seen_end.
   int64_t seen_end(int64_t token) const {
     const AttentionKV4Params& p = *task.p;
-    return p.causal ? std::max<int64_t>(0, p.length - p.q_tokens + first_token + token + 1)
-                    : p.length;
+    const int64_t length = p.starts ? p.starts[batch] + p.q_tokens : p.length;
+    return p.causal ? std::max<int64_t>(0, length - p.q_tokens + first_token + token + 1) : length;
   }
 };
 

@@ -38,13 +38,14 @@ W2A4_INLINE void quantize_heads(const QuantizeKV4Params& p, int64_t begin, int64
   for (int64_t i = begin; i < end; ++i) {
     const int64_t token = i % p.tokens, head = i / p.tokens % p.heads,
                   batch = i / p.tokens / p.heads;
+    const int64_t place = (p.starts ? p.starts[batch] : p.start) + token;
     const auto offset = [&](const Strided4& t, int64_t row) {
       return batch * t.batch + head * t.head + row * t.token;
     };
     load(p.x.data, p.dtype, offset(p.x, token), p.head_dim, x.data());
     quantize_head(x.data(), p.head_dim, p.clip,
-                  static_cast<uint8_t*>(p.codes.data) + offset(p.codes, p.start + token),
-                  static_cast<F16*>(p.params.data) + offset(p.params, p.start + token));
+                  static_cast<uint8_t*>(p.codes.data) + offset(p.codes, place),
+                  static_cast<F16*>(p.params.data) + offset(p.params, place));
   }
 }
 W2A4_DISPATCH(quantize_heads, QuantizeKV4Params)
@@ -86,8 +87,9 @@ W2A4_INLINE void rope_append_heads(const RopeAppendKV4Params& p, int64_t begin, 
     const Strided4& codes = head < rotated ? p.k_codes : p.v_codes;
     const Strided4& params = head < rotated ? p.k_params : p.v_params;
     const int64_t kv_head = head < rotated ? head - p.q_heads : head - rotated;
+    const int64_t place = (p.starts ? p.starts[batch] : p.start) + token;
     const auto offset = [&](const Strided4& t) {
-      return batch * t.batch + kv_head * t.head + (p.start + token) * t.token;
+      return batch * t.batch + kv_head * t.head + place * t.token;
     };
     quantize_head(x.data(), n, p.clip, static_cast<uint8_t*>(codes.data) + offset(codes),
                   static_cast<F16*>(params.data) + offset(params));

@@ -1,0 +1,222 @@
+// Entry points of the ops of the 4-bit KV cache, on each device.
+#include <algorithm>
+
+#include "backend.h"
+#include "checks.h"
+#include "ops.h"
+#include "tensors.h"
+
+namespace w2a4 {
+namespace {
+
+// Packed cache: codes uint8 [batch, heads, capacity, head_dim / 2], params float16 [..., 2].
+void check_cache(Check& check, const Tensor& codes, const char* codes_name, const Tensor& params,
+                 const char* params_name, int64_t batch, int64_t heads, int64_t least,
+                 int64_t head_dim) {
+  check.dtype(codes, codes_name, {kU8});
+  check.dtype(params, params_name, {kF16});
+  for (auto [t, name, last] :
+       {std::tuple{&codes, codes_name, head_dim / 2}, {&params, params_name, int64_t{2}}}) {
+    check.that(t->dim() == 4 && t->size(0) == batch && t->size(1) == heads && t->size(2) >= least &&
+                   t->size(3) == last,
+               name, " has shape ", shape_name(*t), ", expected [", batch, ", ", heads,
+               ", >= ", least, ", ", last, "] = [batch, kv_heads, capacity, ",
+               last == 2 ? "2]" : "head_dim / 2]");
+  }
+}
+
+// Data of `starts`, int64 [batch]: tokens that each sequence has had, `most` at most. On a CUDA
+// device they cannot be looked at here; kernels neither read nor write beyond what `most` allows.
+const int64_t* check_starts(Check& check, const std::optional<Tensor>& starts, int64_t batch,
+                            const char* most_name, int64_t most) {
+  if (!starts) return nullptr;
+  check.dtype(*starts, "starts", {ScalarType::Long});
+  check.shape(*starts, "starts", {batch}, "[batch]");
+  check.contiguous(*starts, "starts");
+  const auto* data = static_cast<const int64_t*>(starts->data_ptr());
+  if (starts->is_cpu())
+    for (int64_t b = 0; b < batch; ++b)
+      check.that(data[b] >= 0 && data[b] <= most, "starts[", b, "]=", data[b], ", expected 0 to ",
+                 most, " of ", most_name);
+  return data;
+}
+
+QuantizeKV4Params kv4_params(Check& check, const Tensor& x, double clip) {
+  check.floating(x, "x");
+  QuantizeKV4Params p{};
+  p.x = check.strided(x, "x");
+  check.that(x.size(3) >= 2 && x.size(3) % 2 == 0, "x has shape ", shape_name(x),
+             ", expected an even head_dim of at least 2");
+  p.dtype = x.scalar_type();
+  p.batch = x.size(0);
+  p.heads = x.size(1);
+  p.tokens = x.size(2);
+  p.head_dim = x.size(3);
+  p.clip = static_cast<float>(clip);
+  return p;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> quantize_kv4(const Tensor& x, double clip) {
+  Check check("quantize_kv4");
+  QuantizeKV4Params p = kv4_params(check, x, clip);
+  Tensor codes = empty(x, with_last(x, p.head_dim / 2), kU8);
+  Tensor params = empty(x, with_last(x, 2), kF16);
+  p.codes = check.strided(codes, "codes");
+  p.params = check.strided(params, "params");
+  const OnDeviceOf device(x);
+  kernels::quantize_kv4(p);
+  return {codes, params};
+}
+
+void append_kv4(const Tensor& x, const Tensor& codes, const Tensor& params, int64_t start,
+                double clip, const std::optional<Tensor>& starts) {
+  Check check("append_kv4");
+  QuantizeKV4Params p = kv4_params(check, x, clip);
+  check_cache(check, codes, "codes", params, "params", p.batch, p.heads, 0, p.head_dim);
+  const int64_t capacity = std::min(codes.size(2), params.size(2));
+  check.that(start >= 0 && start <= capacity - p.tokens, "start=", start, " with ", p.tokens,
+             " tokens of x does not fit a cache of capacity ", capacity);
+  p.codes = check.strided(codes, "codes");
+  p.params = check.strided(params, "params");
+  p.start = start;
+  p.starts = check_starts(check, starts, p.batch, "start", start);
+  const OnDeviceOf device(x);
+  kernels::quantize_kv4(p);
+}
+
+Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+                       const std::optional<Tensor>& had_k, int64_t block_size,
+                       const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
+                       const Tensor& v_params, int64_t start, double clip,
+                       const std::optional<Tensor>& starts) {
+  Check check("rope_append_kv4");
+  RopeAppendKV4Params p{};
+  check.floating(qkv, "qkv");
+  check.that(qkv.dim() == 3, "qkv has shape ", shape_name(qkv),
+             ", expected [batch, tokens, (q_heads + 2 * kv_heads) * head_dim]");
+  check.contiguous(qkv, "qkv");
+  check.floating(cos, "cos");
+  check.that(cos.dim() == 3 && (cos.size(0) == qkv.size(0) || cos.size(0) == 1) &&
+                 cos.size(1) == qkv.size(1) && cos.size(2) >= 2 && cos.size(2) % 2 == 0,
+             "cos has shape ", shape_name(cos), ", expected [", qkv.size(0), " or 1, ", qkv.size(1),
+             ", head_dim] with an even head_dim");
+  check.contiguous(cos, "cos");
+  p.batch = qkv.size(0);
+  p.tokens = qkv.size(1);
+  p.head_dim = cos.size(2);
+  check.dtype(sin, "sin", {cos.scalar_type()});
+  check.shape(sin, "sin", {cos.size(0), p.tokens, p.head_dim}, "the shape of cos");
+  check.contiguous(sin, "sin");
+  check.that(k_codes.dim() == 4, "k_codes has shape ", shape_name(k_codes),
+             ", expected [batch, kv_heads, capacity, head_dim / 2]");
+  p.kv_heads = k_codes.size(1);
+  const int64_t heads = qkv.size(2) / p.head_dim;
+  p.q_heads = heads - 2 * p.kv_heads;
+  check.that(qkv.size(2) % p.head_dim == 0 && p.kv_heads >= 1 && p.q_heads >= 1, "qkv has shape ",
+             shape_name(qkv), ", expected a last dimension of (q_heads + 2 * ", p.kv_heads, ") * ",
+             p.head_dim, " with at least one query head");
+  for (auto [codes, codes_name, params, params_name] :
+       {std::tuple{&k_codes, "k_codes", &k_params, "k_params"},
+        {&v_codes, "v_codes", &v_params, "v_params"}}) {
+    check_cache(check, *codes, codes_name, *params, params_name, p.batch, p.kv_heads, 0,
+                p.head_dim);
+    const int64_t capacity = std::min(codes->size(2), params->size(2));
+    check.that(start >= 0 && start <= capacity - p.tokens, "start=", start, " with ", p.tokens,
+               " tokens of qkv does not fit ", codes_name, " of capacity ", capacity);
+  }
+  p.k_codes = check.strided(k_codes, "k_codes");
+  p.k_params = check.strided(k_params, "k_params");
+  p.v_codes = check.strided(v_codes, "v_codes");
+  p.v_params = check.strided(v_params, "v_params");
+  p.k = check_hadamard(check, cos, "cos", had_k, block_size);
+  p.had_k = had_k_data(had_k);
+  p.block_size = block_size;
+  Tensor q = empty(qkv, {p.batch, p.q_heads, p.tokens, p.head_dim}, qkv.scalar_type());
+  p.qkv = qkv.data_ptr();
+  p.cos = cos.data_ptr();
+  p.sin = sin.data_ptr();
+  p.rope_batch = cos.size(0) == 1 ? 0 : p.tokens * p.head_dim;
+  p.q = q.data_ptr();
+  p.dtype = qkv.scalar_type();
+  p.rope_dtype = cos.scalar_type();
+  p.start = start;
+  p.starts = check_starts(check, starts, p.batch, "start", start);
+  p.clip = static_cast<float>(clip);
+  const OnDeviceOf device(qkv);
+  kernels::rope_append_kv4(p);
+  return q;
+}
+
+Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
+                     const Tensor& v_codes, const Tensor& v_params, int64_t length,
+                     const std::optional<Tensor>& mask, bool causal, double scaling,
+                     const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
+                     const std::optional<Tensor>& starts) {
+  Check check("attention_kv4");
+  AttentionKV4Params p{};
+  check.floating(q, "q");
+  p.q = check.strided(q, "q");
+  p.dtype = q.scalar_type();
+  p.batch = q.size(0);
+  p.q_heads = q.size(1);
+  p.q_tokens = q.size(2);
+  p.head_dim = q.size(3);
+  check.that(p.head_dim >= 2 && p.head_dim % 2 == 0, "q has shape ", shape_name(q),
+             ", expected an even head_dim of at least 2");
+  check.that(k_codes.dim() == 4, "k_codes has shape ", shape_name(k_codes),
+             ", expected [batch, kv_heads, capacity, head_dim / 2]");
+  p.kv_heads = k_codes.size(1);
+  check.that(p.kv_heads >= 1 && p.q_heads % p.kv_heads == 0, "q has ", p.q_heads,
+             " heads and k_codes ", p.kv_heads, "; the second must divide the first");
+  check.that(length >= 0, "length=", length, ", expected at least 0");
+  check_cache(check, k_codes, "k_codes", k_params, "k_params", p.batch, p.kv_heads, length,
+              p.head_dim);
+  check_cache(check, v_codes, "v_codes", v_params, "v_params", p.batch, p.kv_heads, length,
+              p.head_dim);
+  p.k_codes = check.strided(k_codes, "k_codes");
+  p.k_params = check.strided(k_params, "k_params");
+  p.v_codes = check.strided(v_codes, "v_codes");
+  p.v_params = check.strided(v_params, "v_params");
+  if (mask) {
+    check.dtype(*mask, "mask", {ScalarType::Bool});
+    check.that(mask->dim() == 4 && (mask->size(0) == p.batch || mask->size(0) == 1) &&
+                   (mask->size(1) == p.q_heads || mask->size(1) == 1) &&
+                   mask->size(2) == p.q_tokens && mask->size(3) == length,
+               "mask has shape ", shape_name(*mask), ", expected [", p.batch, " or 1, ", p.q_heads,
+               " or 1, ", p.q_tokens, ", ", length, "] = [batch, q_heads, q_tokens, length]");
+    p.mask = static_cast<const bool*>(mask->data_ptr());
+    p.mask_batch = mask->size(0) == 1 ? 0 : mask->stride(0);
+    p.mask_head = mask->size(1) == 1 ? 0 : mask->stride(1);
+    p.mask_q = mask->stride(2);
+    p.mask_key = mask->stride(3);
+  }
+  check.that(k_sink.has_value() == v_sink.has_value(), k_sink ? "v_sink" : "k_sink",
+             " is missing; pass both k_sink and v_sink or neither");
+  if (k_sink) {
+    for (auto [t, name] : {std::pair{&*k_sink, "k_sink"}, {&*v_sink, "v_sink"}}) {
+      check.floating(*t, name);
+      check.that(t->dim() == 4 && t->size(0) == p.batch && t->size(1) == p.kv_heads &&
+                     t->size(2) == k_sink->size(2) && t->size(3) == p.head_dim,
+                 name, " has shape ", shape_name(*t), ", expected [", p.batch, ", ", p.kv_heads,
+                 ", s, ", p.head_dim, "] = [batch, kv_heads, s, head_dim]");
+    }
+    p.k_sink = check.strided(*k_sink, "k_sink");
+    p.v_sink = check.strided(*v_sink, "v_sink");
+    p.k_sink_dtype = k_sink->scalar_type();
+    p.v_sink_dtype = v_sink->scalar_type();
+    p.sinks = std::min(length, k_sink->size(2));
+  }
+  Tensor y = empty(q, {p.batch, p.q_tokens, p.q_heads, p.head_dim}, p.dtype);
+  p.y = y.data_ptr();
+  p.length = length;
+  p.starts = check_starts(check, starts, p.batch, "length - q_tokens", length - p.q_tokens);
+  p.causal = causal;
+  p.scaling = static_cast<float>(scaling);
+  const OnDeviceOf device(q);
+  kernels::attention_kv4(p);
+  return y;
+}
+
+}  // namespace w2a4
