@@ -3,7 +3,7 @@
 import pytest
 import torch
 from packed import SHAPE, packed_model, prompt
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 import w2a4
 from w2a4.integrations.attention import KVSettings, PackedKV, w2a4_attention
@@ -68,6 +68,50 @@ def test_generate_with_a_cache_of_ones_own():
     cache = w2a4.KV4Cache.for_model(model)
     out = model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache)
     assert torch.equal(out, greedy(model, ids, 6)) and cache.get_seq_length() == ids.shape[1] + 5
+
+
+@pytest.mark.parametrize("recipe", [{}, {"sink_tokens": 2}, {"rotation.r3": "random"}], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_generate_with_a_static_cache(recipe, compiled):
+    model, ids = packed_model(**recipe), prompt(2)
+    options = dict(max_new_tokens=12, do_sample=False)
+    want = model.generate(ids, **options)
+    if compiled:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        config = CompileConfig(backend="aot_eager", fullgraph=True)
+        config._compile_all_devices = True
+        options["compile_config"] = config
+    out = model.generate(
+        ids, cache_implementation="static", return_dict_in_generate=True, disable_compile=not compiled,
+        **options,
+    )  # fmt: skip
+    assert torch.equal(out.sequences, want)
+    assert isinstance(out.past_key_values, w2a4.KV4StaticCache)
+    assert int(out.past_key_values.get_seq_length()) == ids.shape[1] + 11
+    if compiled:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_generate_left_padded_with_a_static_cache():
+    model = packed_model()
+    ids = torch.cat([torch.nn.functional.pad(prompt(1, n, seed=n), (11 - n, 0)) for n in (4, 11)])
+    mask = torch.arange(11) >= torch.tensor([[7], [0]])
+    options = dict(attention_mask=mask.long(), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    static = model.generate(ids, cache_implementation="static", **options)
+    assert torch.equal(static, model.generate(ids, **options))
+
+
+def test_static_cache_refusals():
+    model = packed_model(sink_tokens=4)
+    cache = w2a4.KV4StaticCache.for_model(model, 16)
+    with pytest.raises(w2a4.W2A4Error, match="first call has 2 tokens, and sink_tokens=4 are kept"):
+        model(prompt(tokens=2), past_key_values=cache)
+    with pytest.raises(w2a4.W2A4Error, match="cannot be cropped"):
+        cache.crop(3)
+    cache = w2a4.KV4StaticCache.for_model(packed_model(), 8)
+    with pytest.raises(RuntimeError, match="start=-1 with 9 tokens"):
+        packed_model()(prompt(tokens=9), past_key_values=cache)
 
 
 def test_generate_sampling_is_reproducible():

@@ -42,6 +42,51 @@ def test_tokens_are_those_of_transformers(recipe):
     assert_same(Engine(model).generate([PROMPTS[0], PROMPTS[3]], 12), [want[0], want[3]])
 
 
+def test_sinks_of_sequences_of_different_lengths():
+    model, prompts = packed_model(sink_tokens=2), [PROMPTS[0], PROMPTS[2]]
+    assert_same(Engine(model).generate(prompts, 12), [by_transformers(model, ids) for ids in prompts])
+
+
+class Rerun:
+    """In place of a CUDA graph: does the step again, and leaves its logits where the first ones were."""
+
+    def __init__(self, graphs: engine.StepGraphs, bound: int):
+        self.graphs, self.bound = graphs, bound
+        self.logits = graphs.step(graphs.tokens, bound)
+        graphs.starts -= 1
+
+    def replay(self):
+        self.logits.copy_(self.graphs.step(self.graphs.tokens, self.bound))
+
+
+def test_steps_as_graphs(monkeypatch):
+    """What is captured: a step under a bound on the lengths, with tokens and lengths in fixed places."""
+    bounds = []
+
+    def capture(graphs, bound):
+        bounds.append(bound)
+        run = Rerun(graphs, bound)
+        return run, run.logits
+
+    monkeypatch.setattr(engine.StepGraphs, "capture", capture)
+    monkeypatch.setattr(engine.StepGraphs, "LEAST", 16)
+    monkeypatch.setattr(engine.ops, "has_cuda_kernels", lambda device: True)
+    model = packed_model()
+    want = [by_transformers(model, ids) for ids in PROMPTS]
+    eng = Engine(model, max_length=48)
+    assert_same(eng.generate(PROMPTS, 12), want)
+    assert bounds == [32, 48]
+    assert_same(eng.generate(PROMPTS[:1], 12), want[:1])
+    assert bounds == [32, 48, 16, 32]
+    assert_same(eng.generate(PROMPTS[3:], 12), want[3:])
+    assert bounds == [32, 48, 16, 32], "graphs of the call before serve again"
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+    assert_same(eng.generate(PROMPTS[3:], 12), want[3:])
+    assert bounds == [32, 48, 16, 32, 16, 32], "a weight lies elsewhere"
+    assert_same(Engine(model, cuda_graphs=False).generate(PROMPTS, 12), want)
+    assert len(bounds) == 6
+
+
 def test_a_float_model():
     model = tiny_llama(dtype=torch.float32, vocab_size=131, eos_token_id=None).eval()
     want = [by_transformers(model, ids) for ids in PROMPTS]

@@ -18,7 +18,7 @@ from .errors import (
 )
 from .integrations import hf
 from .integrations.hf import W2A4Config
-from .integrations.kv_cache import KV4Cache
+from .integrations.kv_cache import KV4Cache, KV4StaticCache
 from .layers import W2A4Linear, W4A4Linear, W8Embedding, W8Linear, replace_linears
 from .pipeline import load_model, quantize, rotate, save
 from .report import Report
@@ -31,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "Engine",
     "KV4Cache",
+    "KV4StaticCache",
     "Recipe",
     "RecipeError",
     "Report",

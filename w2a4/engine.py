@@ -3,6 +3,9 @@
 A packed LLaMA's decoder layers are called one after another, without what transformers does around
 them for every token (masks, hooks, output objects). The ops and their order are those of the model's own
 forward, so the tokens are those of `model.generate`. Any other model goes through its own forward.
+
+On a CUDA device a step of decoding is captured as a CUDA graph and replayed for every token; elsewhere the
+same step is run.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from .errors import W2A4Error
 from .integrations.fused import LayerOp, decoder_layer, fused_parts, layer_op
 from .integrations.kv_cache import KV4Cache
@@ -83,11 +87,12 @@ class Engine:
     [tensor([...]), tensor([...])]
     """
 
-    def __init__(self, model: Any, max_length: int | None = None):
+    def __init__(self, model: Any, max_length: int | None = None, cuda_graphs: bool = True):
         """
         Args:
             model: a causal language model; its packed KV cache is made here, of fixed size.
             max_length: tokens of a prompt and its continuation; 4096 if the model allows it.
+            cuda_graphs: on a CUDA device, replay steps of decoding; else launch kernels one by one.
 
         Raises:
             W2A4Error: the model's positions end before `max_length`.
@@ -96,7 +101,8 @@ class Engine:
         max_length = min(DEFAULT_LENGTH, most) if max_length is None else max_length
         if not 1 < max_length <= most:
             raise W2A4Error(f"max_length={max_length}: give a number from 2 to {most}, the model's positions")
-        self.model, self.max_length = model, max_length
+        self.model, self.max_length, self.cuda_graphs = model, max_length, cuda_graphs
+        self._kept: _Packed | None = None
 
     def generate(
         self,
@@ -127,8 +133,9 @@ class Engine:
         sampling = sampling or Sampling()
         stops = set(_end_tokens(self.model) if stop_tokens is None else stop_tokens)
         with inference(self.model):
-            if len({len(row) for row in rows}) > 1 and _keeps_sinks(self.model):
-                # The first tokens of sequences of different lengths lie at different places of a cache.
+            lengths = {len(row) for row in rows}
+            if len(lengths) > 1 and min(lengths) < _sink_tokens(self.model):
+                # Some would go on filling the first entries, which are kept apart, while others do not.
                 batches = [[i] for i in range(len(rows))]
             else:
                 batches = [[*range(len(rows))]]
@@ -147,19 +154,41 @@ class Engine:
         self, rows: list[Tensor], count: int, sampling: Sampling, stops: set[int]
     ) -> Iterator[list[int | None]]:
         """Tokens of one step after another, None for a row that has ended."""
-        capacity = min(self.max_length, max(map(len, rows)) + count)
-        parts = fused_parts(self.model)
-        sequences = _Packed(self.model, parts, rows, capacity) if parts else _Plain(self.model, rows)
+        sequences = self._sequences(rows, count)
         generator = sampling.generator(self.model.device)
+        # A GPU works on the next step while this one's tokens are looked at; that step may be in vain.
+        ahead = self.model.device.type == "cuda"
+
+        def following(tokens: Tensor) -> Tensor:
+            sequences.advance(tokens)
+            return sampling.pick(sequences.logits, generator)
+
         running = [True] * len(rows)
+        tokens = sampling.pick(sequences.logits, generator)
         for number in itertools.count(1):
-            tokens = sampling.pick(sequences.logits, generator)
+            coming = following(tokens) if ahead and number < count else None
             step = [token if on else None for token, on in zip(tokens.tolist(), running, strict=True)]
             yield step
             running = [on and token not in stops for token, on in zip(step, running, strict=True)]
             if number == count or not any(running):
                 return
-            sequences.advance(tokens)
+            tokens = following(tokens) if coming is None else coming
+
+    def _sequences(self, rows: list[Tensor], count: int) -> _Packed | _Plain:
+        """The prompts, read."""
+        parts = fused_parts(self.model)
+        if not parts:
+            return _Plain(self.model, rows)
+        if not self.cuda_graphs or not ops.has_cuda_kernels(self.model.device):
+            capacity = min(self.max_length, max(map(len, rows)) + count)
+            return _Packed(self.model, parts, rows, capacity)
+        kept = self._kept
+        if kept is None or not kept.fits(self.model, parts, rows):
+            self._kept = kept = None  # its memory first
+            self._kept = kept = _Packed(self.model, parts, rows, self.max_length, graphs=True)
+        else:
+            kept.begin(rows)
+        return kept
 
     def _checked(self, prompts: Sequence[Sequence[int] | Tensor], max_new_tokens: int) -> list[Tensor]:
         if max_new_tokens < 1:
@@ -184,81 +213,155 @@ class Engine:
 
 
 class _Packed:
-    """Sequences of a packed LLaMA, their ends side by side in one cache.
+    """Sequences of a packed LLaMA in one cache, each from its first place on.
+
+    What a step does depends on nothing that the host knows but a bound on the lengths, so a graph of it
+    can be replayed.
 
     Attributes:
         logits: float `[batch, vocabulary]`, of the token that comes next.
     """
 
-    def __init__(self, model: Any, parts: list[Any], rows: list[Tensor], capacity: int):
+    def __init__(self, model: Any, parts: list[Any], rows: list[Tensor], capacity: int, graphs: bool = False):
         self.decoder, self.head, self.parts = model.model, model.lm_head, parts
+        self.places, self.batch = _places(model), len(rows)
         self.cache = KV4Cache.for_model(model, capacity)
-        self.length = max(map(len, rows))
-        # A shorter sequence begins later, so that all have their next token at one place.
-        gaps = [self.length - len(row) for row in rows]
-        device = rows[0].device
-        self.gaps, self.seen = torch.tensor(gaps, device=device)[:, None], None
-        self.calls: list[LayerOp] | None = None
+        for layer, part in zip(self.cache.layers, parts, strict=True):
+            layer.allocate(self.decoder.norm.weight, len(rows), part.kv_heads, part.attn.head_dim)
+        self.starts = torch.zeros(len(rows), dtype=torch.long, device=rows[0].device)
         self.rotary: tuple[Tensor, Tensor] | None = None
-        self.places = torch.arange(capacity, device=device)[None]
-        if any(gaps):
-            self.seen = (self.places[0] >= self.gaps)[:, None, None]
-            self.logits = torch.cat(self._prefill_apart(rows, gaps))
-        else:
+        self.calls: list[LayerOp] | None = None
+        self.graphs: StepGraphs | None = None
+        self.begin(rows)
+        if graphs and not self._dynamic_rope() and self.length >= _sink_tokens(model):
+            self.graphs = StepGraphs(self._step, self.starts, capacity)
+
+    def fits(self, model: Any, parts: list[Any], rows: list[Tensor]) -> bool:
+        """Whether `begin` will do for these rows: nothing lies elsewhere than when graphs were captured."""
+        same = parts == self.parts and self.places == _places(model) and len(rows) == self.batch
+        return same and not _sink_tokens(model)
+
+    def begin(self, rows: list[Tensor]) -> None:
+        """Read prompts, in place of what was there before."""
+        self.cache.clear()
+        lengths = [len(row) for row in rows]
+        self.length = max(lengths)
+        if len(set(lengths)) == 1:
             self.logits = self._prefill(torch.stack(rows), self.cache)
+        else:  # one after another, so that no padding is computed
+            views = [self.cache.row(i) for i in range(len(rows))]
+            logits = [self._prefill(row[None], view) for row, view in zip(rows, views, strict=True)]
+            self.logits = torch.cat(logits)
+            self.cache.join(views)
+        self.starts.copy_(torch.tensor(lengths))
+        self.cache.go_on(self.starts, self.length)
 
     def advance(self, tokens: Tensor) -> None:
         """Append a token `[batch]` to each sequence."""
-        positions = self.length - self.gaps
-        if self.seen is None:
-            positions = positions[:1]
         self.length += 1
-        mask = None if self.seen is None else self.seen[..., : self.length]
-        self.logits = self._forward(tokens[:, None], positions, self.cache, mask)
+        if self.graphs is not None:
+            self.logits = self.graphs.run(tokens, self.length)
+        else:
+            self.logits = self._step(tokens, self.length)
 
-    def _prefill_apart(self, rows: list[Tensor], gaps: list[int]) -> list[Tensor]:
-        """One after another, so that no padding is computed."""
-        for layer, part in zip(self.cache.layers, self.parts, strict=True):
-            layer.allocate(self.decoder.norm.weight, len(rows), part.kv_heads, part.attn.head_dim)
-        logits = [
-            self._prefill(row[None], self.cache.row(i, gap))
-            for i, (row, gap) in enumerate(zip(rows, gaps, strict=True))
-        ]
-        for layer in self.cache.layers:
-            layer.fill(self.length)
-        return logits
+    def _step(self, tokens: Tensor, bound: int) -> Tensor:
+        """Logits after another token `[batch]` of each sequence, none of which is then longer than bound."""
+        self.cache.fill(bound - 1)
+        hidden = self.decoder.embed_tokens(tokens[:, None])
+        rotary = self._rotary(hidden, self.starts[:, None])
+        if self.calls is None:
+            # Every step from here on has the same arguments, but for its token and its place.
+            calls = [layer_op(part, self.cache, hidden) for part in self.parts]
+            self.calls = calls if all(calls) else None
+        if self.calls is not None:
+            for call in self.calls:
+                hidden = call(hidden, rotary, None)
+        else:
+            for part in self.parts:
+                hidden = decoder_layer(part, hidden, rotary, None, self.cache)
+        self.starts += 1
+        return self._logits(hidden)
 
     def _prefill(self, ids: Tensor, cache: KV4Cache) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         chunks = zip(ids.split(PREFILL_CHUNK, 1), positions.split(PREFILL_CHUNK, 1), strict=True)
         for chunk, places in chunks:
-            logits = self._forward(chunk, places, cache, None)
-        return logits
-
-    def _forward(self, ids: Tensor, positions: Tensor, cache: KV4Cache, mask: Tensor | None) -> Tensor:
-        hidden = self.decoder.embed_tokens(ids)
-        rotary = self._rotary(hidden, positions)
-        if self.calls is None and ids.shape[1] == 1 and cache is self.cache and cache.get_seq_length():
-            # Every step from here on has the same arguments, but for its token and its place.
-            calls = [layer_op(part, cache, hidden) for part in self.parts]
-            self.calls = calls if all(calls) else None
-        if self.calls is not None:
-            for call in self.calls:
-                hidden = call(hidden, rotary, mask)
-        else:
+            hidden = self.decoder.embed_tokens(chunk)
+            rotary = self._rotary(hidden, places)
             for part in self.parts:
-                hidden = decoder_layer(part, hidden, rotary, mask, cache)
+                hidden = decoder_layer(part, hidden, rotary, None, cache)
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         return self.head(self.decoder.norm(hidden[:, -1:]))[:, -1]
+
+    def _dynamic_rope(self) -> bool:
+        return getattr(self.decoder.rotary_emb, "rope_type", "default") in DYNAMIC_ROPE
 
     def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions, out of a table of all of them where they are fixed."""
-        embedding = self.decoder.rotary_emb
-        if getattr(embedding, "rope_type", "default") in DYNAMIC_ROPE:
-            return embedding(hidden, positions)
+        if self._dynamic_rope():
+            return self.decoder.rotary_emb(hidden, positions)
         if self.rotary is None:
-            self.rotary = embedding(hidden, self.places)
+            capacity = self.cache.layers[0].capacity
+            places = torch.arange(capacity, device=positions.device)[None]
+            self.rotary = self.decoder.rotary_emb(hidden, places)
         cos, sin = self.rotary
         return cos[0, positions], sin[0, positions]
+
+
+class StepGraphs:
+    """A step of decoding as CUDA graphs, each captured when it is first needed.
+
+    How many blocks look at the cache is part of a graph, so there is one for every power of two that bounds
+    the lengths; the lengths themselves are read on the device.
+
+    Args:
+        step: `(tokens int64 [batch], bound) -> logits`; it advances `starts`.
+        starts: int64 `[batch]`.
+        capacity: the largest bound.
+    """
+
+    LEAST = 256
+
+    def __init__(self, step: Callable[[Tensor, int], Tensor], starts: Tensor, capacity: int):
+        self.step, self.starts, self.capacity = step, starts, capacity
+        self.tokens = torch.empty_like(starts)
+        self.captured: dict[int, tuple[Any, Tensor]] = {}
+        self.pool: Any = None
+
+    def run(self, tokens: Tensor, length: int) -> Tensor:
+        """Logits of the step after which the longest sequence has `length` tokens, valid until the next."""
+        bound = min(self.capacity, max(self.LEAST, 1 << (length - 1).bit_length()))
+        self.tokens.copy_(tokens)
+        if bound not in self.captured:
+            self.captured[bound] = self.capture(bound)
+        graph, logits = self.captured[bound]
+        graph.replay()
+        return logits
+
+    def capture(self, bound: int) -> tuple[Any, Tensor]:
+        """A graph of the step, which is not run, and its logits."""
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        starts = self.starts.clone()
+        # Once outside: kernels are loaded and libraries get their workspaces then. It writes what the
+        # replay will write.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step(self.tokens, bound)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.starts.copy_(starts)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = self.step(self.tokens, bound)
+        return graph, logits
+
+
+def _places(model: Any) -> list[int]:
+    """Where the parameters lie."""
+    return [parameter.data_ptr() for parameter in model.parameters()]
 
 
 class _Plain:
@@ -303,6 +406,6 @@ def _end_tokens(model: Any) -> list[int]:
     return end if isinstance(end, list) else [] if end is None else [end]
 
 
-def _keeps_sinks(model: Any) -> bool:
+def _sink_tokens(model: Any) -> int:
     settings = getattr(next(iter(model.get_decoder().layers)).self_attn, "kv_settings", None)
-    return settings is not None and settings.sink_tokens > 0
+    return 0 if settings is None else settings.sink_tokens

@@ -404,6 +404,11 @@ def round_columns(
     )
 
 
+def has_cuda_kernels(device: torch.device) -> bool:
+    """Whether ops run on compiled kernels there, on the current stream and without waiting for it."""
+    return device.type == "cuda" and _cuda is not None
+
+
 def has_layer_kernel(x: Tensor) -> bool:
     """Whether `decoder_layer` takes activations like x: 32 or 16 bits on the CPU, where kernels are built."""
     return _C is not None and x.device.type == "cpu" and x.dtype != torch.float64

@@ -50,12 +50,15 @@ class PackedKV:
         params: float16 `[batch, kv_heads, capacity, 2]`, scale and zero-point.
         length: tokens in use.
         sink: floating `[batch, kv_heads, <= sink_tokens, head_dim]`, or None.
+        starts: int64 `[batch]`, tokens of each sequence before the newest, if they are not `length` with
+            those; or None.
     """
 
     codes: Tensor
     params: Tensor
     length: int
     sink: Tensor | None = field(default=None)
+    starts: Tensor | None = field(default=None)
 
 
 def pack_kv(x: Tensor, settings: KVSettings) -> PackedKV:
@@ -120,7 +123,7 @@ def packed_attention(
         mask = mask[..., : key.length]
     return ops.attention_kv4(
         query, key.codes, key.params, value.codes, value.params, key.length,
-        mask, mask is None, scaling, key.sink, value.sink,
+        mask, mask is None, scaling, key.sink, value.sink, key.starts,
     )  # fmt: skip
 
 

@@ -219,7 +219,7 @@ def layer_op(parts: Parts, cache: KV4Cache, hidden_states: Tensor) -> LayerOp | 
         start = own_cache.length
         stop = start + hidden_states.shape[1]
         mask = None if mask is None else mask[..., :stop]
-        out = ops.decoder_layer(hidden_states, *rotary, mask, *fixed, start, *settings)
+        out = ops.decoder_layer(hidden_states, *rotary, mask, *fixed, start, *settings, own_cache.starts)
         own_cache.fill(stop)
         return out
 

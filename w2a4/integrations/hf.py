@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -35,7 +35,7 @@ from ..rotation.online import OnlineRotation
 from . import attention
 from .checkpoint import FORMAT_VERSION, atomic_directory, check_headers
 from .fused import fuse
-from .kv_cache import KV4Cache
+from .kv_cache import KV4Cache, KV4StaticCache
 
 METHOD = "w2a4"
 
@@ -235,16 +235,20 @@ def _report_beside(source: str) -> Report | None:
 
 
 def _default_cache(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    """Forward pre-hook: where the model would make a 16-bit cache, or got an empty one, use KV4Cache."""
+    """Forward pre-hook: where the model would make a 16-bit cache, or got an empty one, use one of 4 bits."""
     cache = kwargs.get("past_key_values")
     settings = model.model.layers[0].self_attn.kv_settings
-    if settings.kv_bits == 16 and settings.rotation is None:
+    if settings.kv_bits != 4:
         return None
     use_cache = kwargs.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else use_cache
+    layers = len(model.model.layers)
+    if type(cache) is StaticCache and not cache.layers[0].is_initialized:
+        kwargs["past_key_values"] = KV4StaticCache(settings, layers, cache.layers[0].max_cache_len)
+        return args, kwargs
     fresh = type(cache) is DynamicCache and cache.get_seq_length() == 0
-    if settings.kv_bits == 4 and (fresh or (cache is None and use_cache and not model.training)):
-        kwargs["past_key_values"] = KV4Cache(settings, len(model.model.layers))
+    if fresh or (cache is None and use_cache and not model.training):
+        kwargs["past_key_values"] = KV4Cache(settings, layers)
         return args, kwargs
     return None
 

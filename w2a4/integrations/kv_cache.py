@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import ops
+from ..errors import W2A4Error
 from ..rotation.online import OnlineRotation
 from .attention import KVSettings, PackedKV
 
@@ -15,7 +18,12 @@ INITIAL_CAPACITY = 64
 
 
 class KV4Layer(CacheLayerMixin):
-    """One layer of the cache. Grows by doubling; a token costs `head_dim + 8` bytes a KV head."""
+    """One layer of the cache. Grows by doubling; a token costs `head_dim + 8` bytes a KV head.
+
+    Attributes:
+        length: tokens in use.
+        starts: where each sequence goes on, if not all at `length`; see `KV4Cache.go_on`.
+    """
 
     is_sliding = False
     is_croppable = True
@@ -24,6 +32,7 @@ class KV4Layer(CacheLayerMixin):
         super().__init__()
         self.settings, self.capacity = settings, capacity
         self.length = 0
+        self.starts: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         batch, heads, _, head_dim = key_states.shape
@@ -46,15 +55,29 @@ class KV4Layer(CacheLayerMixin):
         for side in (self.keys, self.values):
             _reserve(side, self.capacity, self.capacity)
 
-    def row(self, index: int, skip: int) -> KV4Layer:
+    def row(self, index: int) -> KV4Layer:
         """See `KV4Cache.row`; this layer is allocated."""
-        view = KV4Layer(self.settings, self.capacity - skip)
+        view = KV4Layer(self.settings, self.capacity)
         view.dtype, view.device, view.is_initialized = self.dtype, self.device, True
-        place = slice(index, index + 1), slice(None), slice(skip, None)
+        place = slice(index, index + 1)
         view.keys, view.values = (
             PackedKV(side.codes[place], side.params[place], 0) for side in (self.keys, self.values)
         )
         return view
+
+    def join(self, rows: list[KV4Layer]) -> None:
+        """What the rows of this layer keep beside it, which are entries at the front in 16 bits."""
+        for name in ("keys", "values"):
+            sinks = [getattr(row, name).sink for row in rows]
+            getattr(self, name).sink = None if sinks[0] is None else torch.cat(sinks)
+        self.fill(max(row.length for row in rows))
+
+    def clear(self) -> None:
+        """See `KV4Cache.clear`."""
+        self.fill(0)
+        self.starts = None
+        for side in (self.keys, self.values):
+            side.sink = side.starts = None
 
     def fill(self, length: int) -> None:
         """Say that `length` tokens are in use, which were written through `row`, or by an op."""
@@ -72,7 +95,7 @@ class KV4Layer(CacheLayerMixin):
         for side, states in ((self.keys, key_states), (self.values, value_states)):
             _reserve(side, stop, self.capacity)
             _append_sink(side, states, self.settings.sink_tokens)
-            ops.append_kv4(states, side.codes, side.params, self.length, self.settings.kv_clip)
+            ops.append_kv4(states, side.codes, side.params, self.length, self.settings.kv_clip, self.starts)
             side.length = stop
         self.length = stop
         return self.keys, self.values
@@ -96,7 +119,7 @@ class KV4Layer(CacheLayerMixin):
         keys, values = self.keys, self.values
         query = ops.rope_append_kv4(
             qkv, cos, sin, *r3, keys.codes, keys.params, values.codes, values.params, self.length,
-            self.settings.kv_clip,
+            self.settings.kv_clip, self.starts,
         )  # fmt: skip
         self.fill(self.length + qkv.shape[1])
         return query, keys, values
@@ -144,7 +167,7 @@ class KV4Layer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys = self.values = None
-        self.is_initialized, self.length = False, 0
+        self.is_initialized, self.length, self.starts = False, 0, None
 
     def crop(self, tokens: int) -> None:
         """Negative: drop that many tokens. Positive (transformers 4.57): keep that many."""
@@ -181,27 +204,118 @@ class KV4Cache(Cache):
     A quantised model makes one by itself; give it one to keep it, or to read `nbytes()`.
     """
 
+    layer_class = KV4Layer
+
     def __init__(self, settings: KVSettings, num_layers: int, capacity: int = INITIAL_CAPACITY):
         """
         Args:
             capacity: tokens that there is room for from the first one on.
         """
-        super().__init__(layers=[KV4Layer(settings, capacity) for _ in range(num_layers)])
+        super().__init__(layers=[self.layer_class(settings, capacity) for _ in range(num_layers)])
 
     @classmethod
     def for_model(cls, model, capacity: int = INITIAL_CAPACITY) -> KV4Cache:
         layers = model.get_decoder().layers
         return cls(layers[0].self_attn.kv_settings, len(layers), capacity)
 
-    def row(self, index: int, skip: int) -> KV4Cache:
-        """An empty cache that writes into sequence `index` of this one, from token `skip` on."""
+    def row(self, index: int) -> KV4Cache:
+        """An empty cache that writes into sequence `index` of this one."""
         view = KV4Cache(self.layers[0].settings, 0)
-        view.layers = [layer.row(index, skip) for layer in self.layers]
+        view.layers = [layer.row(index) for layer in self.layers]
         return view
+
+    def join(self, rows: list[KV4Cache]) -> None:
+        """Take over what was written through `row`, of one cache for each sequence."""
+        for layer, *parts in zip(self.layers, *(row.layers for row in rows), strict=True):
+            layer.join(parts)
+
+    def go_on(self, starts: Tensor, length: int) -> None:
+        """From here on each sequence goes on at its own place.
+
+        Args:
+            starts: int64 `[batch]`, tokens of each sequence. Who appends tokens adds their number.
+            length: the most of them; see `fill`.
+        """
+        for layer in self.layers:
+            layer.starts = layer.keys.starts = layer.values.starts = starts
+        self.fill(length)
+
+    def fill(self, length: int) -> None:
+        """Say that `length` tokens are in use in every layer."""
+        for layer in self.layers:
+            layer.fill(length)
+
+    def clear(self) -> None:
+        """Forget all tokens, but keep the room for them."""
+        for layer in self.layers:
+            layer.clear()
 
     def nbytes(self) -> int:
         """Bytes of all tokens in use."""
         return sum(layer.nbytes() for layer in self.layers)
+
+
+class KV4StaticLayer(KV4Layer):
+    """One layer of `KV4StaticCache`; `starts` says how many tokens each sequence has."""
+
+    is_compileable = True
+    is_croppable = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        batch, heads, tokens, head_dim = key_states.shape
+        sinks = self.settings.sink_tokens
+        if tokens < sinks:
+            raise W2A4Error(
+                f"the first call has {tokens} tokens, and sink_tokens={sinks} are kept in 16 bits: give a "
+                "prompt of as many at least, or a KV4Cache"
+            )
+        self.allocate(key_states, batch, heads, head_dim)
+        self.starts = torch.zeros(batch, dtype=torch.long, device=self.device)
+        for side, states in ((self.keys, key_states), (self.values, value_states)):
+            _append_sink(side, states, sinks)
+            side.length = self.capacity
+        if not torch.compiler.is_compiling():
+            sides = (self.keys, self.values)
+            for tensor in (self.starts, *(t for side in sides for t in (side.codes, side.params))):
+                torch._dynamo.mark_static_address(tensor)
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[PackedKV, PackedKV]:
+        """See `KV4Layer`; what lies beyond the tokens so far is hidden by `starts` of what is returned."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        starts, most = self.starts.clone(), self.capacity - key_states.shape[2]
+        for side, states in ((self.keys, key_states), (self.values, value_states)):
+            ops.append_kv4(states, side.codes, side.params, most, self.settings.kv_clip, starts)
+        self.starts += key_states.shape[2]
+        return replace(self.keys, starts=starts), replace(self.values, starts=starts)
+
+    def get_seq_length(self, *args) -> Tensor | int:
+        return self.starts[0] if self.is_initialized else 0
+
+    def get_mask_sizes(self, query) -> tuple[int, int]:
+        return self.capacity, 0
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+    def get_max_cache_shape(self) -> int:
+        return self.capacity
+
+    def crop(self, tokens: int) -> None:
+        raise W2A4Error("a KV4StaticCache cannot be cropped; use a KV4Cache")
+
+    def _map(self, fn) -> None:
+        super()._map(fn)
+        self.starts = fn(self.starts)
+
+
+class KV4StaticCache(KV4Cache):
+    """A 4-bit KV cache of fixed size, whose tensors stay where they are: for `torch.compile`.
+
+    `model.generate(..., cache_implementation="static")` makes one by itself.
+    """
+
+    layer_class = KV4StaticLayer
 
 
 def _reserve(side: PackedKV, tokens: int, least: int) -> None:
