@@ -11,6 +11,7 @@ same step is run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,20 +22,13 @@ from torch import Tensor
 
 from . import ops
 from .errors import W2A4Error
-from .integrations.fused import LayerOp, decoder_layer, fused_parts, layer_op
-from .integrations.kv_cache import KV4Cache
+from .integrations.fused import fused_parts
+from .sequences import PackedSequences, PlainSequences, StaticSequences, sink_tokens_of
 
 MAX_BATCH = 16
 
-#: Tokens of a prompt that go through the layers at a time, so that memory does not grow with its length.
-PREFILL_CHUNK = 1024
-
 #: Length of the cache where none is asked for, and the model allows it.
 DEFAULT_LENGTH = 4096
-
-
-#: Kinds of RoPE whose angles depend on how long a sequence has become.
-DYNAMIC_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ class Engine:
         if not 1 < max_length <= most:
             raise W2A4Error(f"max_length={max_length}: give a number from 2 to {most}, the model's positions")
         self.model, self.max_length, self.cuda_graphs = model, max_length, cuda_graphs
-        self._kept: _Packed | None = None
+        self._kept: PackedSequences | StaticSequences | None = None
 
     def generate(
         self,
@@ -134,7 +128,7 @@ class Engine:
         stops = set(_end_tokens(self.model) if stop_tokens is None else stop_tokens)
         with inference(self.model):
             lengths = {len(row) for row in rows}
-            if len(lengths) > 1 and min(lengths) < _sink_tokens(self.model):
+            if len(lengths) > 1 and min(lengths) < sink_tokens_of(self.model):
                 # Some would go on filling the first entries, which are kept apart, while others do not.
                 batches = [[i] for i in range(len(rows))]
             else:
@@ -174,21 +168,26 @@ class Engine:
                 return
             tokens = following(tokens) if coming is None else coming
 
-    def _sequences(self, rows: list[Tensor], count: int) -> _Packed | _Plain:
+    def _sequences(
+        self, rows: list[Tensor], count: int
+    ) -> PackedSequences | StaticSequences | PlainSequences:
         """The prompts, read."""
-        parts = fused_parts(self.model)
-        if not parts:
-            return _Plain(self.model, rows)
-        if not self.cuda_graphs or not ops.has_cuda_kernels(self.model.device):
-            capacity = min(self.max_length, max(map(len, rows)) + count)
-            return _Packed(self.model, parts, rows, capacity)
-        kept = self._kept
-        if kept is None or not kept.fits(self.model, parts, rows):
-            self._kept = kept = None  # its memory first
-            self._kept = kept = _Packed(self.model, parts, rows, self.max_length, graphs=True)
+        parts, device = fused_parts(self.model), self.model.device
+        make: Callable[[], PackedSequences | StaticSequences]
+        if parts and self.cuda_graphs and ops.has_cuda_kernels(device):
+            make = functools.partial(PackedSequences, self.model, rows, self.max_length, parts, graphs=True)
+        elif parts:
+            return PackedSequences(self.model, rows, min(self.max_length, max(map(len, rows)) + count), parts)
+        elif self.cuda_graphs and device.type == "cuda" and StaticSequences.serves(self.model, rows):
+            make = functools.partial(StaticSequences, self.model, rows, self.max_length)
         else:
-            kept.begin(rows)
-        return kept
+            return PlainSequences(self.model, rows)
+        if self._kept is not None and self._kept.fits(self.model, rows):
+            self._kept.begin(rows)
+        else:
+            self._kept = None  # its memory first
+            self._kept = make()
+        return self._kept
 
     def _checked(self, prompts: Sequence[Sequence[int] | Tensor], max_new_tokens: int) -> list[Tensor]:
         if max_new_tokens < 1:
@@ -212,183 +211,6 @@ class Engine:
         return [row.to(self.model.device) for row in rows]
 
 
-class _Packed:
-    """Sequences of a packed LLaMA in one cache, each from its first place on.
-
-    What a step does depends on nothing that the host knows but a bound on the lengths, so a graph of it
-    can be replayed.
-
-    Attributes:
-        logits: float `[batch, vocabulary]`, of the token that comes next.
-    """
-
-    def __init__(self, model: Any, parts: list[Any], rows: list[Tensor], capacity: int, graphs: bool = False):
-        self.decoder, self.head, self.parts = model.model, model.lm_head, parts
-        self.places, self.batch = _places(model), len(rows)
-        self.cache = KV4Cache.for_model(model, capacity)
-        for layer, part in zip(self.cache.layers, parts, strict=True):
-            layer.allocate(self.decoder.norm.weight, len(rows), part.kv_heads, part.attn.head_dim)
-        self.starts = torch.zeros(len(rows), dtype=torch.long, device=rows[0].device)
-        self.rotary: tuple[Tensor, Tensor] | None = None
-        self.calls: list[LayerOp] | None = None
-        self.graphs: StepGraphs | None = None
-        self.begin(rows)
-        if graphs and not self._dynamic_rope() and self.length >= _sink_tokens(model):
-            self.graphs = StepGraphs(self._step, self.starts, capacity)
-
-    def fits(self, model: Any, parts: list[Any], rows: list[Tensor]) -> bool:
-        """Whether `begin` will do for these rows: nothing lies elsewhere than when graphs were captured."""
-        same = parts == self.parts and self.places == _places(model) and len(rows) == self.batch
-        return same and not _sink_tokens(model)
-
-    def begin(self, rows: list[Tensor]) -> None:
-        """Read prompts, in place of what was there before."""
-        self.cache.clear()
-        lengths = [len(row) for row in rows]
-        self.length = max(lengths)
-        if len(set(lengths)) == 1:
-            self.logits = self._prefill(torch.stack(rows), self.cache)
-        else:  # one after another, so that no padding is computed
-            views = [self.cache.row(i) for i in range(len(rows))]
-            logits = [self._prefill(row[None], view) for row, view in zip(rows, views, strict=True)]
-            self.logits = torch.cat(logits)
-            self.cache.join(views)
-        self.starts.copy_(torch.tensor(lengths))
-        self.cache.go_on(self.starts, self.length)
-
-    def advance(self, tokens: Tensor) -> None:
-        """Append a token `[batch]` to each sequence."""
-        self.length += 1
-        if self.graphs is not None:
-            self.logits = self.graphs.run(tokens, self.length)
-        else:
-            self.logits = self._step(tokens, self.length)
-
-    def _step(self, tokens: Tensor, bound: int) -> Tensor:
-        """Logits after another token `[batch]` of each sequence, none of which is then longer than bound."""
-        self.cache.fill(bound - 1)
-        hidden = self.decoder.embed_tokens(tokens[:, None])
-        rotary = self._rotary(hidden, self.starts[:, None])
-        if self.calls is None:
-            # Every step from here on has the same arguments, but for its token and its place.
-            calls = [layer_op(part, self.cache, hidden) for part in self.parts]
-            self.calls = calls if all(calls) else None
-        if self.calls is not None:
-            for call in self.calls:
-                hidden = call(hidden, rotary, None)
-        else:
-            for part in self.parts:
-                hidden = decoder_layer(part, hidden, rotary, None, self.cache)
-        self.starts += 1
-        return self._logits(hidden)
-
-    def _prefill(self, ids: Tensor, cache: KV4Cache) -> Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        chunks = zip(ids.split(PREFILL_CHUNK, 1), positions.split(PREFILL_CHUNK, 1), strict=True)
-        for chunk, places in chunks:
-            hidden = self.decoder.embed_tokens(chunk)
-            rotary = self._rotary(hidden, places)
-            for part in self.parts:
-                hidden = decoder_layer(part, hidden, rotary, None, cache)
-        return self._logits(hidden)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.head(self.decoder.norm(hidden[:, -1:]))[:, -1]
-
-    def _dynamic_rope(self) -> bool:
-        return getattr(self.decoder.rotary_emb, "rope_type", "default") in DYNAMIC_ROPE
-
-    def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of positions, out of a table of all of them where they are fixed."""
-        if self._dynamic_rope():
-            return self.decoder.rotary_emb(hidden, positions)
-        if self.rotary is None:
-            capacity = self.cache.layers[0].capacity
-            places = torch.arange(capacity, device=positions.device)[None]
-            self.rotary = self.decoder.rotary_emb(hidden, places)
-        cos, sin = self.rotary
-        return cos[0, positions], sin[0, positions]
-
-
-class StepGraphs:
-    """A step of decoding as CUDA graphs, each captured when it is first needed.
-
-    How many blocks look at the cache is part of a graph, so there is one for every power of two that bounds
-    the lengths; the lengths themselves are read on the device.
-
-    Args:
-        step: `(tokens int64 [batch], bound) -> logits`; it advances `starts`.
-        starts: int64 `[batch]`.
-        capacity: the largest bound.
-    """
-
-    LEAST = 256
-
-    def __init__(self, step: Callable[[Tensor, int], Tensor], starts: Tensor, capacity: int):
-        self.step, self.starts, self.capacity = step, starts, capacity
-        self.tokens = torch.empty_like(starts)
-        self.captured: dict[int, tuple[Any, Tensor]] = {}
-        self.pool: Any = None
-
-    def run(self, tokens: Tensor, length: int) -> Tensor:
-        """Logits of the step after which the longest sequence has `length` tokens, valid until the next."""
-        bound = min(self.capacity, max(self.LEAST, 1 << (length - 1).bit_length()))
-        self.tokens.copy_(tokens)
-        if bound not in self.captured:
-            self.captured[bound] = self.capture(bound)
-        graph, logits = self.captured[bound]
-        graph.replay()
-        return logits
-
-    def capture(self, bound: int) -> tuple[Any, Tensor]:
-        """A graph of the step, which is not run, and its logits."""
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        starts = self.starts.clone()
-        # Once outside: kernels are loaded and libraries get their workspaces then. It writes what the
-        # replay will write.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step(self.tokens, bound)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.starts.copy_(starts)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits = self.step(self.tokens, bound)
-        return graph, logits
-
-
-def _places(model: Any) -> list[int]:
-    """Where the parameters lie."""
-    return [parameter.data_ptr() for parameter in model.parameters()]
-
-
-class _Plain:
-    """Sequences of any causal language model, padded on the left. Attributes: see `_Packed`."""
-
-    def __init__(self, model: Any, rows: list[Tensor]):
-        self.model, self.cache = model, None
-        longest = max(map(len, rows))
-        padded = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
-        gaps = torch.tensor([longest - len(row) for row in rows], device=padded.device)[:, None]
-        self.mask = (torch.arange(longest, device=padded.device) >= gaps).long()
-        self._forward(padded)
-
-    def advance(self, tokens: Tensor) -> None:
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
-        self._forward(tokens[:, None])
-
-    def _forward(self, ids: Tensor) -> None:
-        positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        ragged = not bool(self.mask.all())
-        out = self.model(
-            input_ids=ids, attention_mask=self.mask if ragged else None, position_ids=positions,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
-
-
 @contextlib.contextmanager
 def inference(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients; the training mode comes back afterwards."""
@@ -404,8 +226,3 @@ def inference(model: Any) -> Iterator[None]:
 def _end_tokens(model: Any) -> list[int]:
     end = model.generation_config.eos_token_id
     return end if isinstance(end, list) else [] if end is None else [end]
-
-
-def _sink_tokens(model: Any) -> int:
-    settings = getattr(next(iter(model.get_decoder().layers)).self_attn, "kv_settings", None)
-    return 0 if settings is None else settings.sink_tokens

@@ -1,0 +1,269 @@
+"""What the engine advances step by step: prompts in a cache, and the logits of what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticCache, StaticLayer
+
+from .integrations.fused import LayerOp, decoder_layer, fused_parts, layer_op
+from .integrations.kv_cache import KV4Cache
+
+#: Tokens of a prompt that go through the layers at a time, so that memory does not grow with its length.
+PREFILL_CHUNK = 1024
+
+#: Kinds of RoPE whose angles depend on how long a sequence has become.
+DYNAMIC_ROPE = ("dynamic", "longrope")
+
+
+class PackedSequences:
+    """Sequences of a packed LLaMA in one cache, each from its first place on.
+
+    What a step does depends on nothing that the host knows but a bound on the lengths, so a graph of it
+    can be replayed.
+
+    Attributes:
+        logits: float `[batch, vocabulary]`, of the token that comes next.
+    """
+
+    def __init__(self, model: Any, rows: list[Tensor], capacity: int, parts: list[Any], graphs: bool = False):
+        self.decoder, self.head, self.parts = model.model, model.lm_head, parts
+        self.places, self.batch = _places(model), len(rows)
+        self.cache = KV4Cache.for_model(model, capacity)
+        for layer, part in zip(self.cache.layers, parts, strict=True):
+            layer.allocate(self.decoder.norm.weight, len(rows), part.kv_heads, part.attn.head_dim)
+        self.starts = torch.zeros(len(rows), dtype=torch.long, device=rows[0].device)
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.calls: list[LayerOp] | None = None
+        self.graphs: StepGraphs | None = None
+        self.begin(rows)
+        if graphs and not self._dynamic_rope() and self.length >= sink_tokens_of(model):
+            self.graphs = StepGraphs(self._step, [self.starts], len(rows), capacity)
+
+    def fits(self, model: Any, rows: list[Tensor]) -> bool:
+        """Whether `begin` will do for these rows: nothing lies elsewhere than when graphs were captured."""
+        same = fused_parts(model) == self.parts and self.places == _places(model)
+        return same and len(rows) == self.batch and not sink_tokens_of(model)
+
+    def begin(self, rows: list[Tensor]) -> None:
+        """Read prompts, in place of what was there before."""
+        self.cache.clear()
+        lengths = [len(row) for row in rows]
+        self.length = max(lengths)
+        if len(set(lengths)) == 1:
+            self.logits = self._prefill(torch.stack(rows), self.cache)
+        else:  # one after another, so that no padding is computed
+            views = [self.cache.row(i) for i in range(len(rows))]
+            logits = [self._prefill(row[None], view) for row, view in zip(rows, views, strict=True)]
+            self.logits = torch.cat(logits)
+            self.cache.join(views)
+        self.starts.copy_(torch.tensor(lengths))
+        self.cache.go_on(self.starts, self.length)
+
+    def advance(self, tokens: Tensor) -> None:
+        """Append a token `[batch]` to each sequence."""
+        self.length += 1
+        if self.graphs is not None:
+            self.logits = self.graphs.run(tokens, self.length)
+        else:
+            self.logits = self._step(tokens, self.length)
+
+    def _step(self, tokens: Tensor, bound: int) -> Tensor:
+        """Logits after another token `[batch]` of each sequence, none of which is then longer than bound."""
+        self.cache.fill(bound - 1)
+        hidden = self.decoder.embed_tokens(tokens[:, None])
+        rotary = self._rotary(hidden, self.starts[:, None])
+        if self.calls is None:
+            # Every step from here on has the same arguments, but for its token and its place.
+            calls = [layer_op(part, self.cache, hidden) for part in self.parts]
+            self.calls = calls if all(calls) else None
+        if self.calls is not None:
+            for call in self.calls:
+                hidden = call(hidden, rotary, None)
+        else:
+            for part in self.parts:
+                hidden = decoder_layer(part, hidden, rotary, None, self.cache)
+        self.starts += 1
+        return self._logits(hidden)
+
+    def _prefill(self, ids: Tensor, cache: KV4Cache) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        chunks = zip(ids.split(PREFILL_CHUNK, 1), positions.split(PREFILL_CHUNK, 1), strict=True)
+        for chunk, places in chunks:
+            hidden = self.decoder.embed_tokens(chunk)
+            rotary = self._rotary(hidden, places)
+            for part in self.parts:
+                hidden = decoder_layer(part, hidden, rotary, None, cache)
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.head(self.decoder.norm(hidden[:, -1:]))[:, -1]
+
+    def _dynamic_rope(self) -> bool:
+        return getattr(self.decoder.rotary_emb, "rope_type", "default") in DYNAMIC_ROPE
+
+    def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions, out of a table of all of them where they are fixed."""
+        if self._dynamic_rope():
+            return self.decoder.rotary_emb(hidden, positions)
+        if self.rotary is None:
+            capacity = self.cache.layers[0].capacity
+            places = torch.arange(capacity, device=positions.device)[None]
+            self.rotary = self.decoder.rotary_emb(hidden, places)
+        cos, sin = self.rotary
+        return cos[0, positions], sin[0, positions]
+
+
+class StepGraphs:
+    """A step of decoding as CUDA graphs, each captured when it is first needed.
+
+    How many blocks look at the cache is part of a graph, so there is one for every power of two that bounds
+    the lengths; the lengths themselves are read on the device.
+
+    Args:
+        step: `(tokens int64 [batch], bound) -> logits`.
+        counters: what a step advances, on the device.
+        batch: sequences.
+        capacity: the largest bound.
+    """
+
+    LEAST = 256
+
+    def __init__(
+        self, step: Callable[[Tensor, int], Tensor], counters: list[Tensor], batch: int, capacity: int
+    ):
+        self.step, self.counters, self.capacity = step, counters, capacity
+        self.tokens = torch.empty(batch, dtype=torch.long, device=counters[0].device)
+        self.captured: dict[int, tuple[Any, Tensor]] = {}
+        self.pool: Any = None
+
+    def run(self, tokens: Tensor, length: int) -> Tensor:
+        """Logits of the step after which the longest sequence has `length` tokens, valid until the next."""
+        bound = min(self.capacity, max(self.LEAST, 1 << (length - 1).bit_length()))
+        self.tokens.copy_(tokens)
+        if bound not in self.captured:
+            self.captured[bound] = self.capture(bound)
+        graph, logits = self.captured[bound]
+        graph.replay()
+        return logits
+
+    def capture(self, bound: int) -> tuple[Any, Tensor]:
+        """A graph of the step, which is not run, and its logits."""
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        before = [counter.clone() for counter in self.counters]
+        # Once outside: kernels are loaded and libraries get their workspaces then. It writes what the
+        # replay will write.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step(self.tokens, bound)
+        torch.cuda.current_stream().wait_stream(stream)
+        for counter, value in zip(self.counters, before, strict=True):
+            counter.copy_(value)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = self.step(self.tokens, bound)
+        return graph, logits
+
+
+def _places(model: Any) -> list[int]:
+    """Where the parameters lie."""
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
+class StaticSequences:
+    """Sequences of one length, of a model with a 16-bit cache, in one of fixed size; see `PackedSequences`.
+
+    For models that transformers can compile, so that they run as CUDA graphs as a packed one does.
+    """
+
+    def __init__(self, model: Any, rows: list[Tensor], capacity: int):
+        self.model, self.places, self.batch = model, _places(model), len(rows)
+        self.cache = StaticCache(model.config, max_cache_len=capacity)
+        self.position = torch.zeros(1, 1, dtype=torch.long, device=rows[0].device)
+        self.begin(rows)
+        counters = [self.position, *(layer.cumulative_length for layer in self.cache.layers)]
+        self.graphs = StepGraphs(self._step, counters, len(rows), capacity)
+
+    @staticmethod
+    def serves(model: Any, rows: list[Tensor]) -> bool:
+        """transformers 5 counts the tokens of a static cache on the device, which a graph needs."""
+        counted = hasattr(StaticLayer(1), "cumulative_length")
+        compiles = counted and getattr(model, "_can_compile_fullgraph", False)
+        return compiles and kv_bits_of(model) == 16 and len({len(row) for row in rows}) == 1
+
+    def fits(self, model: Any, rows: list[Tensor]) -> bool:
+        """See `PackedSequences`."""
+        return self.places == _places(model) and len(rows) == self.batch
+
+    def begin(self, rows: list[Tensor]) -> None:
+        """See `PackedSequences`."""
+        if self.cache.layers[0].is_initialized:
+            self.cache.reset()
+        ids = torch.stack(rows)
+        self.logits = self._forward(ids, torch.arange(ids.shape[1], device=ids.device)[None])
+        self.position.fill_(ids.shape[1])
+
+    def advance(self, tokens: Tensor) -> None:
+        """Append a token `[batch]` to each sequence."""
+        self.logits = self.graphs.run(tokens, self.graphs.capacity)
+
+    def _step(self, tokens: Tensor, bound: int) -> Tensor:
+        logits = self._forward(tokens[:, None], self.position)
+        self.position += 1
+        return logits
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        out = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+
+class PlainSequences:
+    """Sequences of any causal language model, padded on the left. Attributes: see `PackedSequences`."""
+
+    def __init__(self, model: Any, rows: list[Tensor]):
+        self.model, self.cache = model, None
+        longest = max(map(len, rows))
+        padded = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+        gaps = torch.tensor([longest - len(row) for row in rows], device=padded.device)[:, None]
+        self.mask = (torch.arange(longest, device=padded.device) >= gaps).long()
+        self._forward(padded)
+
+    def advance(self, tokens: Tensor) -> None:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        self._forward(tokens[:, None])
+
+    def _forward(self, ids: Tensor) -> None:
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        ragged = not bool(self.mask.all())
+        out = self.model(
+            input_ids=ids, attention_mask=self.mask if ragged else None, position_ids=positions,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+
+
+def _kv_settings(model: Any) -> Any:
+    """Those of a rotated or quantised LLaMA, None of other models."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    return getattr(getattr(layers[0], "self_attn", None), "kv_settings", None) if layers else None
+
+
+def sink_tokens_of(model: Any) -> int:
+    settings = _kv_settings(model)
+    return 0 if settings is None else settings.sink_tokens
+
+
+def kv_bits_of(model: Any) -> int:
+    settings = _kv_settings(model)
+    return 16 if settings is None else settings.kv_bits
