@@ -52,7 +52,7 @@ STABLE_TORCH_LIBRARY(w2a4, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(w2a4, CPU, m) {
   w2a4::register_a4(m);
-  m.impl("linear_w8", TORCH_BOX(&w2a4::linear_w8));
+  w2a4::register_w8(m);
   w2a4::register_kv4(m);
   m.impl("decoder_layer", TORCH_BOX(&w2a4::decoder_layer));
   m.impl("round_columns", TORCH_BOX(&w2a4::round_columns));

@@ -94,6 +94,11 @@ inline void register_a4(torch::stable::detail::StableLibrary& m) {
   m.impl("linear_w4a4", TORCH_BOX(&linear_w4a4));
 }
 
+// The same of entry_w8.cpp.
+inline void register_w8(torch::stable::detail::StableLibrary& m) {
+  m.impl("linear_w8", TORCH_BOX(&linear_w8));
+}
+
 // The same of entry_kv4.cpp.
 inline void register_kv4(torch::stable::detail::StableLibrary& m) {
   m.impl("quantize_kv4", TORCH_BOX(&quantize_kv4));

@@ -54,6 +54,16 @@ def quantize(module, features, groups, k, block, dtype, up=False, eps=None, shar
     assert np.isfinite(scale).all()
 
 
+def linear_w8(module, tokens, out, features):
+    y = np.empty((tokens, out), np.float32)
+    module.linear_w8(
+        random.standard_normal((tokens, features)).astype(np.float32),
+        random.integers(-128, 128, (out, features), np.int8),
+        np.full(out, 0x3C00, np.uint16), np.ones(out, np.float32), y, "float32", 2, SMALL, 0,
+    )  # fmt: skip
+    assert np.isfinite(y).all()
+
+
 if __name__ == "__main__":
     module = load(sys.argv[1])
     for tokens in (1, 2, 3, 9):
@@ -64,6 +74,8 @@ if __name__ == "__main__":
                 gemv(module, bits, 33, features, group, tokens, "imma")
             for features, group in [(101, 101), (96, 32), (7, 7), (96, 96), (577, 577)]:
                 gemv(module, bits, 5, features, group, tokens)
+        for out, features in [(33, 576), (5, 7), (2, 1040)]:
+            linear_w8(module, tokens, out, features)
     for dtype in (np.float32, np.float16):
         for k, power in [(1, 2), (1, 64), (1, 1024), (1, 8192), (12, 8), (28, 64), (36, 16), (172, 64)]:
             transform(module, k, power, dtype, SMALL if dtype == np.float16 else LARGE)

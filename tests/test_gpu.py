@@ -228,3 +228,19 @@ def test_bad_arguments():
 
 def test_no_tokens():
     assert linear(cuda(matrix(2, 16, 256, 128, 0))).shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    "tokens,out,features", [(1, 32000, 4096), (3, 49152, 576), (70000, 17, 64), (1, 5, 7)]
+)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_linear_w8_kernel(tokens, out, features, dtype):
+    x, weight = torch.randn(tokens, features).to(dtype), torch.randint(-128, 128, (out, features))
+    args = weight.to(torch.int8), (torch.rand(out) * 0.01).half(), torch.randn(out)
+    got = ops.linear_w8(x.cuda(), *[t.cuda() for t in args]).cpu()
+    size = x.abs().double() @ (args[0].double().abs() * args[1].double()[:, None]).T
+    step = {torch.float32: 0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
+    want = reference.linear_w8(x, *args).double()
+    # Both sum in float32, each in its order.
+    error = 2 * (features + 8) * 2.0**-24 * size + step * want.abs() + 1e-6
+    assert ((got.double() - want).abs() <= error).all()

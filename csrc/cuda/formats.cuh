@@ -1,6 +1,10 @@
 // Number formats of activations: how a kernel that computes in float32 loads and stores them.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
+#include "../params.h"
 #include "ptx_mma.cuh"
 
 #ifdef __CUDACC__
@@ -99,6 +103,25 @@ W2A4_DEVICE void store_run(void* y, int64_t at, const float (&v)[kCount]) {
     W2A4_UNROLL
     for (int i = 0; i < kCount * T::kBytes / 16; ++i)
       store_u32x4(p + 16 * i, {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]});
+  }
+}
+
+// Calls run(Kernel<T>{}) with the format of a dtype; Kernel is a std::integral_constant of a
+// kernel.
+template <template <class T> class Kernel, class Run>
+void with_format(const char* op, ScalarType dtype, Run&& run) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return run(Kernel<Float32>{});
+    case ScalarType::Half:
+      return run(Kernel<Float16>{});
+    case ScalarType::BFloat16:
+      return run(Kernel<BFloat16>{});
+    default:
+      throw std::runtime_error(
+          std::string("w2a4.") + op +
+          ": the CUDA kernels take float32, float16 and bfloat16, not float64; "
+          "convert with x.float()");
   }
 }
 

@@ -1,4 +1,4 @@
-// Entry points of the ops that have CPU kernels only.
+// Entry point of linear_w8, on each device.
 #include <algorithm>
 
 #include "backend.h"
@@ -36,6 +36,7 @@ Tensor linear_w8(const Tensor& x, const Tensor& weight, const Tensor& scale,
   p.tokens = rows_of(x);
   p.out_features = out_features;
   p.in_features = in_features;
+  const OnDeviceOf device(x);
   kernels::linear_w8(p);
   return y;
 }
