@@ -87,11 +87,11 @@ def test_a_slow_path_warns_once(monkeypatch):
     with pytest.warns(UserWarning, match="no kernels for 'mps'"):
         ops._warn_slow("hadamard", "mps")
     monkeypatch.setattr(ops, "_cuda", object())
-    with pytest.warns(UserWarning, match="w2a4.linear_w8 has no cuda kernel"):
-        ops._warn_slow("linear_w8", "cuda")
+    with pytest.warns(UserWarning, match="w2a4.round_columns has no cuda kernel"):
+        ops._warn_slow("round_columns", "cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops._warn_slow("linear_w8", "cuda")
+        ops._warn_slow("round_columns", "cuda")
         ops._warn_slow("quantize_a4", "mps")
 
 

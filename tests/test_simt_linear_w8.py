@@ -58,17 +58,17 @@ def test_linear_w8(tokens, out, features, dtype):
     x, (weight, scale) = torch.randn(tokens, features).to(dtype), matrix(out, features)
     bias = torch.randn(out) if out % 2 else None
     _, at_once = check(x, weight, scale, bias, processors=1 + tokens % 2)
-    assert at_once == (1 if tokens == 1 else 4)
+    assert at_once == (1 if tokens == 1 or features % 16 else 4)
 
 
 def test_one_token_a_block_where_no_more_fit():
-    x, (weight, scale) = torch.randn(3, 9000), matrix(3, 9000)
+    x, (weight, scale) = torch.randn(3, 9008), matrix(3, 9008)
     wide, at_once = check(x, weight, scale, shared=LARGE)
     assert at_once == 4
     narrow, at_once = check(x, weight, scale, shared=SMALL)
     assert at_once == 1
     assert_close(wide, narrow)
-    with pytest.raises(RuntimeError, match="x of 9000 features needs 36864 bytes.*device has 9999"):
+    with pytest.raises(RuntimeError, match="x of 9008 features needs 36864 bytes.*device has 9999"):
         linear_w8(x, weight, scale, shared=9999)
 
 

@@ -17,8 +17,7 @@ constexpr int kW8Span = kW8Step * kW8Ahead;  // x is padded to a multiple of it
 
 struct LinearW8Args {
   LinearW8Params p;
-  int span;     // in_features, padded to kW8Span
-  bool vector;  // rows of W are aligned to 16 bytes
+  int span;  // in_features, padded to kW8Span
 };
 
 // Where input i of a token lies: lanes read four inputs each, and those lie side by side then.
@@ -28,17 +27,18 @@ W2A4_DEVICE int w8_place(int i) {
 }
 
 // 16 weights of a row from input i on, as bytes without sign (128 more); 128 beyond the end.
-W2A4_DEVICE U32x4 load_w8(const LinearW8Args& args, const int8_t* row, int i) {
-  const int in = static_cast<int>(args.p.in_features);
+// kVector: rows are aligned to 16 bytes.
+template <bool kVector>
+W2A4_DEVICE U32x4 load_w8(const int8_t* row, int i, int in) {
   uint32_t words[4] = {};
-  if (args.vector) {
-    if (i < in) {
-      const U32x4 w = load_u32x4(row + i);
-      words[0] = w.x, words[1] = w.y, words[2] = w.z, words[3] = w.w;
-    }
+  if constexpr (kVector) {
+    const U32x4 w = load_u32x4(row + (i < in ? i : 0));
+    words[0] = w.x, words[1] = w.y, words[2] = w.z, words[3] = w.w;
   } else {
-    for (int j = 0; j < 16 && i + j < in; ++j)
-      words[j / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(row[i + j])) << 8 * (j % 4);
+    W2A4_UNROLL
+    for (int word = 0; word < 4; ++word)
+      for (int j = 0; j < 4 && i + 4 * word + j < in; ++j)
+        words[word] |= static_cast<uint32_t>(static_cast<uint8_t>(row[i + 4 * word + j])) << 8 * j;
   }
   constexpr uint32_t kSigns = 0x80808080;
   return {words[0] ^ kSigns, words[1] ^ kSigns, words[2] ^ kSigns, words[3] ^ kSigns};
@@ -72,7 +72,7 @@ W2A4_DEVICE float w8_bias(const LinearW8Params& p, int64_t row) {
 }
 
 // Blocks of grid.y share the tokens, kTokens each; blocks of grid.x go through the rows together.
-template <class T, int kTokens>
+template <class T, int kTokens, bool kVector>
 __global__ void __launch_bounds__(kW8Warps * 32)
     linear_w8_kernel(const __grid_constant__ LinearW8Args args) {
   const LinearW8Params& p = args.p;
@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kW8Warps * 32)
   stage_x<T, kTokens>(args, first_token, x);
   sync_block();
   const int lane = static_cast<int>(threadIdx.x % 32);
+  const int in = static_cast<int>(p.in_features);
   const int64_t stride = int64_t{kW8Rows} * kW8Warps * gridDim.x;
   int64_t row = kW8Rows * (int64_t{kW8Warps} * blockIdx.x + threadIdx.x / 32);
   for (; row < p.out_features; row += stride) {
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kW8Warps * 32)
       W2A4_UNROLL
       for (int s = 0; s < kW8Ahead; ++s) W2A4_UNROLL
       for (int r = 0; r < kW8Rows; ++r)
-        w[s][r] = load_w8(args, rows[r], start + s * kW8Step + 16 * lane);
+        w[s][r] = load_w8<kVector>(rows[r], start + s * kW8Step + 16 * lane, in);
       W2A4_UNROLL
       for (int s = 0; s < kW8Ahead; ++s) W2A4_UNROLL
       for (int j = 0; j < 4; ++j) {

@@ -14,7 +14,8 @@ constexpr int kW8Tokens = 4;  // of a block, where there are several and their x
 
 struct LinearW8Plan {
   LinearW8Args args;
-  int tokens;  // of a block
+  bool vector;  // rows of W are aligned to 16 bytes
+  int tokens;   // of a block
   unsigned blocks_x, blocks_y;
   size_t shared;
 };
@@ -27,10 +28,10 @@ inline LinearW8Plan plan_linear_w8(const LinearW8Params& p, int processors, size
                              " features needs " + std::to_string(bytes) +
                              " bytes of shared memory, this device has " +
                              std::to_string(most_shared) + " a block; quantise fewer features");
-  const bool aligned = reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && p.in_features % 16 == 0;
   LinearW8Plan plan{};
-  plan.args = {p, static_cast<int>(span), aligned};
-  plan.tokens = p.tokens > 1 && kW8Tokens * bytes <= most_shared ? kW8Tokens : 1;
+  plan.args = {p, static_cast<int>(span)};
+  plan.vector = reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && p.in_features % 16 == 0;
+  plan.tokens = plan.vector && p.tokens > 1 && kW8Tokens * bytes <= most_shared ? kW8Tokens : 1;
   plan.shared = plan.tokens * bytes;
   // As many blocks as run at once, which then share the rows: x is staged once for many of them.
   const int64_t at_once = std::clamp<int64_t>(most_shared / plan.shared, 1, 4);
@@ -42,19 +43,22 @@ inline LinearW8Plan plan_linear_w8(const LinearW8Params& p, int processors, size
 }
 
 using LinearW8Kernel = void (*)(LinearW8Args);
-template <int kTokens>
+template <int kTokens, bool kVector>
 struct LinearW8Kernels {
   template <class T>
-  using Of = std::integral_constant<LinearW8Kernel, linear_w8_kernel<T, kTokens>>;
+  using Of = std::integral_constant<LinearW8Kernel, linear_w8_kernel<T, kTokens, kVector>>;
 };
 
 // Calls run(kernel), kernel a std::integral_constant of the function.
 template <class Run>
 void with_linear_w8_kernel(const LinearW8Plan& plan, Run&& run) {
-  if (plan.tokens == 1)
-    with_format<LinearW8Kernels<1>::Of>("linear_w8", plan.args.p.dtype, run);
+  const ScalarType dtype = plan.args.p.dtype;
+  if (!plan.vector)
+    with_format<LinearW8Kernels<1, false>::Of>("linear_w8", dtype, run);
+  else if (plan.tokens == 1)
+    with_format<LinearW8Kernels<1, true>::Of>("linear_w8", dtype, run);
   else
-    with_format<LinearW8Kernels<kW8Tokens>::Of>("linear_w8", plan.args.p.dtype, run);
+    with_format<LinearW8Kernels<kW8Tokens, true>::Of>("linear_w8", dtype, run);
 }
 
 }  // namespace w2a4::cuda
