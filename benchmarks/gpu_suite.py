@@ -1,11 +1,12 @@
 """Everything that needs a GPU, in one command of under ten minutes.
 
-    python -m benchmarks.gpu_suite --json FILE [--dry-run] [--sanitizer] [--ncu]
+    python -m benchmarks.gpu_suite --json FILE [--dry-run] [--decode] [--sanitizer] [--ncu]
 
 Builds w2a4 with its CUDA kernels, runs the tests that need a GPU, measures instructions and kernels, and
 ends with the targets and whether they are met. A stage that takes longer than its budget is stopped; what
-it measured stays. FILE is rewritten every few seconds. --sanitizer runs those tests that have "kernel" in
-their name under compute-sanitizer, and --ncu profiles the GEMV, each instead of the measurements.
+it measured stays. FILE is rewritten every few seconds. Instead of the measurements, --decode measures whole
+models, --sanitizer runs those tests that have "kernel" in their name under compute-sanitizer, and --ncu
+profiles the GEMV.
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ def python(name: str, budget: int, *arguments: str, part: bool = False) -> Stage
     return Stage(name, (sys.executable, *arguments, *output), budget, file)
 
 
-def stages(sanitizer: bool, ncu: bool) -> list[Stage]:
+def stages(decode: bool, sanitizer: bool, ncu: bool) -> list[Stage]:
     """What to run, in order."""
     build = python("build", 150, "setup.py", "build_ext", "--inplace")
     models = [word for model in GEMV_MODELS for word in ("--models", model)]
     cuda = ("--device", "cuda", "--quick")
+    if decode:
+        return [build, *_decode()]
     if sanitizer or ncu:
         return [build, *(_sanitizers() if sanitizer else []), *([_profile(cuda)] if ncu else [])]
     return [
@@ -80,6 +83,19 @@ def stages(sanitizer: bool, ncu: bool) -> list[Stage]:
         python("bench_gemv", 150, "-m", "benchmarks.bench_gemv", *cuda, *models, part=True),
         python("bench_hadamard", 60, "-m", "benchmarks.bench_hadamard", *cuda, part=True),
         python("bench_quantize", 60, "-m", "benchmarks.bench_quantize", *cuda, part=True),
+    ]
+
+
+def _decode() -> list[Stage]:
+    """A stage a model, and one of a batch."""
+    bench = ("-m", "benchmarks.bench_engine", "--device", "cuda", "--models")
+    return [
+        python("decode_7b", 150, *bench, "llama-2-7b", part=True),
+        python("decode_8b", 150, *bench, "llama-3-8b", part=True),
+        python("decode_1b", 75, *bench, "llama-3.2-1b", part=True),
+        python(
+            "decode_1b_16", 75, *bench, "llama-3.2-1b", "--batch", "16", "--contexts", "128,4096", part=True
+        ),
     ]
 
 
@@ -166,10 +182,11 @@ def summary(result: dict) -> str:
 @click.command(help="\b\n" + __doc__)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Result file.")
 @click.option("--dry-run", is_flag=True, help="Print the stages and do nothing.")
+@click.option("--decode", is_flag=True, help="Decoding with whole models instead.")
 @click.option("--sanitizer", is_flag=True, help="Tests under compute-sanitizer instead.")
 @click.option("--ncu", is_flag=True, help="Profile of the GEMV instead.")
-def main(json_file, dry_run, sanitizer, ncu):
-    plan = stages(sanitizer, ncu)
+def main(json_file, dry_run, decode, sanitizer, ncu):
+    plan = stages(decode, sanitizer, ncu)
     if dry_run:
         print(tabulate([(s.name, s.budget, s.shown()) for s in plan], ("stage", "seconds", "command")))
         return

@@ -20,6 +20,8 @@ class Model:
     heads: int
     kv_heads: int
     head_dim: int
+    layers: int
+    vocabulary: int
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """`(out, in)` of every linear of a layer, by its name in transformers."""
@@ -37,13 +39,13 @@ class Model:
 
 
 MODELS = {
-    "llama-2-7b": Model(4096, 11008, 32, 32, 128),
-    "llama-2-13b": Model(5120, 13824, 40, 40, 128),
-    "llama-2-70b": Model(8192, 28672, 64, 8, 128),
-    "llama-3-8b": Model(4096, 14336, 32, 8, 128),
-    "llama-3.2-1b": Model(2048, 8192, 32, 8, 64),
-    "llama-3.2-3b": Model(3072, 8192, 24, 8, 128),
-    "smollm2-135m": Model(576, 1536, 9, 3, 64),
+    "llama-2-7b": Model(4096, 11008, 32, 32, 128, 32, 32000),
+    "llama-2-13b": Model(5120, 13824, 40, 40, 128, 40, 32000),
+    "llama-2-70b": Model(8192, 28672, 64, 8, 128, 80, 32000),
+    "llama-3-8b": Model(4096, 14336, 32, 8, 128, 32, 128256),
+    "llama-3.2-1b": Model(2048, 8192, 32, 8, 64, 16, 128256),
+    "llama-3.2-3b": Model(3072, 8192, 24, 8, 128, 28, 128256),
+    "smollm2-135m": Model(576, 1536, 9, 3, 64, 30, 49152),
 }
 
 #: Widths of other published models, for the Hadamard transform; the last row has no known order, so

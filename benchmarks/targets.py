@@ -63,7 +63,16 @@ def targets(rows: list[dict]) -> list[Target]:
         at_least("linear of 2048 tokens and more against torch._int_mm", 1.0,
                  [r["ratio"] for r in good if r["op"] in ("linear_w2a4", "linear_w4a4")
                   and r["tokens"] >= 2048 and r["peer"] == "torch._int_mm"]),
+        at_least("decoding with llama-2-7b's shape against 16 bits", 3.0,
+                 [r["ratio"] for r in good if _is_7b(r) and r["tokens"] == 1]),
+        at_most("peak memory with it at 4k context, of 16 bits'", 0.22,
+                [r["peak_bytes"] / r["peer_peak_bytes"] for r in good
+                 if _is_7b(r) and r["context"] == 4096 and r["peak_bytes"]]),
     ]  # fmt: skip
+
+
+def _is_7b(row: dict) -> bool:
+    return row["op"] == "decode" and row["shape"] == "llama-2-7b"
 
 
 def _against(many: list[dict], one: list[dict], tokens: int) -> list[float]:

@@ -9,8 +9,10 @@ from click.testing import CliRunner
 from test_data import tiny_tokenizer
 from test_evaluate import tiny_model
 
-from benchmarks import bench_decode
+from benchmarks import bench_decode, bench_engine, random_llama, shapes, targets
+from benchmarks.shapes import Model
 from w2a4 import demo
+from w2a4.engine import Engine, inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = {"tokens_per_second", "first_token_ms", "ratio"}
@@ -109,3 +111,58 @@ def test_what_cannot_be_measured_is_said_in_a_line(plain, tmp_path):
     assert answer("--tokens", 1)[0] == answer("--repeats", 0)[0] == 2
     with pytest.raises(bench_decode.click.ClickException, match="2 tokens came out instead of 3"):
         bench_decode.timed(lambda *_: torch.zeros(2), None, 3)
+
+
+TINY = Model(64, 96, 4, 2, 16, 2, 131)
+
+
+@pytest.mark.parametrize("recipe", ["w2a4kv4", "w4a4kv4"])
+def test_random_models_have_activations_of_a_common_size(recipe):
+    model = random_llama.packed_llama(TINY, 64, "cpu", torch.float32, recipe)
+    spread = model(torch.arange(32)[None]).logits.std().item()
+    assert 0.2 < spread < 5
+    assert (
+        bench_engine.moved_bytes(model, 100, 2) - bench_engine.moved_bytes(model, 0, 2)
+        == 2 * 100 * 2 * 2 * 24
+    )
+
+
+def test_bench_engine(tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.MODELS, "smollm2-135m", TINY)
+    monkeypatch.setattr(bench_engine, "REPEATS", 2)
+    out = tmp_path / "r.json"
+    options = ["--contexts", "8,40", "--tokens", 3, "--batch", 2, "--json", out]
+    result = CliRunner().invoke(bench_engine.main, [str(option) for option in options])
+    assert result.exit_code == 0, result.output
+    copy, *rows = json.loads(out.read_text())["rows"]
+    assert copy["op"] == "copy" and [row["context"] for row in rows] == [8, 40]
+    for row in rows:
+        assert row["correct"] and row["tokens"] == 2 and row["ratio"] == row["peer_us"] / row["us"]
+        assert row["first_ms"] > 0 and row["peer_first_ms"] > 0 and row["peak_bytes"] is None
+    assert all(target.met is None for target in targets.targets(rows))
+    monkeypatch.setattr(bench_engine, "is_right", lambda *_: False)
+    result = CliRunner().invoke(bench_engine.main, [str(option) for option in options])
+    assert result.exit_code == 1 and "give other tokens, so no times" in result.output
+    result = CliRunner().invoke(bench_engine.main, ["--contexts", "5000"])
+    assert "--contexts 5000: at most 4096 on a CPU" in result.output
+
+
+def test_places_in_the_cache():
+    """What is measured at a context is what is measured after reading as much."""
+    model = random_llama.packed_llama(TINY, 64, "cpu", torch.float32)
+    ids = bench_engine.prompts(131, 2, 20)
+    with inference(model):
+        read = Engine(model).sequences(ids, 8)
+        token = read.logits.argmax(-1)
+        read.advance(token)
+        moved = Engine(model).sequences([row[:5] for row in ids], 40)
+        whole = Engine(model).sequences(ids, 8)
+        for into, of in zip(moved.cache.layers, whole.cache.layers, strict=True):
+            for side in ("keys", "values"):
+                for name in ("codes", "params"):
+                    getattr(getattr(into, side), name)[:, :, :20] = getattr(getattr(of, side), name)[
+                        :, :, :20
+                    ]
+        bench_engine.place_at(moved, 20)
+        moved.advance(token)
+    assert torch.equal(moved.logits, read.logits)

@@ -148,7 +148,7 @@ class Engine:
         self, rows: list[Tensor], count: int, sampling: Sampling, stops: set[int]
     ) -> Iterator[list[int | None]]:
         """Tokens of one step after another, None for a row that has ended."""
-        sequences = self._sequences(rows, count)
+        sequences = self.sequences(rows, count)
         generator = sampling.generator(self.model.device)
         # A GPU works on the next step while this one's tokens are looked at; that step may be in vain.
         ahead = self.model.device.type == "cuda"
@@ -168,10 +168,11 @@ class Engine:
                 return
             tokens = following(tokens) if coming is None else coming
 
-    def _sequences(
-        self, rows: list[Tensor], count: int
-    ) -> PackedSequences | StaticSequences | PlainSequences:
-        """The prompts, read."""
+    def sequences(self, rows: list[Tensor], count: int) -> PackedSequences | StaticSequences | PlainSequences:
+        """Prompts as this engine reads and continues them, with room for `count` tokens more.
+
+        `generate` drives them; under `inference`, so can others that want the logits of every step.
+        """
         parts, device = fused_parts(self.model), self.model.device
         make: Callable[[], PackedSequences | StaticSequences]
         if parts and self.cuda_graphs and ops.has_cuda_kernels(device):
