@@ -148,6 +148,20 @@ def test_generate(plain, quantized, tmp_path):
         assert "tokens/s" in result.stderr
 
 
+def test_sampling(quantized, tmp_path):
+    def text(*options):
+        arguments = ("--prompt", "The language", "--max-new-tokens", 8, "--json", tmp_path / "g.json")
+        succeed("generate", quantized[0], *arguments, *options)
+        return json.loads((tmp_path / "g.json").read_text())["text"]
+
+    warm = ("--temperature", 50.0, "--top-p", 0.99)
+    assert text(*warm, "--seed", 1) == text(*warm, "--seed", 1) != text(*warm, "--seed", 2)
+    assert text(*warm, "--top-k", 1) == text()
+    for name, value in (("temperature", -1), ("top-k", -1), ("top-p", 0)):
+        bad = fail("generate", quantized[0], "--prompt", "a", f"--{name}", value)
+        assert f"error: {name.replace('-', '_')}={float(value) if name != 'top-k' else value}: give" in bad
+
+
 @pytest.mark.parametrize("end", ["/exit\nnever read\n", ""])
 def test_chat_with_piped_input(quantized, tmp_path, end):
     said = f"hello\n\nand now?\n{end}"

@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from safetensors import SafetensorError
 
-from .config import RECIPES, Recipe
-from .errors import RecipeError, TrainingError, W2A4Error
-
-DTYPES = ("float32", "bfloat16", "float16")
+from . import options
+from .errors import TrainingError, W2A4Error
 
 
 class _Group(click.Group):
@@ -56,61 +53,6 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
         ctx.exit()
 
 
-def _writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
-    """A result file must be writable before hours of work, not after."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise click.BadParameter(f"directory {str(path.parent)!r} does not exist")
-    return path
-
-
-_json = click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    callback=_writable,
-    metavar="FILE",
-    help="Also write the result as JSON.",
-)
-_dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Of activations and unquantised tensors.")
-_new_tokens = click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    metavar="N",
-    help="Tokens to generate at most.",
-)
-
-
-_out = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="New directory."
-)
-_settings = click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a recipe field, e.g. group_size=64 or rotation.r4=none. Repeatable.",
-)
-_calib = click.option(
-    "--calib",
-    default="builtin",
-    show_default=True,
-    metavar="FILE|builtin",
-    help="Calibration text: .txt, .jsonl or .parquet.",
-)
-
-
-def _recipe(default: str, note: str) -> Any:
-    return click.option(
-        "--recipe",
-        default=default,
-        show_default=True,
-        metavar="NAME|FILE",
-        help=f"{', '.join(RECIPES)}, or a YAML file. {note}",
-    )
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--version",
@@ -130,10 +72,10 @@ def main() -> None:
 
 @main.command()
 @click.argument("model")
-@_out
-@_recipe("w4a4kv4", "Two-bit weights need training to be good: `w2a4 train`.")
-@_settings
-@_calib
+@options.out
+@options.recipe("w4a4kv4", "Two-bit weights need training to be good: `w2a4 train`.")
+@options.settings
+@options.calib
 @click.option("--eval", "eval_text", metavar="FILE|builtin", help="Measure perplexity before and after.")
 @click.option(
     "--eval-windows", type=click.IntRange(min=1), metavar="N", help="At most so many windows of 2048."
@@ -143,7 +85,7 @@ def main() -> None:
     is_flag=True,
     help="Keep finished layers beside DIR; repeat the command to go on after a kill.",
 )
-@_json
+@options.json_file
 def quantize(
     model: str,
     out: Path,
@@ -157,7 +99,7 @@ def quantize(
 ) -> None:
     """Rotate, quantise and pack MODEL into a new directory."""
     _refuse_existing(out)
-    parsed = _parse_recipe(recipe, settings)
+    parsed = options.parse_recipe(recipe, settings)
     from . import data, evaluate, pipeline, report
 
     data.load_text(calib, "calibration")  # a missing file is told now, not after loading the model
@@ -187,17 +129,17 @@ def quantize(
 
 @main.command()
 @click.argument("model")
-@_out
-@_recipe("w2a4kv4-rcp-quick", "Its `training` part says how.")
-@_settings
-@_calib
+@options.out
+@options.recipe("w2a4kv4-rcp-quick", "Its `training` part says how.")
+@options.settings
+@options.calib
 @click.option(
     "--data", metavar="FILE|builtin|self", help="Text to train on: overrides the recipe's training.data."
 )
 @click.option(
     "--minutes", type=click.FloatRange(min=0), metavar="N", help="Time to train: overrides training.minutes."
 )
-@_json
+@options.json_file
 def train(
     model: str,
     out: Path,
@@ -215,7 +157,9 @@ def train(
     """
     _refuse_existing(out)
     given = {"training.data": data, "training.minutes": minutes}
-    parsed = _parse_recipe(recipe, settings).override(**{k: v for k, v in given.items() if v is not None})
+    parsed = options.parse_recipe(recipe, settings).override(
+        **{k: v for k, v in given.items() if v is not None}
+    )
     from . import pipeline, report
     from .training import processes
     from .training.run import check_text, train
@@ -251,17 +195,17 @@ def train(
     "--out",
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=_writable,
+    callback=options.writable,
     metavar="FILE",
     help="New .safetensors file; a report and a plot of the loss come beside it.",
 )
-@_recipe("w4a4kv4", "What the rotations are for.")
-@_settings
-@_calib
+@options.recipe("w4a4kv4", "What the rotations are for.")
+@options.settings
+@options.calib
 @click.option(
     "--resume", is_flag=True, help="Keep the state beside FILE; repeat the command to go on after a kill."
 )
-@_json
+@options.json_file
 def learn_rotation(
     model: str,
     out: Path,
@@ -275,7 +219,7 @@ def learn_rotation(
 
     Of the two those are learned that the recipe calls learned, or both if it calls neither so.
     """
-    parsed = _parse_recipe(recipe, settings)
+    parsed = options.parse_recipe(recipe, settings)
     from . import data, pipeline, report
     from .learn_rotation import learn_rotation
 
@@ -309,8 +253,8 @@ def learn_rotation(
     help="Tokens a window.",
 )
 @click.option("--windows", type=click.IntRange(min=1), metavar="N", help="At most so many; all if not given.")
-@_dtype
-@_json
+@options.dtype
+@options.json_file
 def evaluate_command(
     model: str, text: str, seqlen: int, windows: int | None, dtype: str | None, json_file: Path | None
 ) -> None:
@@ -328,16 +272,27 @@ def evaluate_command(
 @main.command()
 @click.argument("model", metavar="DIR")
 @click.option("--prompt", required=True, metavar="TEXT", help="Text to continue.")
-@_new_tokens
-@_dtype
-@_json
-def generate(model: str, prompt: str, max_new_tokens: int, dtype: str | None, json_file: Path | None) -> None:
-    """Continue a prompt, greedily."""
-    from . import evaluate
+@options.new_tokens
+@options.sampling
+@options.dtype
+@options.json_file
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    dtype: str | None,
+    json_file: Path | None,
+) -> None:
+    """Continue a prompt."""
+    from . import engine, evaluate
 
+    chosen = engine.Sampling(**sampling)
     loaded, tokenizer = _load(model, dtype)
     click.echo(prompt, nl=False)
-    result = evaluate.generation_speed(loaded, tokenizer, prompt, max_new_tokens, _streamer(tokenizer))
+    result = evaluate.generation_speed(
+        loaded, tokenizer, prompt, max_new_tokens, _streamer(tokenizer), chosen
+    )
     click.echo(
         f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, "
         f"{result['peak_memory_mb']:.0f} MB at the peak",
@@ -348,25 +303,29 @@ def generate(model: str, prompt: str, max_new_tokens: int, dtype: str | None, js
 
 @main.command()
 @click.argument("model", metavar="DIR")
-@_new_tokens
-@_dtype
-@_json
-def chat(model: str, max_new_tokens: int, dtype: str | None, json_file: Path | None) -> None:
+@options.new_tokens
+@options.sampling
+@options.dtype
+@options.json_file
+def chat(
+    model: str, max_new_tokens: int, sampling: dict[str, Any], dtype: str | None, json_file: Path | None
+) -> None:
     """Talk to a model; /exit or end of input ends the conversation."""
-    from . import evaluate
+    from . import engine, evaluate
 
+    chosen = engine.Sampling(**sampling)
     loaded, tokenizer = _load(model, dtype)
     messages: list[dict[str, str]] = []
     for line in _lines():
         messages.append({"role": "user", "content": line})
-        answer = evaluate.reply(loaded, tokenizer, messages, max_new_tokens, _streamer(tokenizer))
+        answer = evaluate.reply(loaded, tokenizer, messages, max_new_tokens, _streamer(tokenizer), chosen)
         messages.append({"role": "assistant", "content": answer})
     _write(json_file, {"messages": messages})
 
 
 @main.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@_json
+@options.json_file
 def info(directory: Path, json_file: Path | None) -> None:
     """What a checkpoint holds: bits a weight, bytes by part, rotations, provenance."""
     from . import report
@@ -405,7 +364,7 @@ def info(directory: Path, json_file: Path | None) -> None:
     help="Tokens a window.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoints of an earlier demo.")
-@_json
+@options.json_file
 def demo(
     out: Path, model: str | None, windows: int, seqlen: int, overwrite: bool, json_file: Path | None
 ) -> None:
@@ -426,29 +385,6 @@ def _refuse_existing(out: Path, advice: str = "or remove it first") -> None:
     if out.exists():
         what = "exists and is not empty" if out.is_dir() else "is a file"
         raise W2A4Error(f"--out {str(out)!r} {what}; choose another directory, {advice}")
-
-
-def _parse_recipe(name: str, settings: Sequence[str]) -> Recipe:
-    changes = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {setting!r}: give key=value, e.g. --set group_size=64")
-        changes[key] = _scalar(setting, value)
-    return Recipe.load(name).override(**changes)
-
-
-def _scalar(setting: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {setting!r}: {text!r} is not a YAML value") from None
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-2 as a string
-        except ValueError:
-            pass
-    return value
 
 
 def _load(model: str, dtype: str | None) -> tuple[Any, Any]:

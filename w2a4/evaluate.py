@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import data
-from .engine import Engine, inference
+from .engine import Engine, Sampling, inference
 from .errors import CalibrationError, W2A4Error
 from .report import peak_memory_mb
 
@@ -87,9 +87,14 @@ def perplexity(
 
 
 def generation_speed(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, streamer: Any = None
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 64,
+    streamer: Any = None,
+    sampling: Sampling | None = None,
 ) -> dict[str, Any]:
-    """Continue a prompt greedily and time it, prefill included.
+    """Continue a prompt and time it, prefill included.
 
     Returns:
         prompt, text (the continuation), tokens (new ones), seconds, tokens_per_second, peak_memory_mb.
@@ -100,7 +105,7 @@ def generation_speed(
     if inputs["input_ids"].shape[1] == 0:
         raise W2A4Error(f"prompt {prompt!r} has no tokens; give some text")
     start = time.perf_counter()
-    new = generate(model, inputs, max_new_tokens, streamer)
+    new = generate(model, inputs, max_new_tokens, streamer, sampling)
     seconds = time.perf_counter() - start
     return {
         "prompt": prompt,
@@ -112,20 +117,27 @@ def generation_speed(
     }
 
 
-def generate(model: Any, inputs: Any, max_new_tokens: int, streamer: Any = None) -> Tensor:
-    """Greedy continuation of tokenised inputs of batch 1 by `Engine`, int64 `[new tokens]`."""
+def generate(
+    model: Any, inputs: Any, max_new_tokens: int, streamer: Any = None, sampling: Sampling | None = None
+) -> Tensor:
+    """Continuation of tokenised inputs of batch 1 by `Engine`, int64 `[new tokens]`."""
     ids = inputs["input_ids"][0]
     if streamer is None:
-        return Engine(model).generate([ids], max_new_tokens)[0]
+        return Engine(model).generate([ids], max_new_tokens, sampling)[0]
     streamer.put(ids[None].cpu())
     on_token = lambda _, token: streamer.put(torch.tensor([token]))  # noqa: E731
-    (new,) = Engine(model).generate([ids], max_new_tokens, on_token=on_token)
+    (new,) = Engine(model).generate([ids], max_new_tokens, sampling, on_token=on_token)
     streamer.end()
     return new
 
 
 def reply(
-    model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], max_new_tokens: int, streamer: Any = None
+    model: Any,
+    tokenizer: Any,
+    messages: Sequence[dict[str, str]],
+    max_new_tokens: int,
+    streamer: Any = None,
+    sampling: Sampling | None = None,
 ) -> str:
     """The model's next turn in a conversation, by the tokenizer's chat template if there is one.
 
@@ -140,7 +152,7 @@ def reply(
         prompt = "\n".join(message["content"] for message in messages) + "\n"
     special = not tokenizer.chat_template  # a template writes its own special tokens
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, add_special_tokens=special)
-    new = generate(model, inputs.to(model.device), max_new_tokens, streamer)
+    new = generate(model, inputs.to(model.device), max_new_tokens, streamer, sampling)
     return tokenizer.decode(new, skip_special_tokens=True).strip()
 
 

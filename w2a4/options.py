@@ -1,0 +1,123 @@
+"""Options that several commands of `w2a4` share, and what they mean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from .config import RECIPES, Recipe
+from .errors import RecipeError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    """A result file must be writable before hours of work, not after."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"directory {str(path.parent)!r} does not exist")
+    return path
+
+
+json_file = click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=writable,
+    metavar="FILE",
+    help="Also write the result as JSON.",
+)
+dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Of activations and unquantised tensors.")
+new_tokens = click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Tokens to generate at most.",
+)
+
+
+out = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="New directory."
+)
+settings = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a recipe field, e.g. group_size=64 or rotation.r4=none. Repeatable.",
+)
+calib = click.option(
+    "--calib",
+    default="builtin",
+    show_default=True,
+    metavar="FILE|builtin",
+    help="Calibration text: .txt, .jsonl or .parquet.",
+)
+
+
+def recipe(default: str, note: str) -> Any:
+    return click.option(
+        "--recipe",
+        default=default,
+        show_default=True,
+        metavar="NAME|FILE",
+        help=f"{', '.join(RECIPES)}, or a YAML file. {note}",
+    )
+
+
+_SAMPLING = (
+    click.option(
+        "--temperature", type=float, default=0.0, show_default=True, metavar="T",
+        help="Divides the logits before a token is drawn; 0 takes the most probable one.",
+    ),
+    click.option(
+        "--top-k", type=int, default=0, metavar="K", help="Draw from the K most probable tokens; 0 is all."
+    ),
+    click.option(
+        "--top-p", type=float, default=1.0, metavar="P",
+        help="Draw from the most probable tokens that make up P together.",
+    ),
+    click.option("--seed", type=int, metavar="N", help="Of the draws."),
+)  # fmt: skip
+
+
+def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that reach the command as `sampling`, arguments of `engine.Sampling`."""
+
+    @functools.wraps(command)
+    def run(temperature: float, top_k: int, top_p: float, seed: int | None, **arguments: Any) -> Any:
+        chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        return command(sampling=chosen, **arguments)
+
+    for option in reversed(_SAMPLING):
+        run = option(run)
+    return run
+
+
+def parse_recipe(name: str, settings: Sequence[str]) -> Recipe:
+    changes = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {setting!r}: give key=value, e.g. --set group_size=64")
+        changes[key] = _scalar(setting, value)
+    return Recipe.load(name).override(**changes)
+
+
+def _scalar(setting: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {setting!r}: {text!r} is not a YAML value") from None
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-2 as a string
+        except ValueError:
+            pass
+    return value
