@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
+from .errors import W2A4Error
 from .integrations.fused import LayerOp, decoder_layer, fused_parts, layer_op
 from .integrations.kv_cache import KV4Cache
 
@@ -165,8 +166,15 @@ class StepGraphs:
         for counter, value in zip(self.counters, before, strict=True):
             counter.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits = self.step(self.tokens, bound)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                logits = self.step(self.tokens, bound)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise W2A4Error(
+                f"a step of decoding cannot be captured as a CUDA graph ({reason}); give "
+                "Engine(model, cuda_graphs=False)"
+            ) from error
         return graph, logits
 
 
@@ -191,10 +199,14 @@ class StaticSequences:
 
     @staticmethod
     def serves(model: Any, rows: list[Tensor]) -> bool:
-        """transformers 5 counts the tokens of a static cache on the device, which a graph needs."""
+        """transformers 5 counts the tokens of a static cache on the device, which a graph needs; and a graph
+        is of one device.
+        """
         counted = hasattr(StaticLayer(1), "cumulative_length")
         compiles = counted and getattr(model, "_can_compile_fullgraph", False)
-        return compiles and kv_bits_of(model) == 16 and len({len(row) for row in rows}) == 1
+        devices = set((getattr(model, "hf_device_map", None) or {"": 0}).values())
+        alone = kv_bits_of(model) == 16 and len(devices) == 1
+        return compiles and alone and len({len(row) for row in rows}) == 1
 
     def fits(self, model: Any, rows: list[Tensor]) -> bool:
         """See `PackedSequences`."""
