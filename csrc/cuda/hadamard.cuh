@@ -267,24 +267,6 @@ inline Transform plan_hadamard(const HadamardParams& p, int processors, size_t m
 
 using HadamardKernel = void (*)(HadamardArgs);
 
-// Calls run(kernel), kernel a std::integral_constant of the function.
-template <template <class T> class Kernel, class Run>
-void with_format(const char* op, ScalarType dtype, Run&& run) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return run(Kernel<Float32>{});
-    case ScalarType::Half:
-      return run(Kernel<Float16>{});
-    case ScalarType::BFloat16:
-      return run(Kernel<BFloat16>{});
-    default:
-      throw std::runtime_error(
-          std::string("w2a4.") + op +
-          ": the CUDA kernels take float32, float16 and bfloat16, not float64; "
-          "convert with x.float()");
-  }
-}
-
 template <Mix kMix>
 struct HadamardKernels {
   template <class T>

@@ -2,9 +2,11 @@
 #include <pybind11/pybind11.h>
 
 void bind_gemv(pybind11::module_& m);
+void bind_kv4(pybind11::module_& m);
 void bind_quantize(pybind11::module_& m);
 
 PYBIND11_MODULE(w2a4_simt, m) {
   bind_gemv(m);
+  bind_kv4(m);
   bind_quantize(m);
 }
