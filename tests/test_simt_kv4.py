@@ -114,8 +114,9 @@ def rope_append(qkv, cos, sin, had_k, block, kv, start, starts=None, q_heads=1, 
     batch, tokens, head_dim = len(qkv), qkv.shape[1], cos.shape[-1]
     q, intact = guarded((batch, q_heads, tokens, head_dim), qkv.dtype)
     simt.load().rope_append_kv4(
-        numpy_of(qkv), NAMES[qkv.dtype], numpy_of(cos), numpy_of(sin), NAMES[cos.dtype], signs_of(had_k), block,
-        *[numpy_of(t) for t in kv], start, None if starts is None else starts.numpy(), 0.95, numpy_of(q), seed,
+        numpy_of(qkv), NAMES[qkv.dtype], numpy_of(cos), numpy_of(sin), NAMES[cos.dtype],
+        signs_of(had_k), block, *[numpy_of(t) for t in kv], start,
+        None if starts is None else starts.numpy(), 0.95, numpy_of(q), seed,
     )  # fmt: skip
     assert intact()
     return q
@@ -166,7 +167,7 @@ def test_rope_append_kv4(batch, tokens, q_heads, kv_heads, head_dim, had_k, bloc
 
 
 def assert_quantized_keys(got, exact, error, places):
-    """Params of values known to `error` are off by as much and a rounding to float16; so are the codes' values."""
+    """Params of values known to `error` are off by as much and a rounding, codes by half a step more."""
     codes, params = (t[:, :, places] for t in got)
     want = torch.stack([(exact.amax(-1) - exact.amin(-1)) * 0.95 / 15, torch.zeros_like(error)], -1)
     want[..., 1] = (exact.amax(-1) + exact.amin(-1)) / 2 - want[..., 0] * 7.5
@@ -244,8 +245,8 @@ def exact_attention(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=
     """Attention in float64 `[batch, q_tokens, q_heads, head_dim]`, and what the kernels may be off by.
 
     With u = 2**-24 a rounding, and A the sum of |q|:
-      score    the integers: head_dim halves of 2**-29 of the largest |q|, times codes up to 15; four roundings
-               to put digits together and four after; 18 for the sum of q and what is done with it.
+      score    the integers: head_dim halves of 2**-29 of the largest |q|, times codes up to 15; four
+               roundings to put digits together and four after; 18 for the sum of q and what is done with it.
       weight   relatively, the errors of the score and of the top score, of their difference and of those of
                tops of chunks, two units in the last place of every exponential (4 u), and of the sums
                over keys and the merges that a weight goes through.
@@ -285,7 +286,7 @@ def exact_attention(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=
 
 
 def parts(codes, params, length):
-    """Keys or values in float64, and the largest magnitude that they are made of, `[batch, heads, length]`."""
+    """Keys or values in float64, and what their magnitude is at most."""
     codes, params = codes[:, :, :length], params[:, :, :length].double()
     x = unpack(codes, 4, codes.shape[-1] * 2).double() * params[..., :1] + params[..., 1:]
     return x, 15 * params[..., 0].abs() + params[..., 1].abs()

@@ -30,7 +30,7 @@ W2A4_DEVICE float join_digits(const int32_t (&c)[4]) {
   return fma_rn(odd ? mine : other, 65536.0f, odd ? other : mine);
 }
 
-template <int kTiles, int kBlocks>
+template <int kTiles, int kBlocks, bool kSplit>
 struct Attention {
   static constexpr int kRows = 2 * kTiles;                                  // query rows of a block
   static constexpr int kValues = kRows * kBlocks * 32 / kAttentionThreads;  // that a thread merges
@@ -258,15 +258,15 @@ struct Attention {
   }
 
   // The chunk's result for one element of one row.
-  W2A4_DEVICE Part part_of(int row, int element, int64_t first, int sinks) const {
+  W2A4_DEVICE Part part_of(int row, int element, const Place& place) const {
     const RowResult& result = shared.result(row);
     float sum = shared.output(args, 0, row)[element];
     for (int split = 1; split < args.splits; ++split)
       sum = add_rn(sum, shared.output(args, split, row)[element]);
     float o = fma_rn(sum, result.down, result.zero);
-    for (int key = 0; key < sinks; ++key) {
+    for (int key = 0; key < place.sinks; ++key) {
       const float weight = shared.score(row)[key];
-      const int64_t at = offset_of(p.v_sink, task.batch, task.head, first + key) + element;
+      const int64_t at = offset_of(p.v_sink, task.batch, task.head, place.first + key) + element;
       if (weight != 0.0f) o = fma_rn(weight, load_number(p.v_sink.data, p.v_sink_dtype, at), o);
     }
     return {result.top, result.weight, o};
@@ -284,10 +284,9 @@ struct Attention {
     }
   }
 
-  W2A4_DEVICE void run_chunk(int chunk, int next) {
-    const int64_t first = int64_t{chunk} * kChunkKeys;
-    const int count = keys_in_chunk(task, chunk);
-    const int sinks = sinks_in_chunk(p, first, count);
+  // All stages of a chunk; codes of the next one are on their way as soon as there is room.
+  W2A4_DEVICE void run_chunk(int chunk) const {
+    const auto [first, count, sinks] = place_of_chunk(p, task, chunk);
     uint32_t k_params[2];
     W2A4_UNROLL
     for (int m = 0; m < 2; ++m)
@@ -303,43 +302,53 @@ struct Attention {
     const uint32_t seen = seen_rows(first + threadIdx.x);
     note_maxima(seen, static_cast<int>(threadIdx.x) < sinks ? 0.0f : v_scale);
     sync_block();
-    copy_keys(next);
+    if constexpr (!kSplit) copy_keys(chunk + 1);
     weigh(seen, v_scale, v_zero, sinks);
-    cp_async_wait<1>();
+    cp_async_wait<kSplit ? 0 : 1>();
     sync_block();
     add_values(count);
     finish_sums();
     sync_block();
-    copy_values(next);
+    if constexpr (!kSplit) copy_values(chunk + 1);
   }
 
-  W2A4_DEVICE void run() {
-    const int end = args.partial ? task.chunk + 1 : task.chunks;
-    if (args.partial && task.chunk >= task.chunks) return;
+  W2A4_DEVICE void start() {
     copy_keys(task.chunk);
     copy_values(task.chunk);
     prepare_queries();
     load_queries();
+  }
+
+  // One chunk, whose results merge_kv4_kernel merges with the others'.
+  W2A4_DEVICE void run_one() {
+    if (task.chunk >= task.chunks) return;
+    start();
+    run_chunk(task.chunk);
+    const Place place = place_of_chunk(p, task, task.chunk);
+    for_each_result([&](int, int row, int element) {
+      store_partial(args, task, row, task.chunk, element, part_of(row, element, place));
+    });
+  }
+
+  // All chunks, one after another.
+  W2A4_DEVICE void run_all() {
+    start();
     Part total[kValues], group[kValues];
     W2A4_UNROLL
     for (int n = 0; n < kValues; ++n) total[n] = group[n] = {kHidden, 0.0f, 0.0f};
     W2A4_NO_UNROLL
-    for (int chunk = task.chunk; chunk < end; ++chunk) {
-      run_chunk(chunk, chunk + 1 < end ? chunk + 1 : task.chunks);
-      const int64_t first = int64_t{chunk} * kChunkKeys;
-      const int sinks = sinks_in_chunk(p, first, keys_in_chunk(task, chunk));
+    for (int chunk = 0; chunk < task.chunks; ++chunk) {
+      run_chunk(chunk);
+      const Place place = place_of_chunk(p, task, chunk);
       for_each_result([&](int n, int row, int element) {
-        const Part part = part_of(row, element, first, sinks);
-        if (args.partial) return store_partial(args, task, row, chunk, element, part);
-        merge(group[n], part);
-        if (chunk % kGroupChunks < kGroupChunks - 1 && chunk + 1 < end) return;
+        merge(group[n], part_of(row, element, place));
+        if (chunk % kGroupChunks < kGroupChunks - 1 && chunk + 1 < task.chunks) return;
         merge(total[n], group[n]);
         group[n] = {kHidden, 0.0f, 0.0f};
       });
-      if (sinks) sync_block();  // weights of sinks have been read
+      if (place.sinks) sync_block();  // weights of sinks have been read
     }
     cp_async_wait<0>();
-    if (args.partial) return;
     for_each_result([&](int n, int row, int element) {
       store_output(args, task.batch, head_of(args, task, row), token_of(args, task, row), element,
                    total[n]);
@@ -347,14 +356,16 @@ struct Attention {
   }
 };
 
-// Blocks that a multiprocessor should have room for: as the registers of the fragments allow.
-template <int kTiles, int kBlocks>
-constexpr int kResidentBlocks = kTiles * kBlocks <= 8 ? 3 : 2;
-
-template <int kTiles, int kBlocks>
-__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kTiles, kBlocks>)
+// kSplit: a block does one chunk, else all of them. Two blocks a multiprocessor at least, and four
+// where the registers for the queries allow.
+template <int kTiles, int kBlocks, bool kSplit>
+__global__ void __launch_bounds__(kAttentionThreads, kTiles* kBlocks <= 8 ? 3 : 2)
     attention_kv4_kernel(const __grid_constant__ AttentionArgs args) {
-  Attention<kTiles, kBlocks>(args).run();
+  Attention<kTiles, kBlocks, kSplit> attention(args);
+  if constexpr (kSplit)
+    attention.run_one();
+  else
+    attention.run_all();
 }
 
 // Merges the chunks of a row, 32 elements a block: a warp takes a group of chunks at a time.

@@ -36,17 +36,17 @@ struct AttentionArgs {
 // ---- what a thread block works on
 
 struct AttentionTask {
-  int64_t batch, head;  // of the cache
+  int batch, head;  // of the cache
   int first_row;
-  int64_t limit;  // keys that its rows may see
-  int chunk;      // the first one, and
-  int chunks;     // the end of those that have a key in them
+  int limit;   // keys that its rows may see
+  int chunk;   // the first one, and
+  int chunks;  // the end of those that have a key in them
 };
 
-W2A4_DEVICE int64_t token_of(const AttentionArgs& args, const AttentionTask& task, int row) {
+W2A4_DEVICE int token_of(const AttentionArgs& args, const AttentionTask& task, int row) {
   return (task.first_row + row) / args.repeat;
 }
-W2A4_DEVICE int64_t head_of(const AttentionArgs& args, const AttentionTask& task, int row) {
+W2A4_DEVICE int head_of(const AttentionArgs& args, const AttentionTask& task, int row) {
   return task.head * args.repeat + (task.first_row + row) % args.repeat;
 }
 
@@ -63,25 +63,33 @@ W2A4_DEVICE int seen_end(const AttentionArgs& args, const AttentionTask& task, i
 // blockIdx.x counts batch, KV heads and tiles of `rows` rows, blockIdx.y chunks.
 W2A4_DEVICE AttentionTask task_of_block(const AttentionArgs& args, int rows) {
   const unsigned tiles = rows == 1 ? args.rows : args.row_tiles;
-  const unsigned pair = blockIdx.x / tiles, kv_heads = static_cast<unsigned>(args.p.kv_heads);
+  const int pair = static_cast<int>(blockIdx.x / tiles),
+            kv_heads = static_cast<int>(args.p.kv_heads);
   AttentionTask task{};
   task.batch = pair / kv_heads, task.head = pair % kv_heads;
   task.first_row = static_cast<int>(blockIdx.x % tiles) * rows;
   const int last = (task.first_row + rows < args.rows ? task.first_row + rows : args.rows) - 1;
   task.limit = seen_end(args, task, last - task.first_row);
   task.chunk = args.partial ? static_cast<int>(blockIdx.y) : 0;
-  task.chunks = static_cast<int>((task.limit + kChunkKeys - 1) / kChunkKeys);
+  task.chunks = task.limit / kChunkKeys + (task.limit % kChunkKeys > 0);
   return task;
 }
 
 W2A4_DEVICE int keys_in_chunk(const AttentionTask& task, int chunk) {
-  const int64_t left = task.limit - int64_t{chunk} * kChunkKeys;
-  return left < 0 ? 0 : left < kChunkKeys ? static_cast<int>(left) : kChunkKeys;
+  const int left = task.limit - chunk * kChunkKeys;
+  return left < 0 ? 0 : left < kChunkKeys ? left : kChunkKeys;
 }
 
-W2A4_DEVICE int sinks_in_chunk(const AttentionKV4Params& p, int64_t first, int count) {
-  const int64_t left = p.sinks - first;
-  return left < 0 ? 0 : left < count ? static_cast<int>(left) : count;
+struct Place {
+  int64_t first;     // key
+  int count, sinks;  // keys that are there, and how many of the first are floats
+};
+
+W2A4_DEVICE Place place_of_chunk(const AttentionKV4Params& p, const AttentionTask& task,
+                                 int chunk) {
+  const int64_t first = int64_t{chunk} * kChunkKeys, left = p.sinks - first;
+  const int count = keys_in_chunk(task, chunk);
+  return {first, count, left < 0 ? 0 : left < count ? static_cast<int>(left) : count};
 }
 
 // ---- shared memory
@@ -285,7 +293,8 @@ W2A4_DEVICE void merge(Part& a, const Part& b) {
 W2A4_DEVICE float* partial_at(const AttentionArgs& args, const AttentionTask& task, int row,
                               int chunk) {
   const int64_t line =
-      (task.batch * args.p.kv_heads + task.head) * args.rows + task.first_row + row;
+      int64_t{task.batch * static_cast<int>(args.p.kv_heads) + task.head} * args.rows +
+      task.first_row + row;
   return args.partial + (line * args.chunks + chunk) * (args.p.head_dim + 2);
 }
 

@@ -28,11 +28,11 @@ inline void check_attention(const AttentionKV4Params& p, size_t shared, size_t m
   if (p.head_dim > 256)
     throw std::runtime_error(op + "head_dim=" + std::to_string(p.head_dim) +
                              "; the CUDA kernels take up to 256");
-  if (p.length >= int64_t{1} << 31 || p.q_tokens * p.q_heads >= int64_t{1} << 31)
-    throw std::runtime_error(op + "length=" + std::to_string(p.length) + " with " +
-                             std::to_string(p.q_tokens) + " query tokens of " +
-                             std::to_string(p.q_heads) +
-                             " heads; the CUDA kernels take less than 2**31 keys and rows");
+  if (p.length >= int64_t{1} << 30 || p.batch * p.q_tokens * p.q_heads >= int64_t{1} << 30)
+    throw std::runtime_error(
+        op + "length=" + std::to_string(p.length) + " with " + std::to_string(p.q_tokens) +
+        " query tokens of " + std::to_string(p.q_heads) +
+        " heads; the CUDA kernels take fewer than 2**30 keys, and rows in all");
   if (shared > most_shared)
     throw std::runtime_error(op + "head_dim=" + std::to_string(p.head_dim) + " needs " +
                              std::to_string(shared) + " bytes of shared memory, this device has " +
@@ -56,8 +56,10 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
   args.p = p;
   args.repeat = static_cast<int>(p.q_heads / p.kv_heads);
   args.rows = static_cast<int>(p.q_tokens * args.repeat);
+  const int64_t pairs = p.batch * p.kv_heads;
   // Registers do not hold the queries of 8 rows of more than 128 elements.
-  plan.tiles = args.rows <= 2 ? 1 : args.rows <= 4 || p.head_dim > 128 ? 2 : 4;
+  const int most_tiles = p.head_dim > 128 ? 2 : 4;
+  plan.tiles = std::min(args.rows <= 2 ? 1 : args.rows <= 4 ? 2 : 4, most_tiles);
   args.row_tiles = (args.rows + 2 * plan.tiles - 1) / (2 * plan.tiles);
   args.chunks = static_cast<int>((p.length + kChunkKeys - 1) / kChunkKeys);
   args.blocks = static_cast<int>((p.head_dim + 31) / 32);
@@ -67,41 +69,45 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
   args.splits = 8 / std::max(args.blocks, 1);
   args.k_copy = copy_of(p.k_codes, p.head_dim);
   args.v_copy = copy_of(p.v_codes, p.head_dim);
-  plan.shared = plan.tiles == 1   ? attention_shared<2>(args.pitch)
-                : plan.tiles == 2 ? attention_shared<4>(args.pitch)
-                                  : attention_shared<8>(args.pitch);
-  check_attention(p, plan.shared, most_shared);
-  const int64_t pairs = p.batch * p.kv_heads;
-  plan.blocks_x = static_cast<unsigned>(pairs * args.row_tiles);
-  plan.blocks_y = 1;
+  // One token: chunks always are what there is to divide. Several: only if rows are too few.
   const int64_t floats = pairs * args.rows * args.chunks * (p.head_dim + 2);
-  const bool few = plan.blocks_x < 4u * static_cast<unsigned>(processors);
+  const bool few = args.row_tiles == 1 || pairs * args.row_tiles < 4 * processors;
   if (few && args.chunks > 1 && args.chunks < 65536 && floats <= kMostWorkspace)
     plan.workspace = floats;
   if (plan.workspace && p.workspace) {
     args.partial = p.workspace;
-    plan.blocks_y = static_cast<unsigned>(args.chunks);
     plan.merge_x = static_cast<unsigned>(pairs * args.rows);
     plan.merge_y = static_cast<unsigned>(args.blocks);
+  } else {
+    plan.tiles = most_tiles;
+    args.row_tiles = (args.rows + 2 * plan.tiles - 1) / (2 * plan.tiles);
   }
+  plan.blocks_x = static_cast<unsigned>(pairs * args.row_tiles);
+  plan.blocks_y = args.partial ? static_cast<unsigned>(args.chunks) : 1;
+  plan.shared = plan.tiles == 1   ? attention_shared<2>(args.pitch)
+                : plan.tiles == 2 ? attention_shared<4>(args.pitch)
+                                  : attention_shared<8>(args.pitch);
+  check_attention(p, plan.shared, most_shared);
   return plan;
 }
 
 constexpr size_t kMergeShared = kAttentionThreads * sizeof(Part);
 
 using AttentionKernel = void (*)(AttentionArgs);
-template <int kTiles, int kBlocks>
+template <int kTiles, int kBlocks, bool kSplit>
 using AttentionKernelOf =
-    std::integral_constant<AttentionKernel, attention_kv4_kernel<kTiles, kBlocks>>;
+    std::integral_constant<AttentionKernel, attention_kv4_kernel<kTiles, kBlocks, kSplit>>;
 
 // Calls run(kernel), kernel a std::integral_constant of the function.
 template <class Run>
 void with_attention_kernel(const AttentionPlan& plan, Run&& run) {
   const bool wide = plan.args.blocks > 4;
-  if (plan.tiles == 4) return run(AttentionKernelOf<4, 4>{});
+  if (!plan.args.partial)
+    return wide ? run(AttentionKernelOf<2, 8, false>{}) : run(AttentionKernelOf<4, 4, false>{});
+  if (plan.tiles == 4) return run(AttentionKernelOf<4, 4, true>{});
   if (plan.tiles == 2)
-    return wide ? run(AttentionKernelOf<2, 8>{}) : run(AttentionKernelOf<2, 4>{});
-  return wide ? run(AttentionKernelOf<1, 8>{}) : run(AttentionKernelOf<1, 4>{});
+    return wide ? run(AttentionKernelOf<2, 8, true>{}) : run(AttentionKernelOf<2, 4, true>{});
+  return wide ? run(AttentionKernelOf<1, 8, true>{}) : run(AttentionKernelOf<1, 4, true>{});
 }
 
 }  // namespace w2a4::cuda
