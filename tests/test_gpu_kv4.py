@@ -32,13 +32,13 @@ def on_gpu(*tensors):
 @pytest.mark.parametrize("head_dim", [2, 30, 64, 80, 96, 128, 256, 258, 1024])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("clip", [0.95, 1.0, 0.01])
-def test_quantize_kv4_kernel(head_dim, dtype, clip):
+def test_quantize_kv4(head_dim, dtype, clip):
     x = special_heads(head_dim).to(dtype)
     for got, want in zip(ops.quantize_kv4(x.cuda(), clip), reference.quantize_kv4(x, clip), strict=True):
         assert_close(got.cpu(), want)
 
 
-def test_quantize_kv4_kernel_rounds_as_the_reference_everywhere():
+def test_quantize_kv4_rounds_as_the_reference_everywhere():
     x = torch.rand(1, 8, 50000, 128) * 10.0 ** torch.randint(-4, 5, (50000, 1))
     for i in range(15):
         low, high = x[..., 0], x[..., 1]
@@ -102,13 +102,20 @@ def check(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, star
 @pytest.mark.parametrize("head_dim", [2, 30, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("repeat,tokens", [(1, 1), (4, 1), (8, 1), (12, 1), (3, 70)])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-def test_attention_kv4_kernel(head_dim, repeat, tokens, dtype):
+def test_attention_kv4(head_dim, repeat, tokens, dtype):
     q = torch.randn(2, 2 * repeat, tokens, head_dim).to(dtype)
     for length in (1, CHUNK, 3 * CHUNK + 7):
         check(q, packed(2, 2, length, head_dim, capacity=length + 4), length, scaling=head_dim**-0.5)
 
 
-def test_attention_kv4_kernel_of_many_keys():
+@pytest.mark.parametrize("head_dim", [30, 80, 128, 256])
+def test_attention_kv4_kernel(head_dim):
+    for tokens, length in ((1, 270), (1, 20), (20, 270)):
+        q = torch.randn(1, 8, tokens, head_dim).half()
+        check(q, packed(1, 2, length, head_dim), length, scaling=head_dim**-0.5)
+
+
+def test_attention_kv4_of_many_keys():
     for length in ((GROUP + 2) * CHUNK + 3, 33000):
         q, kv = 3 * torch.randn(2, 8, 1, 128).half(), packed(2, 2, length, 128)
         starts = torch.tensor([length - 1, length // 3])
@@ -116,7 +123,7 @@ def test_attention_kv4_kernel_of_many_keys():
 
 
 @pytest.mark.parametrize("count", [1, 4, 300])
-def test_attention_kv4_kernel_with_sinks_and_masks(count):
+def test_attention_kv4_with_sinks_and_masks(count):
     q, kv = torch.randn(2, 8, 3, 64).half(), packed(2, 2, 270, 64)
     mask = torch.rand(2, 1, 3, 270) > 0.5
     mask[:, :, 1] = False
