@@ -148,7 +148,7 @@ def cpu_extension(torch: Path, no_cuda: str) -> Extension:
 def cuda_extension(torch: Path, nvcc: Nvcc) -> CudaExtension:
     extension = CudaExtension(
         "w2a4._cuda",
-        sources=["csrc/entry_a4.cpp", "csrc/entry_w8.cpp", *sources("cuda/*.cpp", "cuda/*.cu")],
+        sources=sources("entry_a4.cpp", "entry_kv4.cpp", "entry_w8.cpp", "cuda/*.cpp", "cuda/*.cu"),
         depends=sources("*.h", "cuda/*.h", "cuda/*.cuh"),
         include_dirs=["csrc", str(torch / "include")],
         library_dirs=[str(torch / "lib")],

@@ -7,6 +7,8 @@ in another order, so there results agree within the rounding of such sums.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -87,3 +89,42 @@ def codes_agree(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], exact: 
     off = (unpack(codes, 4, features, signed=True).int() - unpack(want_codes, 4, features, signed=True)).abs()
     few = float((off > 0).float().mean()) <= TIES
     return few and int(off.max()) <= 1 and within(scale, want_scale, rtol=2e-5, atol=0)
+
+
+def attention_agrees(got: Tensor, q: Tensor, kv: tuple, length: int, scaling: float) -> bool:
+    """Of one KV head of one sequence, chosen at random: one step of the dtype, and float32 sums.
+
+    Args:
+        got: `[batch, q_tokens, q_heads, head_dim]`.
+        kv: codes and params of keys, then of values.
+    """
+    batch, head = (int(torch.randint(count, ())) for count in kv[0].shape[:2])
+    repeat = q.shape[1] // kv[0].shape[1]
+    heads = slice(head * repeat, (head + 1) * repeat)
+    part = [t[batch : batch + 1, head : head + 1].cpu() for t in kv]
+    want = reference.attention_kv4(q[batch : batch + 1, heads].cpu(), *part, length, None, True, scaling)
+    largest = 15 * part[3][..., 0].float().abs() + part[3][..., 1].float().abs()
+    have = got[batch : batch + 1, :, heads].cpu()
+    return within(have, want, rtol=_STEP[got.dtype], atol=1e-5 * float(largest.max()))
+
+
+def append_agrees(
+    call: Callable[..., Tensor], tensors: tuple, r3: tuple[Tensor | None, int], start: int, clip: float
+) -> bool:
+    """`call(qkv, cos, sin, k_codes, k_params, v_codes, v_params)` is rope_append_kv4: values exactly,
+    queries and keys within the rounding of R3's sums, and few codes of keys off by one."""
+    q = call(*tensors).cpu()
+    qkv, cos, sin, *kv = (t.cpu() for t in tensors)
+    want = [torch.zeros_like(t) for t in kv]
+    had_k = None if r3[0] is None else r3[0].cpu()
+    exact = reference.rope_append_kv4(qkv, cos, sin, had_k, r3[1], *want, start, clip)
+    places = slice(start, start + qkv.shape[1])
+    got, want = ([t[:, :, places] for t in cache] for cache in (kv, want))
+    if not torch.equal(got[2], want[2]) or not torch.equal(got[3], want[3]):
+        return False
+    off = (unpack(got[0], 4, cos.shape[-1]).int() - unpack(want[0], 4, cos.shape[-1])).abs()
+    # A parameter next to a tie of float16 takes the codes of its head with it.
+    few = float((off > 0).float().mean()) <= 10 * TIES and int(off.max()) <= 1
+    largest = float(exact.float().abs().max())
+    close = within(q, exact, rtol=2 * _STEP[q.dtype], atol=2e-6 * largest)
+    return few and close and within(got[1], want[1], rtol=_STEP[torch.float16], atol=1e-6 * largest)

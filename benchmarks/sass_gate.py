@@ -42,6 +42,7 @@ class Gate:
         registers: most a lane may use.
         warps: least that a multiprocessor must have room for.
         in_flight: least 16-byte loads under way before the first is needed.
+        whole: these loads stand before the main loop, and are counted in the whole kernel.
         side_loads: most loads below 16 bytes in the main loop: levels and scales.
         weights: that a warp consumes with one `mma`.
         limit: most instructions a weight in the main loop.
@@ -53,6 +54,7 @@ class Gate:
     registers: int = 255
     warps: int = 8
     in_flight: int = 0
+    whole: bool = False
     side_loads: int = 0
     weights: float | None = None
     limit: float | None = None
@@ -80,6 +82,18 @@ GATES = (
              weights=16 * 32 / groups)
         for groups in (2, 4)
     ),
+    # Decode on the 4-bit cache. The loop is the one over values: a 32 x 32 piece takes two m16n8k32 for every
+    # two query rows. At full bandwidth an H200 leaves 3.5 instructions a code, which keys and values
+    # share. A block copies its chunk at once, so what hides the latency is room for four blocks, 32
+    # warps, and 128 KB of copies under way.
+    *(
+        Gate(rf"\battention_kv4_kernel<{tiles}, 4, true>", mma="IMMA.16832", registers=64, warps=32,
+             in_flight=4, whole=True, weights=16 * 32 / tiles, limit=1.5)
+        for tiles in (1, 2)
+    ),
+    # Heads of up to 256 elements, and up to 8 query rows: the queries take more registers.
+    Gate(r"\battention_kv4_kernel<\d, \d, true>", mma="IMMA.16832", registers=128, warps=16, in_flight=4,
+         whole=True),
     # Shapes that no model has: right, not fast.
     Gate(r"\bgemv_imma_kernel<[24], 0>"),
     Gate(r"."),
@@ -114,7 +128,7 @@ def examine(name: str, arch: int, resources: sass.Resources, body: list[sass.Ins
     report = Report(
         short(name), arch, resources.registers, sass.warps_per_multiprocessor(resources.registers),
         resources.shared, resources.stack, resources.spill_stores + resources.spill_loads, count, len(loop),
-        sass.loads_in_flight(loop), per_weight, [],
+        sass.loads_in_flight(body if gate.whole else loop), per_weight, [],
     )  # fmt: skip
     report.breaches += body_breaches(report, gate, body)
     if gated:

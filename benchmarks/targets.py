@@ -57,6 +57,9 @@ def targets(rows: list[dict]) -> list[Target]:
                 [1 / r["ratio"] for r in good
                  if r["op"] == "hadamard" and r["peer"] == "copy" and r["bytes"] >= 16 << 20]),
         at_most("hadamard_a4, time over that of hadamard", 1.0, _fused_over_plain(rows)),
+        at_least("attention_kv4 of 32768 keys against SDPA float16", 2.5,
+                 [r["ratio"] for r in good if r["op"] == "attention_kv4"
+                  and r["shape"].endswith("x32768") and r["peer"] == "sdpa.float16"]),
         at_least("linear of 2048 tokens and more against cuBLAS bfloat16", 1.3,
                  [r["ratio"] for r in good if r["op"] in ("linear_w2a4", "linear_w4a4")
                   and r["tokens"] >= 2048 and r["peer"] == "cublas.bfloat16"]),

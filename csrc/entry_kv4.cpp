@@ -215,6 +215,11 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
   p.causal = causal;
   p.scaling = static_cast<float>(scaling);
   const OnDeviceOf device(q);
+  std::optional<Tensor> workspace;
+  if (const int64_t floats = kernels::attention_kv4_workspace(p)) {
+    workspace = empty(q, {floats}, kF32);
+    p.workspace = static_cast<float*>(workspace->data_ptr());
+  }
   kernels::attention_kv4(p);
   return y;
 }

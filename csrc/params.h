@@ -135,7 +135,8 @@ struct AttentionKV4Params {
   Strided4 k_sink, v_sink;      // [batch, kv_heads, >= sinks, head_dim], of *_sink_dtype
   const bool* mask;             // [batch, q_heads, q_tokens, length] by mask_*, or null
   int64_t mask_batch, mask_head, mask_q, mask_key;  // strides, 0 where the mask is broadcast
-  void* y;  // [batch, q_tokens, q_heads, head_dim], of dtype
+  void* y;           // [batch, q_tokens, q_heads, head_dim], of dtype
+  float* workspace;  // what attention_kv4_workspace asks for, or null
   ScalarType dtype, k_sink_dtype, v_sink_dtype;
   int64_t batch, q_heads, kv_heads, q_tokens, head_dim;
   int64_t length;

@@ -1,8 +1,7 @@
 """Run by test_simt_gemv.py with the sanitizers' runtime preloaded: `simt_sanitized.py MODULE`.
 
 Every argument is an array of its own, so that a byte too many is an error. Results are compared in
-test_simt_gemv.py and test_simt_hadamard.py; here only numpy is imported, since torch is slow under a
-sanitizer.
+the files test_simt_*.py; here only numpy is imported, since torch is slow under a sanitizer.
 """
 
 import sys
@@ -64,8 +63,58 @@ def linear_w8(module, tokens, out, features):
     assert np.isfinite(y).all()
 
 
+def rope_append(module, head_dim, k, block, dtype, start, starts=None):
+    qkv = random.standard_normal((2, 3, 5 * head_dim)).astype(dtype)
+    angles = np.ones((2, 3, head_dim), np.float32)
+    codes = [np.zeros((2, 1, start + 3, head_dim // 2), np.uint8) for _ in "kv"]
+    params = [np.zeros((2, 1, start + 3, 2), np.uint16) for _ in "kv"]
+    q = np.empty((2, 3, 3, head_dim), dtype)
+    module.rope_append_kv4(
+        qkv, np.dtype(dtype).name, angles, angles, "float32", signs(k), block, codes[0], params[0], codes[1],
+        params[1], start, starts, 0.9, q, 0,
+    )  # fmt: skip
+    assert np.isfinite(q).all()
+    module.quantize_kv4(
+        q, np.zeros((2, 3, 3, head_dim // 2), np.uint8), np.zeros((2, 3, 3, 2), np.uint16),
+        np.dtype(dtype).name, 0, None, 0.9, 0,
+    )  # fmt: skip
+
+
+def attention(module, repeat, tokens, head_dim, length, split, sinks=0, starts=None):
+    q = random.standard_normal((2, 2 * repeat, tokens, head_dim)).astype(np.float16)
+    codes = [random.integers(0, 256, (2, 2, length, head_dim // 2), np.uint8) for _ in "kv"]
+    params = [np.full((2, 2, length, 2), 0x3000, np.uint16) for _ in "kv"]
+    sink = [random.standard_normal((2, 2, sinks, head_dim)).astype(np.float32) for _ in "kv"]
+    mask = np.ones((1, 1, tokens, length), bool)
+    y = np.full((2, tokens, 2 * repeat, head_dim), np.nan, np.float16)
+    room = np.empty(q.size // head_dim * -(-length // 256) * (head_dim + 2), np.float32) if split else None
+    module.attention_kv4(
+        q, "float16", codes[0], params[0], codes[1], params[1], length, mask, True, 0.1,
+        *(sink if sinks else (None, None)), "float32", starts, y, room, 132, SMALL, 0,
+    )  # fmt: skip
+    assert np.isfinite(y).all()
+
+
 if __name__ == "__main__":
     module = load(sys.argv[1])
+    outside = np.array([-3, 2**62], np.int64)
+    for head_dim, k, block in [
+        (2, 1, 1),
+        (30, 1, 2),
+        (64, 1, 64),
+        (96, 12, 96),
+        (256, 1, 256),
+        (1024, 1, 512),
+    ]:
+        for dtype in (np.float32, np.float16):
+            rope_append(module, head_dim, k, block, dtype, 0)
+            rope_append(module, head_dim, k, block, dtype, 4, outside)
+    for head_dim in (2, 30, 64, 80, 96, 128, 256):
+        for repeat, tokens, length in [(1, 1, 1), (4, 1, 256), (3, 2, 257), (1, 1, 600)]:
+            for split in (True, False):
+                attention(module, repeat, tokens, head_dim, length, split)
+        attention(module, 8, 2, head_dim, 300, True, sinks=3)
+        attention(module, 1, 1, head_dim, 300, False, sinks=300, starts=outside)
     for tokens in (1, 2, 3, 9):
         for features, group in [(128, 128), (640, 128), (4736, 128), (1024, 256), (640, 640)]:
             gemv(module, 2, 17, features, group, tokens, "bmma")

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks is not installed
 from benchmarks import (  # noqa: E402
     bench_gemv,
     bench_hadamard,
+    bench_kv4,
     bench_quantize,
     checks,
     files,
@@ -454,7 +455,7 @@ def answer(program, *arguments):
 def test_programs_answer_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi and no nvcc
-    for bench in (bench_gemv, bench_hadamard, bench_quantize):
+    for bench in (bench_gemv, bench_hadamard, bench_kv4, bench_quantize):
         code, output = answer(bench.main, "--help")
         assert code == 0 and f"python -m {bench.__name__}" in output
         code, output = answer(bench.main, "--device", "cuda")

@@ -14,6 +14,9 @@ void rope_append_kv4(const RopeAppendKV4Params& p);
 void snap(const SnapParams& p);
 void fake_quant_rows(const FakeQuantParams& p);
 void attention_kv4(const AttentionKV4Params& p);
+inline int64_t attention_kv4_workspace(const AttentionKV4Params&) {
+  return 0;
+}
 void round_columns(const RoundColumnsParams& p);
 void add(const AddParams& p);
 

@@ -51,12 +51,14 @@ W2A4_DEVICE float load_one(const void* x, int64_t at) {
     return T::widen(load_u16(static_cast<const uint16_t*>(x) + at));
 }
 
-// kCount = 4 or 8 numbers from `at` on, 16-byte (8-byte for four of 2 bytes) aligned.
+// kCount = 2, 4 or 8 numbers from `at` on, aligned as a whole, to at most 16 bytes.
 template <class T, int kCount>
 W2A4_DEVICE void load_run(const void* x, int64_t at, float (&v)[kCount]) {
   const char* p = static_cast<const char*>(x) + at * T::kBytes;
   uint32_t words[kCount * T::kBytes / 4];
-  if constexpr (kCount * T::kBytes == 8) {
+  if constexpr (kCount * T::kBytes == 4) {
+    words[0] = load_u32(p);
+  } else if constexpr (kCount * T::kBytes == 8) {
     const U32x2 w = load_u32x2(p);
     words[0] = w.x, words[1] = w.y;
   } else {
@@ -104,6 +106,40 @@ W2A4_DEVICE void store_run(void* y, int64_t at, const float (&v)[kCount]) {
     for (int i = 0; i < kCount * T::kBytes / 16; ++i)
       store_u32x4(p + 16 * i, {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]});
   }
+}
+
+// Element `at` of a tensor whose dtype is known at run time only.
+W2A4_DEVICE float load_number(const void* data, ScalarType dtype, int64_t at) {
+  switch (dtype) {
+    case ScalarType::Half:
+      return float_from_half(static_cast<const uint16_t*>(data)[at]);
+    case ScalarType::BFloat16:
+      return float_from_bfloat16(static_cast<const uint16_t*>(data)[at]);
+    case ScalarType::Double:
+      return static_cast<float>(static_cast<const double*>(data)[at]);
+    default:
+      return static_cast<const float*>(data)[at];
+  }
+}
+
+W2A4_DEVICE void store_number(void* data, ScalarType dtype, int64_t at, float x) {
+  switch (dtype) {
+    case ScalarType::Half:
+      static_cast<uint16_t*>(data)[at] = half_from_float(x);
+      break;
+    case ScalarType::BFloat16:
+      static_cast<uint16_t*>(data)[at] = bfloat16_from_float(x);
+      break;
+    case ScalarType::Double:
+      static_cast<double*>(data)[at] = x;
+      break;
+    default:
+      static_cast<float*>(data)[at] = x;
+  }
+}
+
+W2A4_DEVICE int64_t offset_of(const Strided4& t, int64_t batch, int64_t head, int64_t token) {
+  return batch * t.batch + head * t.head + token * t.token;
 }
 
 // Calls run(Kernel<T>{}) with the format of a dtype; Kernel is a std::integral_constant of a

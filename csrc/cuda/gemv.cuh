@@ -9,8 +9,7 @@
 // nor on the other tokens, and repeated runs agree.
 #pragma once
 
-#include "../params.h"
-#include "ptx_mma.cuh"
+#include "formats.cuh"
 
 namespace w2a4::cuda {
 
@@ -18,15 +17,6 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kUnit = 128;        // inputs of an exact integer sum
 constexpr int kUnitsInChunk = 4;  // so a 2-bit row gives a warp 128 contiguous bytes
-
-// An int32 sum x with |x| < 2**22, added to kMagic, is the bits of the float 1.5 * 2**23 + x: the
-// tensor core counts from kMagic on, and one subtraction makes the float, without a conversion.
-constexpr int32_t kMagic = 0x4b400000;
-constexpr float kMagicFloat = 12582912.0f;
-
-W2A4_DEVICE float exact_float(int32_t sum_from_magic) {
-  return add_rn(as_float(static_cast<uint32_t>(sum_from_magic)), -kMagicFloat);
-}
 
 // input >> input_shift is the group, for groups of a power of two; a whole row is group 0.
 W2A4_DEVICE int input_shift(const LinearA4Params& p) {
@@ -39,36 +29,6 @@ W2A4_DEVICE int input_shift(const LinearA4Params& p) {
 W2A4_DEVICE int unit_shift(const LinearA4Params& p) {
   const int shift = input_shift(p);
   return shift == 31 ? 31 : shift - 7;
-}
-
-// Element `at` of a tensor of this dtype.
-W2A4_DEVICE float load_number(const void* data, ScalarType dtype, int64_t at) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return float_from_half(static_cast<const uint16_t*>(data)[at]);
-    case ScalarType::BFloat16:
-      return float_from_bfloat16(static_cast<const uint16_t*>(data)[at]);
-    case ScalarType::Double:
-      return static_cast<float>(static_cast<const double*>(data)[at]);
-    default:
-      return static_cast<const float*>(data)[at];
-  }
-}
-
-W2A4_DEVICE void store_number(void* data, ScalarType dtype, int64_t at, float x) {
-  switch (dtype) {
-    case ScalarType::Half:
-      static_cast<uint16_t*>(data)[at] = half_from_float(x);
-      break;
-    case ScalarType::BFloat16:
-      static_cast<uint16_t*>(data)[at] = bfloat16_from_float(x);
-      break;
-    case ScalarType::Double:
-      static_cast<double*>(data)[at] = x;
-      break;
-    default:
-      static_cast<float*>(data)[at] = x;
-  }
 }
 
 // Adds the warps' sums and writes the result: sums of warp w are floats [tokens, rows] at

@@ -60,17 +60,6 @@ W2A4_DEVICE void stage_x(const LinearW8Args& args, int64_t first, float* x) {
     }
 }
 
-W2A4_DEVICE float w8_bias(const LinearW8Params& p, int64_t row) {
-  switch (p.bias_dtype) {
-    case ScalarType::Half:
-      return load_one<Float16>(p.bias, row);
-    case ScalarType::BFloat16:
-      return load_one<BFloat16>(p.bias, row);
-    default:
-      return load_one<Float32>(p.bias, row);
-  }
-}
-
 // Blocks of grid.y share the tokens, kTokens each; blocks of grid.x go through the rows together.
 template <class T, int kTokens, bool kVector>
 __global__ void __launch_bounds__(kW8Warps * 32)
@@ -126,7 +115,7 @@ __global__ void __launch_bounds__(kW8Warps * 32)
       for (int mask = 1; mask < 32; mask *= 2) sum = add_rn(sum, shfl_xor(sum, mask));
       if (lane == 0 && row + r < p.out_features && first_token + token < p.tokens) {
         float y = mul_rn(sum, float_from_half(load_u16(p.scale + row + r)));
-        if (p.bias) y = add_rn(y, w8_bias(p, row + r));
+        if (p.bias) y = add_rn(y, load_number(p.bias, p.bias_dtype, row + r));
         store_one<T>(p.y, (first_token + token) * p.out_features + row + r, y);
       }
     }

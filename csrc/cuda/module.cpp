@@ -8,6 +8,7 @@
 STABLE_TORCH_LIBRARY_IMPL(w2a4, CUDA, m) {
   w2a4::register_a4(m);
   w2a4::register_w8(m);
+  w2a4::register_kv4(m);
 }
 
 extern "C" PyMODINIT_FUNC PyInit__cuda(void) {

@@ -91,6 +91,15 @@ W2A4_DEVICE void mma_s8_16x8x32(int32_t (&d)[4], const uint32_t (&a)[4], const u
 #endif
 }
 
+// An int32 sum x with |x| < 2**22, added to kMagic, is the bits of the float 1.5 * 2**23 + x: the
+// tensor core counts from kMagic on, and one subtraction makes the float, without a conversion.
+constexpr int32_t kMagic = 0x4b400000;
+constexpr float kMagicFloat = 12582912.0f;
+
+W2A4_DEVICE float exact_float(int32_t sum_from_magic) {
+  return add_rn(as_float(static_cast<uint32_t>(sum_from_magic)), -kMagicFloat);
+}
+
 #ifndef __CUDACC__
 namespace twin {
 template <float (*kWiden)(uint16_t)>
@@ -133,6 +142,61 @@ W2A4_DEVICE void mma_bf16_16x8x16(float (&d)[4], const uint32_t (&a)[4], const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
   twin::warp_mma<float, twin::mma_16bit<float_from_bfloat16> >("mma_bf16", d, a, b, d);
+#endif
+}
+
+#ifndef __CUDACC__
+namespace twin {
+struct Words {
+  uint32_t w[4];
+};
+struct RowPointer {
+  const unsigned char* p;
+};
+// Matrix m has 8 rows of 16 bytes, at the pointers of lanes 8m .. 8m + 7.
+inline void load_rows(const RowPointer* in, Words* out) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int m = 0; m < 4; ++m)
+      std::memcpy(&out[lane].w[m], in[8 * m + lane / 4].p + 4 * (lane % 4), 4);
+}
+inline void load_columns(const RowPointer* in, Words* out) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int m = 0; m < 4; ++m)
+      for (int half = 0; half < 2; ++half)
+        std::memcpy(reinterpret_cast<unsigned char*>(&out[lane].w[m]) + 2 * half,
+                    in[8 * m + lane % 4 * 2 + half].p + lane / 4 * 2, 2);
+}
+}  // namespace twin
+#endif
+
+// Four matrices of 8 rows x 16 bytes from shared memory; lane 8m + r names row r of matrix m, which
+// is aligned to 16 bytes. Lane 4g + j gets bytes 4j .. 4j + 3 of row g of matrix m in w[m].
+W2A4_DEVICE void ldmatrix_x4(uint32_t (&w)[4], const unsigned char* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  twin::check_aligned(row, 16);
+  const auto words =
+      simt::warp_collective<twin::RowPointer, twin::Words, twin::load_rows>("ldmatrix", {row});
+  for (int m = 0; m < 4; ++m) w[m] = words.w[m];
+#endif
+}
+
+// The same transposed by pairs of bytes: bytes 2g, 2g + 1 of row 2j, then of row 2j + 1.
+W2A4_DEVICE void ldmatrix_x4_trans(uint32_t (&w)[4], const unsigned char* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  twin::check_aligned(row, 16);
+  const auto words = simt::warp_collective<twin::RowPointer, twin::Words, twin::load_columns>(
+      "ldmatrix_trans", {row});
+  for (int m = 0; m < 4; ++m) w[m] = words.w[m];
 #endif
 }
 

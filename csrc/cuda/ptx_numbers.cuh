@@ -184,6 +184,17 @@ W2A4_DEVICE uint32_t mul_high(uint32_t a, uint32_t b) {
 #endif
 }
 
+// The nearest integer, ties to even, saturated; 0 for NaN.
+W2A4_DEVICE int32_t int_from_float(float x) {
+#ifdef __CUDACC__
+  return __float2int_rn(x);
+#else
+  if (x != x) return 0;
+  if (x >= 0x1p31f) return INT32_MAX;
+  return x <= -0x1p31f ? INT32_MIN : static_cast<int32_t>(std::nearbyint(x));
+#endif
+}
+
 // Reciprocal, correctly rounded; x is positive and in [2**-120, 2**120].
 W2A4_DEVICE float rcp_rn_mid(float x) {
 #ifdef __CUDACC__
@@ -195,10 +206,13 @@ W2A4_DEVICE float rcp_rn_mid(float x) {
 #endif
 }
 
-// x / 7, correctly rounded. The product's error, 2**-52 of it, is far less than the distance of any
-// float32 divided by 7 from the middle between two float32.
-W2A4_DEVICE float seventh_rn(float x) {
-  return static_cast<float>(static_cast<double>(x) * (1.0 / 7.0));
+// x / kDivisor, a small odd number, correctly rounded (subnormal results may be off by one). The
+// product's error, 2**-52 of it, is far less than the distance of any float32 divided by kDivisor
+// from the middle between two float32.
+template <int kDivisor>
+W2A4_DEVICE float quotient_rn(float x) {
+  static_assert(kDivisor % 2 == 1 && kDivisor < 64);
+  return static_cast<float>(static_cast<double>(x) * (1.0 / kDivisor));
 }
 
 // 1 / sqrt(x), within 2 units in the last place.

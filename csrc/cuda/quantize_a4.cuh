@@ -5,51 +5,21 @@
 #pragma once
 
 #include "hadamard.cuh"
+#include "quantizer.cuh"
 
 namespace w2a4::cuda {
 
 // ---- one group
 
-// How a group's values become codes; 16 bytes of shared memory. While maxima are looked for, the
-// first word holds the largest |x| as bits: those of floats are ordered as the floats are, NaN
-// above infinity, so a NaN is found too and makes the scale NaN.
-struct Quantizer {
-  float factor;      // a power of two that keeps the numbers below in the range of normal floats
-  float scale;       // times factor
-  float reciprocal;  // of the line above, rounded
-  uint32_t mask;     // 0 where the scale is not finite: codes are 0 then
-};
-
-W2A4_DEVICE uint32_t magnitude_bits(float x) {
-  return as_bits(x) & 0x7fffffff;
-}
-
 W2A4_DEVICE float scale_of(float clip, uint32_t most) {
-  const float scale = seventh_rn(mul_rn(clip, as_float(most)));
+  const float scale = quotient_rn<7>(mul_rn(clip, as_float(most)));
   return scale == 0.0f ? 1.0f : scale;
 }
 
-W2A4_DEVICE Quantizer quantizer_of(float scale) {
-  if ((as_bits(scale) & 0x7f800000) == 0x7f800000) return {0.0f, 1.0f, 1.0f, 0};
-  const float magnitude = as_float(magnitude_bits(scale));
-  const float factor = magnitude < 0x1p-64f ? 0x1p64f : magnitude > 0x1p64f ? 0x1p-64f : 1.0f;
-  const float scaled = mul_rn(scale, factor);
-  const float reciprocal = rcp_rn_mid(as_float(magnitude_bits(scaled)));
-  return {factor, scaled, scaled < 0.0f ? -reciprocal : reciprocal, 15};
-}
-
-// x / scale correctly rounded (one step of Markstein's from the rounded reciprocal), rounded to
-// the nearest integer, ties to even, within -8..7, as a nibble.
+// x / scale rounded to the nearest integer, ties to even, within -8..7, as a nibble.
 W2A4_DEVICE uint32_t code_of(const Quantizer& q, float x) {
-  const float wide = mul_rn(x, q.factor);
-  const float first = max_f32(min_f32(mul_rn(wide, q.reciprocal), 16.0f), -16.0f);
-  const float quotient = fma_rn(fma_rn(-first, q.scale, wide), q.reciprocal, first);
-  const float bounded = max_f32(min_f32(quotient, 7.0f), -8.0f);
-  return as_bits(add_rn(bounded, 12582912.0f)) & q.mask;  // 1.5 * 2**23: integers are the last bits
-}
-
-W2A4_DEVICE uint32_t larger(uint32_t a, uint32_t b) {
-  return a > b ? a : b;
+  const float bounded = max_f32(min_f32(quotient_of(q, x), 7.0f), -8.0f);
+  return rounded_bits(bounded) & q.mask;
 }
 
 // ---- the groups of a unit
@@ -279,7 +249,7 @@ W2A4_DEVICE void load_norm_weight(const QuantizeArgs& args, int element, float (
 
 // The sum over the block, the same bits in every thread. `sums` is [kQuantizeWarps].
 W2A4_DEVICE float block_sum(float value, float* sums) {
-  for (int mask = 1; mask < 32; mask *= 2) value = add_rn(value, shfl_xor(value, mask));
+  value = warp_sum(value);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
   sync_block();
   float sum = 0.0f;

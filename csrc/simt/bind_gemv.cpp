@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../cuda/gemv_plan.h"
+#include "bind.h"
 
 namespace py = pybind11;
 using namespace w2a4;
@@ -36,9 +37,7 @@ std::string linear_a4(const Array<uint8_t>& a_codes, const Array<float>& a_scale
   p.bias = bias.is_none() ? nullptr : bias_array.data();
   p.bias_dtype = ScalarType::Float;
   p.y = y.mutable_data();
-  p.out_dtype = out_dtype == "float16"    ? ScalarType::Half
-                : out_dtype == "bfloat16" ? ScalarType::BFloat16
-                                          : ScalarType::Float;
+  p.out_dtype = dtype_of(out_dtype);
   p.tokens = a_codes.shape(0);
   p.out_features = weight.shape(0);
   p.in_features = in_features;

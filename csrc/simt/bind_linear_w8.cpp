@@ -1,11 +1,8 @@
 // linear_w8 of cuda/, run on a CPU: the same plan, kernels and grid as cuda/linear_w8.cu launches.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <optional>
 
 #include "../cuda/linear_w8_plan.h"
+#include "bind.h"
 
 namespace py = pybind11;
 using namespace w2a4;
@@ -21,10 +18,7 @@ int linear_w8(const py::array& x, const py::array_t<int8_t>& weight,
   LinearW8Params p{};
   p.x = x.data(), p.weight = weight.data(), p.scale = scale.data(), p.y = y.mutable_data();
   p.bias = bias ? bias->data() : nullptr, p.bias_dtype = ScalarType::Float;
-  p.dtype = dtype == "float16"    ? ScalarType::Half
-            : dtype == "bfloat16" ? ScalarType::BFloat16
-            : dtype == "float64"  ? ScalarType::Double
-                                  : ScalarType::Float;
+  p.dtype = dtype_of(dtype);
   p.tokens = x.shape(0), p.in_features = x.shape(1), p.out_features = weight.shape(0);
   const cuda::LinearW8Plan plan = cuda::plan_linear_w8(p, processors, most_shared);
   cuda::with_linear_w8_kernel(plan, [&](auto kernel) {

@@ -8,20 +8,12 @@
 
 #include "../cuda/hadamard.cuh"
 #include "../cuda/quantize_plan.h"
+#include "bind.h"
 
 namespace py = pybind11;
 using namespace w2a4;
 
 namespace {
-
-using Signs = std::optional<py::array_t<int8_t, py::array::c_style>>;
-
-ScalarType dtype_of(const std::string& name) {
-  return name == "float16"    ? ScalarType::Half
-         : name == "bfloat16" ? ScalarType::BFloat16
-         : name == "float64"  ? ScalarType::Double
-                              : ScalarType::Float;
-}
 
 py::dict describe(const cuda::Transform& t, unsigned blocks, size_t shared) {
   py::dict d;

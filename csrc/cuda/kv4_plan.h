@@ -1,0 +1,88 @@
+// Which kernel serves a call of quantize_kv4, append_kv4 or rope_append_kv4, with which grid: one
+// rule for the launchers and for the tests, which run the kernels on a CPU.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "kv4.cuh"
+
+namespace w2a4::cuda {
+
+template <class Args>
+struct HeadsPlan {
+  Args args;
+  unsigned blocks;
+  size_t shared;
+};
+
+// Rows as the kernels count them.
+inline uint32_t checked_rows(const char* op, int64_t rows, int64_t head_dim) {
+  if (head_dim > 1024)
+    throw std::runtime_error(std::string("w2a4.") + op + ": head_dim=" + std::to_string(head_dim) +
+                             "; the CUDA kernels take up to 1024");
+  if (rows >= int64_t{1} << 31)
+    throw std::runtime_error(
+        std::string("w2a4.") + op + ": " + std::to_string(rows) +
+        " heads of tokens in one call; the CUDA kernels take fewer than 2**31");
+  return static_cast<uint32_t>(rows);
+}
+
+inline unsigned blocks_of_rows(uint32_t rows) {
+  return (rows + kHeadWarps - 1) / kHeadWarps;
+}
+
+// Can elements 2i and 2i + 1 be read at once?
+inline bool reads_pairs(const void* x, ScalarType dtype) {
+  return reinterpret_cast<uintptr_t>(x) % (dtype == ScalarType::Float ? 8 : 4) == 0;
+}
+
+inline HeadsPlan<QuantizeKV4Args> plan_quantize_kv4(const QuantizeKV4Params& p) {
+  const uint32_t rows = checked_rows("quantize_kv4", p.batch * p.heads * p.tokens, p.head_dim);
+  const bool pairs = reads_pairs(p.x.data, p.dtype) && p.x.batch % 2 == 0 && p.x.head % 2 == 0 &&
+                     p.x.token % 2 == 0;
+  return {{p, pairs, rows}, blocks_of_rows(rows), 0};
+}
+
+inline HeadsPlan<RopeAppendKV4Args> plan_rope_append_kv4(const RopeAppendKV4Params& p) {
+  const uint32_t rows = checked_rows("rope_append_kv4",
+                                     p.batch * p.tokens * (p.q_heads + 2 * p.kv_heads), p.head_dim);
+  int log_power = 0;
+  while (p.k << (log_power + 1) <= p.block_size) ++log_power;
+  const auto scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.block_size)));
+  const bool mixed = p.had_k != nullptr;
+  return {{p, reads_pairs(p.qkv, p.dtype), rows, scale, log_power, mixed},
+          blocks_of_rows(rows),
+          mixed ? static_cast<size_t>(kHeadWarps * p.head_dim * 4) : 0};
+}
+
+using QuantizeKV4Kernel = void (*)(QuantizeKV4Args);
+using RopeAppendKV4Kernel = void (*)(RopeAppendKV4Args);
+
+template <int kRounds>
+struct KV4Kernels {
+  template <class T>
+  using Quantize = std::integral_constant<QuantizeKV4Kernel, quantize_kv4_kernel<T, kRounds>>;
+  template <class T>
+  using RopeAppend =
+      std::integral_constant<RopeAppendKV4Kernel, rope_append_kv4_kernel<T, kRounds>>;
+};
+
+// Calls run(kernel), kernel a std::integral_constant of the function.
+template <class Run>
+void with_kv4_kernel(const QuantizeKV4Args& args, Run&& run) {
+  if (args.p.head_dim <= 256)
+    with_format<KV4Kernels<4>::Quantize>("quantize_kv4", args.p.dtype, run);
+  else
+    with_format<KV4Kernels<16>::Quantize>("quantize_kv4", args.p.dtype, run);
+}
+
+template <class Run>
+void with_kv4_kernel(const RopeAppendKV4Args& args, Run&& run) {
+  if (args.p.head_dim <= 256)
+    with_format<KV4Kernels<4>::RopeAppend>("rope_append_kv4", args.p.dtype, run);
+  else
+    with_format<KV4Kernels<16>::RopeAppend>("rope_append_kv4", args.p.dtype, run);
+}
+
+}  // namespace w2a4::cuda
