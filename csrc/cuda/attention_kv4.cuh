@@ -292,13 +292,13 @@ struct Attention {
     for (int m = 0; m < 2; ++m)
       k_params[m] = load_params(p.k_params, task, first, 32 * warp + score_key(lane, m), count);
     const uint32_t v_params = load_params(p.v_params, task, first, threadIdx.x, count);
-    const float v_scale = float_from_half(static_cast<uint16_t>(v_params));
-    const float v_zero = float_from_half(static_cast<uint16_t>(v_params >> 16));
     if (sinks) score_sinks(first, sinks);
     cp_async_wait<1>();
     sync_block();
     score_keys(k_params, sinks);
     sync_warp();
+    const float v_scale = float_from_half(static_cast<uint16_t>(v_params));
+    const float v_zero = float_from_half(static_cast<uint16_t>(v_params >> 16));
     const uint32_t seen = seen_rows(first + threadIdx.x);
     note_maxima(seen, static_cast<int>(threadIdx.x) < sinks ? 0.0f : v_scale);
     sync_block();
@@ -333,33 +333,44 @@ struct Attention {
   // All chunks, one after another.
   W2A4_DEVICE void run_all() {
     start();
-    Part total[kValues], group[kValues];
+    // Results of all chunks, and of the group of chunks that is not complete.
+    const auto total = [&](int n) -> Part& { return shared.part(args, n); };
+    [[maybe_unused]] Part in_registers[kValues];
+    const auto group = [&](int n) -> Part& {
+      if constexpr (kTiles == 4)
+        return shared.part(args, kValues + n);
+      else
+        return in_registers[n];
+    };
     W2A4_UNROLL
-    for (int n = 0; n < kValues; ++n) total[n] = group[n] = {kHidden, 0.0f, 0.0f};
+    for (int n = 0; n < kValues; ++n) group(n) = total(n) = {kHidden, 0.0f, 0.0f};
     W2A4_NO_UNROLL
     for (int chunk = 0; chunk < task.chunks; ++chunk) {
       run_chunk(chunk);
       const Place place = place_of_chunk(p, task, chunk);
       for_each_result([&](int n, int row, int element) {
-        merge(group[n], part_of(row, element, place));
+        merge(group(n), part_of(row, element, place));
         if (chunk % kGroupChunks < kGroupChunks - 1 && chunk + 1 < task.chunks) return;
-        merge(total[n], group[n]);
-        group[n] = {kHidden, 0.0f, 0.0f};
+        merge(total(n), group(n));
+        group(n) = {kHidden, 0.0f, 0.0f};
       });
       if (place.sinks) sync_block();  // weights of sinks have been read
     }
     cp_async_wait<0>();
     for_each_result([&](int n, int row, int element) {
       store_output(args, task.batch, head_of(args, task, row), token_of(args, task, row), element,
-                   total[n]);
+                   total(n));
     });
   }
 };
 
-// kSplit: a block does one chunk, else all of them. Two blocks a multiprocessor at least, and four
-// where the registers for the queries allow.
+// Blocks that registers should leave room for on a multiprocessor.
 template <int kTiles, int kBlocks, bool kSplit>
-__global__ void __launch_bounds__(kAttentionThreads, kTiles* kBlocks <= 8 ? 3 : 2)
+constexpr int kResidentBlocks = kSplit && kTiles <= 2 && kBlocks <= 4 ? 4 : 2;
+
+// kSplit: a block does one chunk, else all of them.
+template <int kTiles, int kBlocks, bool kSplit>
+__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kTiles, kBlocks, kSplit>)
     attention_kv4_kernel(const __grid_constant__ AttentionArgs args) {
   Attention<kTiles, kBlocks, kSplit> attention(args);
   if constexpr (kSplit)

@@ -94,6 +94,13 @@ W2A4_DEVICE Place place_of_chunk(const AttentionKV4Params& p, const AttentionTas
 
 // ---- shared memory
 
+// Results of some chunks for one element of one row.
+struct Part {
+  float top;     // score, kHidden if no key is seen
+  float weight;  // sum of weights, each exp(score - top)
+  float output;  // weighted sum of values
+};
+
 struct QueryRow {
   float down;  // undoes the scaling of the digits
   float sum;   // of the query's elements
@@ -148,11 +155,18 @@ struct AttentionShared {
   W2A4_DEVICE unsigned char* values(const AttentionArgs& args) const {
     return keys() + kChunkKeys * args.pitch;
   }
+  // Of this thread, if it does all chunks.
+  W2A4_DEVICE Part& part(const AttentionArgs& args, int n) const {
+    auto* parts = reinterpret_cast<Part*>(values(args) + kChunkKeys * args.pitch);
+    return parts[n * kAttentionThreads + threadIdx.x];
+  }
 };
 
+// Bytes of it, with so many parts a thread.
 template <int kRows>
-constexpr size_t attention_shared(int pitch) {
-  return AttentionShared<kRows>::kKeys + 2 * kChunkKeys * pitch;
+constexpr size_t attention_shared(int pitch, int parts) {
+  return AttentionShared<kRows>::kKeys + 2 * kChunkKeys * pitch +
+         parts * kAttentionThreads * sizeof(Part);
 }
 
 // ---- integers in four digits
@@ -273,13 +287,6 @@ W2A4_DEVICE void copy_chunk(const AttentionArgs& args, Copy how, const Strided4&
 }
 
 // ---- merging
-
-// Results of some chunks for one element of one row.
-struct Part {
-  float top;     // score, kHidden if no key is seen
-  float weight;  // sum of weights, each exp(score - top)
-  float output;  // weighted sum of values
-};
 
 W2A4_DEVICE void merge(Part& a, const Part& b) {
   if (b.top == kHidden) return;

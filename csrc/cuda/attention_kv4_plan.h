@@ -84,9 +84,13 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
   }
   plan.blocks_x = static_cast<unsigned>(pairs * args.row_tiles);
   plan.blocks_y = args.partial ? static_cast<unsigned>(args.chunks) : 1;
-  plan.shared = plan.tiles == 1   ? attention_shared<2>(args.pitch)
-                : plan.tiles == 2 ? attention_shared<4>(args.pitch)
-                                  : attention_shared<8>(args.pitch);
+  if (!args.partial)  // four parts a thread, or twice as many, see Attention::run_all
+    plan.shared =
+        plan.tiles == 4 ? attention_shared<8>(args.pitch, 8) : attention_shared<4>(args.pitch, 4);
+  else
+    plan.shared = plan.tiles == 1   ? attention_shared<2>(args.pitch, 0)
+                  : plan.tiles == 2 ? attention_shared<4>(args.pitch, 0)
+                                    : attention_shared<8>(args.pitch, 0);
   check_attention(p, plan.shared, most_shared);
   return plan;
 }

@@ -22,11 +22,12 @@ struct QuantizeKV4Args {
 
 struct RopeAppendKV4Args {
   RopeAppendKV4Params p;
-  bool pairs;     // of qkv
-  uint32_t rows;  // batch * tokens * (q_heads + 2 * kv_heads)
-  float scale;    // of R3, 1 / sqrt(block_size)
-  int log_power;  // block_size is k << log_power
-  bool mixed;     // by had_k, through shared memory
+  bool pairs;       // of qkv
+  bool rope_pairs;  // of cos and sin
+  uint32_t rows;    // batch * tokens * (q_heads + 2 * kv_heads)
+  float scale;      // of R3, 1 / sqrt(block_size)
+  int log_power;    // block_size is k << log_power
+  bool mixed;       // by had_k, through shared memory
 };
 
 // Calls f(r, pair) for the pairs of elements of a head that the lane holds.
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kHeadWarps * 32)
 
 // x turned by RoPE: elements i and i + head_dim / 2 are the coordinates of a plane. `first` is the
 // element of qkv that the head starts at; the other coordinate is read again, from L1.
-template <class T, int kRounds>
+template <class T, class Rope, int kRounds>
 W2A4_DEVICE void turn(const RopeAppendKV4Args& args, int64_t first, int64_t angles,
                       Head<kRounds>& x) {
   const RopeAppendKV4Params& p = args.p;
@@ -144,12 +145,13 @@ W2A4_DEVICE void turn(const RopeAppendKV4Args& args, int64_t first, int64_t angl
         other[i] = load_one<T>(p.qkv, first + (e < middle ? e + middle : e - middle));
       }
     }
+    float cos[2], sin[2];
+    load_pair<Rope>(p.cos, angles + element, args.rope_pairs, cos);
+    load_pair<Rope>(p.sin, angles + element, args.rope_pairs, sin);
     W2A4_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const float cos = load_number(p.cos, p.rope_dtype, angles + element + i);
-      const float sin = load_number(p.sin, p.rope_dtype, angles + element + i);
       const float across = element + i < middle ? -other[i] : other[i];
-      x[r][i] = add_rn(mul_rn(x[r][i], cos), mul_rn(across, sin));
+      x[r][i] = add_rn(mul_rn(x[r][i], cos[i]), mul_rn(across, sin[i]));
     }
   });
 }
@@ -225,7 +227,13 @@ __global__ void __launch_bounds__(kHeadWarps * 32)
   for_each_pair<kRounds>(
       head_dim, [&](int r, int pair) { load_pair<T>(p.qkv, first + 2 * pair, args.pairs, x[r]); });
   if (head < q_heads + kv_heads) {
-    turn<T, kRounds>(args, first, batch * p.rope_batch + int64_t{token} * head_dim, x);
+    const int64_t angles = batch * p.rope_batch + int64_t{token} * head_dim;
+    if (p.rope_dtype == ScalarType::Half)
+      turn<T, Float16, kRounds>(args, first, angles, x);
+    else if (p.rope_dtype == ScalarType::BFloat16)
+      turn<T, BFloat16, kRounds>(args, first, angles, x);
+    else
+      turn<T, Float32, kRounds>(args, first, angles, x);
     butterflies<kRounds>(head_dim, args.log_power, x);
     if (args.mixed)
       mix<kRounds>(args, reinterpret_cast<float*>(shared_memory()) + threadIdx.x / 32 * head_dim,

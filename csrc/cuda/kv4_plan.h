@@ -51,7 +51,12 @@ inline HeadsPlan<RopeAppendKV4Args> plan_rope_append_kv4(const RopeAppendKV4Para
   while (p.k << (log_power + 1) <= p.block_size) ++log_power;
   const auto scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.block_size)));
   const bool mixed = p.had_k != nullptr;
-  return {{p, reads_pairs(p.qkv, p.dtype), rows, scale, log_power, mixed},
+  if (p.rope_dtype == ScalarType::Double)
+    throw std::runtime_error(
+        "w2a4.rope_append_kv4: the CUDA kernels take cos and sin of float32, float16 and bfloat16, "
+        "not float64; convert with cos.float()");
+  const bool rope_pairs = reads_pairs(p.cos, p.rope_dtype) && reads_pairs(p.sin, p.rope_dtype);
+  return {{p, reads_pairs(p.qkv, p.dtype), rope_pairs, rows, scale, log_power, mixed},
           blocks_of_rows(rows),
           mixed ? static_cast<size_t>(kHeadWarps * p.head_dim * 4) : 0};
 }
