@@ -76,10 +76,11 @@ def stages(sanitizer: bool, ncu: bool) -> list[Stage]:
     return [
         build,
         python("tests", 120, *PYTEST),
-        python("mma_rate", 40, "-m", "benchmarks.mma_rate", part=True),
-        python("bench_gemv", 150, "-m", "benchmarks.bench_gemv", *cuda, *models, part=True),
-        python("bench_hadamard", 60, "-m", "benchmarks.bench_hadamard", *cuda, part=True),
-        python("bench_quantize", 60, "-m", "benchmarks.bench_quantize", *cuda, part=True),
+        python("mma_rate", 30, "-m", "benchmarks.mma_rate", part=True),
+        python("bench_gemv", 100, "-m", "benchmarks.bench_gemv", *cuda, *models, part=True),
+        python("bench_gemm", 110, "-m", "benchmarks.bench_gemm", *cuda, part=True),
+        python("bench_hadamard", 45, "-m", "benchmarks.bench_hadamard", *cuda, part=True),
+        python("bench_quantize", 45, "-m", "benchmarks.bench_quantize", *cuda, part=True),
     ]
 
 

@@ -1,6 +1,7 @@
 """The choice among kernels: every row of the README's table, W2A4_BACKEND, warnings, torch.compile.
 
-What runs on Triton is compared with the CPU's kernels in `triton_interpreted.py`, on a GPU in `test_gpu_gemm.py`.
+What runs on Triton is compared with the CPU's kernels in `triton_interpreted.py`, on a GPU in
+`test_gpu_gemm.py`.
 """
 
 import os
@@ -95,10 +96,12 @@ def test_an_impossible_choice_says_what_is_possible(name, device, compiled, mess
 
 def test_an_impossible_shape(triton, monkeypatch):
     monkeypatch.setattr(dispatch, "backend", "triton")
-    with pytest.raises(BackendError, match="groups of 48 inputs, and it takes multiples of 32.*auto, cuda"):
+    with pytest.raises(BackendError, match="groups of 48 inputs, it takes multiples of 32.*auto, cuda"):
         kernel(CUDA, block=48)
     monkeypatch.setattr(dispatch, "backend", "cuda")
-    with pytest.raises(BackendError, match="w2a4._cuda is not loaded; possible here: auto, triton, reference"):
+    with pytest.raises(
+        BackendError, match="w2a4._cuda is not loaded; possible here: auto, triton, reference"
+    ):
         kernel(CUDA, compiled=False)
 
 

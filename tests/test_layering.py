@@ -13,8 +13,8 @@ PACKAGE = ROOT / "w2a4"
 #: Top first. CONTRIBUTING.md says why.
 LAYERS = (
     "cli", "demo", "evaluate", "engine", "sequences", "training", "pipeline", "learn_rotation", "smooth",
-    "resume", "calibrate", "integrations", "layers", "fitting", "rotation", "quantizers", "ops", "dispatch", "fakes",
-    "reference", "packing", "data", "report", "config", "errors",
+    "resume", "calibrate", "integrations", "layers", "fitting", "rotation", "quantizers", "ops", "dispatch",
+    "fakes", "reference", "packing", "data", "report", "config", "errors",
 )  # fmt: skip
 #: May be imported from anywhere, import nothing of the package.
 FREE = ("_C",)

@@ -63,9 +63,7 @@ def test_gemm_machine_code(arch, group, tile, bits, tmp_path):
 )
 def test_fake_quant_machine_code(kernel, size, tmp_path):
     padded = triton.next_power_of_2(size)
-    floats = {
-        name for name in kernel.arg_names if name.split("_")[0] in ("clip", "soft", "levels")
-    }
+    floats = {name for name in kernel.arg_names if name.split("_")[0] in ("clip", "soft", "levels")}
     floats |= {"grad_clip_ptr", "grad_soft_ptr"}
     pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
     types = {name: "*fp32" if name in floats else "*bf16" for name in pointers}

@@ -1,7 +1,10 @@
 """Run by test_triton_interpreter.py with TRITON_INTERPRET=1: the Triton kernels against the reference."""
 
 import operator
+import sys
+from pathlib import Path
 
+import click
 import pytest
 import torch
 from numerics import UNIT, assert_close
@@ -11,6 +14,11 @@ from w2a4.triton_kernels import fake_quant, gemm, language, ldp, tiles  # noqa: 
 
 from w2a4 import dispatch, ops, quantizers, reference
 from w2a4.errors import BackendError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
+
+from benchmarks import bench_gemm  # noqa: E402
+from benchmarks.shapes import LinearShape  # noqa: E402
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -60,9 +68,9 @@ def test_gemm_dtypes_and_bias(bits, dtype, bias):
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("tile", tiles.TILES)
 @pytest.mark.parametrize("group", [32, 128, -1])
-def test_gemm_does_not_depend_on_the_tile(bits, tile, group, monkeypatch):
-    monkeypatch.setattr(gemm, "choose_tile", lambda problem, *_: tiles.fit_k(tile, problem.block))
-    assert_close(*both(bits, linear_inputs(bits, 66, 67, 384, group, bias=torch.float32)))
+def test_gemm_does_not_depend_on_the_tile(bits, tile, group):
+    with tiles.only(tile):
+        assert_close(*both(bits, linear_inputs(bits, 66, 67, 384, group, bias=torch.float32)))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -175,7 +183,7 @@ def test_ops_on_triton_compile_into_one_graph(bits):
 
 def test_ops_say_what_triton_does_not_take():
     args = linear_inputs(2, 3, 8, 96, 48)
-    with pytest.raises(BackendError, match="groups of 48 inputs, and it takes multiples of 32"):
+    with pytest.raises(BackendError, match="groups of 48 inputs, it takes multiples of 32"):
         ops.linear_w2a4(*args, torch.float32)
 
 
@@ -271,6 +279,38 @@ def test_autotune_measures_once_and_remembers(a_gpu, monkeypatch):
     tiles._measured.clear()  # as in another process
     assert tiles.choose_tile(problem._replace(tokens=1000), codes, None) == best
     assert tiles.choose_tile(problem._replace(tokens=2000), codes, None).m == 128
+
+
+def test_only_some_tiles_are_chosen_measured_and_kept(a_gpu):
+    problem, codes = tiles.Problem(2, 900, 4096, 4096, 128, 4096), torch.empty(1)
+    small, large = tiles.TILES[0], tiles.fit_k(tiles.TILES[-1], 128)
+    with tiles.only(small):
+        assert tiles.choose_tile(problem, codes, None) == tiles.fit_k(small, 128)
+    tiles.autotune(True)
+    with tiles.only(small, tiles.TILES[-1]):
+        assert tiles.choose_tile(problem, codes, a_gpu) == tiles.fit_k(small, 128)
+    tiles.autotune(False)
+    assert tiles.choose_tile(problem, codes, None) == tiles.fit_k(small, 128)
+    with tiles.only(*tiles.TILES[-2:]):  # what was kept before turns out to be wrong
+        assert tiles.choose_tile(problem, codes, None) == large
+
+
+def test_tuning_checks_every_tile_and_keeps_none_that_is_wrong(a_gpu, monkeypatch, capsys):
+    shape, bad = LinearShape(40, 128), tiles.TILES[3]  # the one that the clock likes best is wrong
+    monkeypatch.setattr(
+        tiles.triton.testing, "do_bench", lambda run: run.__closure__[1].cell_contents.m != 64
+    )
+    run = gemm._gemm
+    monkeypatch.setattr(gemm, "_gemm", lambda *args: run(*args) + (tiles._allowed == (bad,)))
+    a_codes, a_scale, *tensors, _, _ = linear_inputs(4, 70, 40, 128, 128)
+    args = "linear_w4a4", shape, a_codes, a_scale, tuple(tensors), torch.float32
+    assert bench_gemm.tune_tiles(*args) == [bad]
+    (chosen,) = tiles._measured.values()
+    assert chosen == tiles.fit_k(tiles.TILES[2], 128) and not tiles._measuring
+    assert "gemm_w4a4 40x128, 70 tokens: WRONG results with Tile(m=64, n=128" in capsys.readouterr().err
+    monkeypatch.setattr(gemm, "_gemm", lambda *args: run(*args) + 1)
+    with pytest.raises(click.ClickException, match="every tile gives wrong results"):
+        bench_gemm.tune_tiles(*args)
 
 
 def test_autotune_passes_over_tiles_that_do_not_fit(a_gpu):

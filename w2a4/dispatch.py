@@ -2,9 +2,9 @@
 
 `W2A4_BACKEND`, read once, forces a choice: `cuda` (w2a4._cuda), `triton`, `reference`, or `auto`.
 
-The Triton GEMM gives the bits of the reference. The CUDA GEMV adds the same exact integer sums, times the same
-scales, in another order of groups (`csrc/cuda/gemv.cuh`), so where a row has several groups the two may
-differ in the rounding of float32 sums. On a CUDA device with both, a token's last bits may thus change where
+The Triton GEMM gives the bits of the reference. The CUDA GEMV adds the same integer sums in another order
+and multiplies the token's scale in last (`csrc/cuda/gemv.cuh`), so the two differ by the rounding of float32,
+unless that happens to be exact. On a CUDA device with both, a token's last bits may thus change where
 the number of tokens passes `GEMV_TOKENS`; with `W2A4_BACKEND=cuda` or `triton` they do not.
 """
 
@@ -47,9 +47,10 @@ backend = _from_environment()
 def prefers_triton(
     a_codes: Tensor, a_scale: Tensor, scale: Tensor, group_size: int, out_dtype: torch.dtype, cuda: bool
 ) -> bool:
-    """Whether `linear_kernel` gives a call to Triton; `cuda` says whether w2a4._cuda is loaded."""
-    if a_codes.is_cpu and backend == "auto":  # nothing else: at one token this counts
-        return False
+    """Whether `linear_kernel` gives a call to Triton; `cuda` says whether w2a4._cuda is loaded.
+
+    `ops` does not ask on a CPU unless a back end is forced: there, at one token, a microsecond counts.
+    """
     act_group = scale.shape[-1] * group_size // max(a_scale.shape[-1], 1)
     block, tokens = min(group_size, act_group), math.prod(a_codes.shape[:-1])
     return linear_kernel(a_codes.device, tokens, block, out_dtype, cuda) == "triton"
@@ -97,7 +98,7 @@ def _cuda_linear_kernel(device, tokens, block, out_dtype, compiled) -> str:
 
 
 def has_triton_training(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether fake quantisation of such tensors runs on Triton kernels; on CPUs in the interpreter, if forced.
+    """Whether fake quantisation of such tensors runs on Triton; on CPUs in the interpreter, if forced.
 
     Raises:
         BackendError: W2A4_BACKEND=triton where Triton does not run.
@@ -122,9 +123,7 @@ def _impossible(device: torch.device, why: str, others: str) -> str:
 def _unfit(block: int, out_dtype: torch.dtype) -> str:
     """Empty, or why the Triton GEMM does not take a call."""
     if block % 32 != 0 or block > _MOST_INPUTS:
-        return (
-            f"scales are shared by groups of {block} inputs, and it takes multiples of 32 up to {_MOST_INPUTS}"
-        )
+        return f"scales are shared by groups of {block} inputs, it takes multiples of 32 up to {_MOST_INPUTS}"
     return "" if out_dtype in _GEMM_DTYPES else f"it does not write {out_dtype}"
 
 
@@ -137,7 +136,7 @@ _warned: set[str] = set()
 
 @torch.compiler.assume_constant_result
 def why_no_triton(index: int | None) -> str:
-    """Empty, or why Triton kernels do not run on this CUDA device (None: on CPUs). Imports them if they do."""
+    """Empty, or why Triton kernels do not run on this CUDA device (None: on CPUs). Imports them."""
     if index not in _no_triton:
         _no_triton[index] = _look_for_triton(index)
     return _no_triton[index]

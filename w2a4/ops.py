@@ -266,7 +266,9 @@ def linear_w2a4(
     Equivalent: `dequantize_a4(a_codes, a_scale, in) @ (scale * levels[codes]).T + bias`.
     """
     a_codes, a_scale = a_codes.contiguous(), a_scale.contiguous()
-    triton = dispatch.prefers_triton(a_codes, a_scale, scale, group_size, out_dtype, _cuda is not None)
+    triton = (dispatch.backend != "auto" or not a_codes.is_cpu) and dispatch.prefers_triton(
+        a_codes, a_scale, scale, group_size, out_dtype, _cuda is not None
+    )
     op = torch.ops.w2a4.gemm_w2a4 if triton else _ops.linear_w2a4
     return op.default(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype)
 
@@ -280,7 +282,9 @@ def linear_w4a4(
     Equivalent: `dequantize_a4(a_codes, a_scale, in) @ (scale * codes).T + bias`.
     """
     a_codes, a_scale = a_codes.contiguous(), a_scale.contiguous()
-    triton = dispatch.prefers_triton(a_codes, a_scale, scale, group_size, out_dtype, _cuda is not None)
+    triton = (dispatch.backend != "auto" or not a_codes.is_cpu) and dispatch.prefers_triton(
+        a_codes, a_scale, scale, group_size, out_dtype, _cuda is not None
+    )
     op = torch.ops.w2a4.gemm_w4a4 if triton else _ops.linear_w4a4
     return op.default(a_codes, a_scale, weight, scale, bias, group_size, out_dtype)
 
@@ -465,7 +469,7 @@ def decoder_layer(
 
 
 def has_training_kernels(x: Tensor) -> bool:
-    """Whether the next four ops take tensors like x: float32 on the CPU, float32 and 16 bits on CUDA (Triton)."""
+    """Whether the next four ops take tensors like x: float32 on CPUs, 16 bits too on CUDA, by Triton."""
     if x.is_cpu and dispatch.backend == "auto":
         return _C is not None and x.dtype == torch.float32
     return _C is not None and dispatch.has_triton_training(x.device, x.dtype)

@@ -136,7 +136,7 @@ def launch_rows(kernel, x: Tensor, size: int, *arguments, **constants) -> None:
 
 def device_of(x: Tensor) -> AbstractContextManager:
     """Launches go to the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 def wrap_triton(kernel):
@@ -151,7 +151,7 @@ def triton_op(name: str):
 
 
 def row_op(name: str):
-    """Register a function as the CUDA kernel of an op that w2a4._C defines; interpreted, for the CPU as well."""
+    """Register a function as the CUDA kernel of an op that w2a4._C defines; interpreted, for the CPU too."""
 
     def register(function):
         _library.impl(name, function, "CUDA")
