@@ -296,18 +296,20 @@ def test_only_some_tiles_are_chosen_measured_and_kept(a_gpu):
 
 
 def test_tuning_checks_every_tile_and_keeps_none_that_is_wrong(a_gpu, monkeypatch, capsys):
-    shape, bad = LinearShape(40, 128), tiles.TILES[3]  # the one that the clock likes best is wrong
-    monkeypatch.setattr(
-        tiles.triton.testing, "do_bench", lambda run: run.__closure__[1].cell_contents.m != 64
-    )
+    shape, bad = LinearShape(40, 128), tiles.TILES[2]  # the one that the clock likes best is wrong
+
+    def fastest(key, block, run):
+        return tiles.fit_k(max(tiles._allowed, key=lambda tile: tile.m == 64), block)
+
+    monkeypatch.setattr(tiles, "_measure", fastest)
     run = gemm._gemm
     monkeypatch.setattr(gemm, "_gemm", lambda *args: run(*args) + (tiles._allowed == (bad,)))
     a_codes, a_scale, *tensors, _, _ = linear_inputs(4, 70, 40, 128, 128)
     args = "linear_w4a4", shape, a_codes, a_scale, tuple(tensors), torch.float32
     assert bench_gemm.tune_tiles(*args) == [bad]
     (chosen,) = tiles._measured.values()
-    assert chosen == tiles.fit_k(tiles.TILES[2], 128) and not tiles._measuring
-    assert "gemm_w4a4 40x128, 70 tokens: WRONG results with Tile(m=64, n=128" in capsys.readouterr().err
+    assert chosen == tiles.fit_k(tiles.TILES[3], 128) and not tiles._measuring
+    assert "gemm_w4a4 40x128, 70 tokens: WRONG results with Tile(m=64, n=64" in capsys.readouterr().err
     monkeypatch.setattr(gemm, "_gemm", lambda *args: run(*args) + 1)
     with pytest.raises(click.ClickException, match="every tile gives wrong results"):
         bench_gemm.tune_tiles(*args)
