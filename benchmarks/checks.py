@@ -52,6 +52,23 @@ def linear_agrees(
     return within(have, want, rtol=_STEP[got.dtype], atol=1e-5 * float(want.float().abs().max()))
 
 
+def integers_agree(name: str, linear: Callable, a_codes: Tensor, weights: tuple, group: int) -> bool:
+    """Does `linear(a_codes, a_scale, *weights)`, with every scale 1, give the reference's integer sums?
+
+    float32 holds them, and sums of them, below 2**24, so no order of adding is an excuse. The dtype of the
+    result may be narrower: the one rounding to it is the same.
+    """
+    *others, scale = weights
+    ones = torch.ones(*a_codes.shape[:-1], 1, device=a_codes.device), torch.ones_like(scale)
+    got = linear(a_codes, ones[0], *others, ones[1])
+    rows, tokens = choose(got.shape[1], ROWS), choose(got.shape[0], TOKENS)
+    parts = [tensor.cpu()[rows] for tensor in (*others, ones[1])]
+    want = getattr(reference, name)(
+        a_codes.cpu()[tokens], ones[0].cpu()[tokens], *parts, None, group, got.dtype
+    )
+    return torch.equal(got.cpu()[tokens][:, rows], want)
+
+
 def within(have: Tensor, want: Tensor, rtol: float, atol: float) -> bool:
     """`|have - want| <= atol + rtol * |want|` everywhere, and nowhere NaN."""
     have, want = have.double(), want.double()

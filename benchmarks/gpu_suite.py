@@ -79,11 +79,12 @@ def stages(decode: bool, sanitizer: bool, ncu: bool) -> list[Stage]:
     return [
         build,
         python("tests", 120, *PYTEST),
-        python("mma_rate", 40, "-m", "benchmarks.mma_rate", part=True),
-        python("bench_gemv", 130, "-m", "benchmarks.bench_gemv", *cuda, *models, part=True),
-        python("bench_hadamard", 50, "-m", "benchmarks.bench_hadamard", *cuda, part=True),
-        python("bench_quantize", 50, "-m", "benchmarks.bench_quantize", *cuda, part=True),
-        python("bench_kv4", 60, "-m", "benchmarks.bench_kv4", *cuda, part=True),
+        python("mma_rate", 25, "-m", "benchmarks.mma_rate", part=True),
+        python("bench_gemv", 85, "-m", "benchmarks.bench_gemv", *cuda, *models, part=True),
+        python("bench_gemm", 95, "-m", "benchmarks.bench_gemm", *cuda, part=True),
+        python("bench_hadamard", 40, "-m", "benchmarks.bench_hadamard", *cuda, part=True),
+        python("bench_quantize", 40, "-m", "benchmarks.bench_quantize", *cuda, part=True),
+        python("bench_kv4", 45, "-m", "benchmarks.bench_kv4", *cuda, part=True),
     ]
 
 

@@ -46,6 +46,7 @@ class Options:
     tokens: tuple[int, ...] = ()
     threads: int | None = None
     quick: bool = False
+    tune: bool = False
 
 
 @dataclass
@@ -114,12 +115,15 @@ class Row:
         return entries
 
 
-def command(description: str, plan: Callable[[Options], list[Case]], shape: str) -> click.Command:
+def command(
+    description: str, plan: Callable[[Options], list[Case]], shape: str, tunes: bool = False
+) -> click.Command:
     """The program of a benchmark.
 
     Args:
         plan: says which cases the options ask for.
         shape: what --shapes takes, a number for each part between an `x`: "OUTxIN" or "WIDTH".
+        tunes: whether it takes --tune.
     """
 
     @click.command(help="\b\n" + description)
@@ -132,8 +136,8 @@ def command(description: str, plan: Callable[[Options], list[Case]], shape: str)
     @click.option("--tokens", callback=parse_tokens, help="A list such as 1,8,16.")
     @click.option("--threads", type=click.IntRange(min=1), help="Threads of the CPU's ops and peers.")
     @click.option("--quick", is_flag=True, help="Fewer shapes and repeats, and hot only what is never cold.")
-    def main(device, json_file, models, shapes, tokens, threads, quick):
-        options = Options(device, json_file, models, shapes, tokens, threads, quick)
+    def main(device, json_file, models, shapes, tokens, threads, quick, tune=False):
+        options = Options(device, json_file, models, shapes, tokens, threads, quick, tune)
         try:
             rows = run(options, plan)
         except torch.cuda.OutOfMemoryError as error:
@@ -144,6 +148,9 @@ def command(description: str, plan: Callable[[Options], list[Case]], shape: str)
         if wrong:
             raise click.ClickException(f"wrong results, so no times: {'; '.join(wrong)}")
 
+    if tunes:
+        text = "Check and measure every tile first, and keep the fastest of those that are right."
+        main.params.append(click.Option(["--tune"], is_flag=True, help=text))
     return main
 
 

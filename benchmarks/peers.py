@@ -104,8 +104,8 @@ def humming_w2(x: Tensor, out: int, group: int) -> Workload | None:
 
 
 def int_mm(tokens: int, out: int, features: int, device: str) -> Workload | None:
-    """cuBLAS int8, as `torch._int_mm`; it takes more than 16 tokens."""
-    if tokens <= 16:
+    """Products of int8 matrices, as `torch._int_mm`; on CUDA (cuBLAS) it takes more than 16 tokens."""
+    if tokens <= 16 and device == "cuda":
         return None
     a = torch.randint(-128, 128, (tokens, features), dtype=torch.int8, device=device)
     weight = torch.randint(-128, 128, (out, features), dtype=torch.int8, device=device)

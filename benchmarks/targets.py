@@ -71,6 +71,7 @@ def targets(rows: list[dict]) -> list[Target]:
         at_most("peak memory with it at 4k context, of 16 bits'", 0.22,
                 [r["peak_bytes"] / r["peer_peak_bytes"] for r in good
                  if _is_7b(r) and r["context"] == 4096 and r["peak_bytes"]]),
+        at_most("linear of 1 to 64 tokens, time over that of the next whole tile", 1.15, _cliffs(good)),
     ]  # fmt: skip
 
 
@@ -82,6 +83,18 @@ def _against(many: list[dict], one: list[dict], tokens: int) -> list[float]:
     """Times of so many tokens over the time of one, by shape."""
     single = {row["shape"]: row["us"] for row in one}
     return [r["us"] / single[r["shape"]] for r in many if r["tokens"] == tokens and r["shape"] in single]
+
+
+#: Tokens of the smallest tile: fewer are computed as if they were so many.
+TILE = 8
+
+
+def _cliffs(rows: list[dict]) -> list[float]:
+    """Times of M tokens over those of M + 1 rounded up to a whole tile, which does more work."""
+    linears = [row for row in rows if row["op"] in ("linear_w2a4", "linear_w4a4")]
+    us = {(row["op"], row["shape"], row["dtype"], row["tokens"]): row["us"] for row in linears}
+    above = {key: (*key[:-1], (key[-1] // TILE + 1) * TILE) for key in us if key[-1] <= 64}
+    return [us[key] / us[next_tile] for key, next_tile in above.items() if next_tile in us]
 
 
 def _fused_over_plain(rows: list[dict]) -> list[float]:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "w2a4"
 LAYERS = (
     "cli", "options", "demo", "evaluate", "engine", "sequences", "training", "pipeline", "learn_rotation",
     "smooth", "resume", "calibrate", "integrations", "layers", "fitting", "rotation", "quantizers", "ops",
-    "fakes", "reference", "packing", "data", "report", "config", "errors",
+    "dispatch", "fakes", "reference", "packing", "data", "report", "config", "errors",
 )  # fmt: skip
 #: May be imported from anywhere, import nothing of the package.
 FREE = ("_C",)

@@ -57,15 +57,13 @@ def test_gemm_machine_code(arch, group, tile, bits, tmp_path):
 
 @pytest.mark.parametrize(
     "kernel,size",
-    [(ldp.group_range_kernel, 128), (ldp.codebook_kernel, 128), (ldp.codebook_backward_kernel, 11008)]
+    [(ldp.snap_kernel, 128), (ldp.snap_backward_kernel, 11008)]
     + [(fake_quant.fake_quant_kernel, 128), (fake_quant.fake_quant_backward_kernel, 14336)],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_fake_quant_machine_code(kernel, size, tmp_path):
     padded = triton.next_power_of_2(size)
-    floats = {
-        name for name in kernel.arg_names if name.split("_")[0] in ("clip", "soft", "hard", "low", "high")
-    }
+    floats = {name for name in kernel.arg_names if name.split("_")[0] in ("clip", "soft", "levels")}
     floats |= {"grad_clip_ptr", "grad_soft_ptr"}
     pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
     types = {name: "*fp32" if name in floats else "*bf16" for name in pointers}
@@ -121,30 +119,3 @@ def test_gemm_traces_into_one_graph_that_writes_its_result_only(a_target, bits, 
     assert names.count("triton_kernel_wrapper_functional") == 1 and not any("w2a4" in name for name in names)
     outputs = graphs[0].graph.output_node().args[0]
     assert len(outputs) == 1, "the kernel is taken to change its inputs"
-
-
-def test_training_traces_into_kernels_that_write_their_results_only(a_target):
-    """Forward and backward of the fake quantisers, in one graph each."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        values = [out if out is None else out.meta["val"] for out in graph.graph.output_node().args[0]]
-        return lambda *inputs: [v if v is None else torch.zeros(v.shape, dtype=v.dtype) for v in values]
-
-    def network(x, clip, soft):
-        low, high = ldp.group_range(x.detach(), 32)
-        hard = soft.detach() + (high - low)[..., None]
-        y = ldp.codebook(fake_quant.fake_quant_a4(x, clip, 16), soft, hard)
-        return fake_quant.fake_quant_kv4(y, clip)
-
-    leaves = [torch.ones(3, 64), torch.ones(1), torch.ones(3, 2, 4)]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    torch._dynamo.reset()
-    compiler = aot_autograd(fw_compiler=backend, bw_compiler=backend)
-    torch.compile(network, backend=compiler, fullgraph=True)(*leaves).sum().backward()
-    forward, backward = ([str(node.target) for node in graph.graph.nodes] for graph in graphs)
-    assert forward.count("triton_kernel_wrapper_functional") == 4
-    assert backward.count("triton_kernel_wrapper_functional") == 3
-    assert not any("w2a4" in name for name in forward + backward)
-    assert [(leaf._version, leaf.grad is None) for leaf in leaves] == [(0, False)] * 3

@@ -1,17 +1,31 @@
 """Run by test_triton_interpreter.py with TRITON_INTERPRET=1: the Triton kernels against the reference."""
 
 import operator
+import sys
+from pathlib import Path
 
+import click
 import pytest
 import torch
 from numerics import UNIT, assert_close
 from op_arguments import replaced
 from test_ops import linear_inputs
-from w2a4.triton_kernels import fake_quant, gemm, language, ldp, tiles
+from w2a4.triton_kernels import fake_quant, gemm, language, ldp, tiles  # noqa: F401  (registers their ops)
 
-from w2a4 import quantizers, reference
+from w2a4 import dispatch, ops, quantizers, reference
+from w2a4.errors import BackendError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
+
+from benchmarks import bench_gemm  # noqa: E402
+from benchmarks.shapes import LinearShape  # noqa: E402
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _on_triton(monkeypatch):
+    monkeypatch.setattr(dispatch, "backend", "triton")
 
 
 def both(bits, args, dtype=torch.float32):
@@ -54,9 +68,9 @@ def test_gemm_dtypes_and_bias(bits, dtype, bias):
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("tile", tiles.TILES)
 @pytest.mark.parametrize("group", [32, 128, -1])
-def test_gemm_does_not_depend_on_the_tile(bits, tile, group, monkeypatch):
-    monkeypatch.setattr(gemm, "choose_tile", lambda problem, *_: tiles.fit_k(tile, problem.block))
-    assert_close(*both(bits, linear_inputs(bits, 66, 67, 384, group, bias=torch.float32)))
+def test_gemm_does_not_depend_on_the_tile(bits, tile, group):
+    with tiles.only(tile):
+        assert_close(*both(bits, linear_inputs(bits, 66, 67, 384, group, bias=torch.float32)))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -137,6 +151,40 @@ def test_gemm_is_one_node_of_a_compiled_graph(bits):
     compiled = torch.compile(lambda *args: op(*args) + 1, backend=backend, fullgraph=True)
     assert_close(compiled(*args), both(bits, args[:-1])[1] + 1)
     assert [node.op for node in graphs[0].graph.nodes].count("call_function") == 2
+
+
+# the same through `ops`, as W2A4_BACKEND=triton chooses
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("tokens", [1, 20, (2, 3)])
+@pytest.mark.parametrize("group,act_group", [(64, -1), (32, 64)])
+def test_ops_give_the_bits_of_the_cpu_kernels(bits, tokens, group, act_group, monkeypatch):
+    args = (*linear_inputs(bits, tokens, 70, 384, group, act_group, bias=torch.float16), torch.float16)
+    calls, run = [], gemm._gemm
+    monkeypatch.setattr(gemm, "_gemm", lambda *a: calls.append(a[0]) or run(*a))
+    op = getattr(ops, f"linear_w{bits}a4")
+    assert dispatch.backend == "triton"
+    got = op(*args)
+    assert calls == [f"gemm_w{bits}a4"]
+    monkeypatch.setattr(dispatch, "backend", "auto")
+    assert_close(got, op(*args))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_ops_on_triton_compile_into_one_graph(bits):
+    args = (*linear_inputs(bits, 20, 8, 64, 32), torch.float32)
+    op = getattr(ops, f"linear_w{bits}a4")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: op(*args) + 1, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(*args), op(*args) + 1)
+
+
+def test_ops_say_what_triton_does_not_take():
+    args = linear_inputs(2, 3, 8, 96, 48)
+    with pytest.raises(BackendError, match="groups of 48 inputs, it takes multiples of 32"):
+        ops.linear_w2a4(*args, torch.float32)
 
 
 # language: the assembly that the interpreter does not run
@@ -233,6 +281,40 @@ def test_autotune_measures_once_and_remembers(a_gpu, monkeypatch):
     assert tiles.choose_tile(problem._replace(tokens=2000), codes, None).m == 128
 
 
+def test_only_some_tiles_are_chosen_measured_and_kept(a_gpu):
+    problem, codes = tiles.Problem(2, 900, 4096, 4096, 128, 4096), torch.empty(1)
+    small, large = tiles.TILES[0], tiles.fit_k(tiles.TILES[-1], 128)
+    with tiles.only(small):
+        assert tiles.choose_tile(problem, codes, None) == tiles.fit_k(small, 128)
+    tiles.autotune(True)
+    with tiles.only(small, tiles.TILES[-1]):
+        assert tiles.choose_tile(problem, codes, a_gpu) == tiles.fit_k(small, 128)
+    tiles.autotune(False)
+    assert tiles.choose_tile(problem, codes, None) == tiles.fit_k(small, 128)
+    with tiles.only(*tiles.TILES[-2:]):  # what was kept before turns out to be wrong
+        assert tiles.choose_tile(problem, codes, None) == large
+
+
+def test_tuning_checks_every_tile_and_keeps_none_that_is_wrong(a_gpu, monkeypatch, capsys):
+    shape, bad = LinearShape(40, 128), tiles.TILES[2]  # the one that the clock likes best is wrong
+
+    def fastest(key, block, run):
+        return tiles.fit_k(max(tiles._allowed, key=lambda tile: tile.m == 64), block)
+
+    monkeypatch.setattr(tiles, "_measure", fastest)
+    run = gemm._gemm
+    monkeypatch.setattr(gemm, "_gemm", lambda *args: run(*args) + (tiles._allowed == (bad,)))
+    a_codes, a_scale, *tensors, _, _ = linear_inputs(4, 70, 40, 128, 128)
+    args = "linear_w4a4", shape, a_codes, a_scale, tuple(tensors), torch.float32
+    assert bench_gemm.tune_tiles(*args) == [bad]
+    (chosen,) = tiles._measured.values()
+    assert chosen == tiles.fit_k(tiles.TILES[3], 128) and not tiles._measuring
+    assert "gemm_w4a4 40x128, 70 tokens: WRONG results with Tile(m=64, n=64" in capsys.readouterr().err
+    monkeypatch.setattr(gemm, "_gemm", lambda *args: run(*args) + 1)
+    with pytest.raises(click.ClickException, match="every tile gives wrong results"):
+        bench_gemm.tune_tiles(*args)
+
+
 def test_autotune_passes_over_tiles_that_do_not_fit(a_gpu):
     def run(tile):
         if tile.m < 128:
@@ -243,7 +325,8 @@ def test_autotune_passes_over_tiles_that_do_not_fit(a_gpu):
     assert tiles.choose_tile(tiles.Problem(4, 9, 64, 64, 64, 64), torch.empty(1), run).m == 128
 
 
-# fake_quant and ldp: values bit for bit, gradients up to the rounding of sums
+# fake_quant and ldp: values bit for bit, gradients up to the rounding of sums. Interpreted, the kernels stand
+# in for those of the CPU, and `quantizers` calls them.
 
 
 def with_gradients(function, inputs, grad):
@@ -252,6 +335,14 @@ def with_gradients(function, inputs, grad):
     result = function(*leaves)
     result.backward(grad)
     return result.detach(), [leaf.grad for leaf in leaves]
+
+
+def in_pytorch(function, inputs, grad):
+    """The same without kernels, and the result before it is rounded to the dtype of the first input."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "backend", "reference")
+        exact = function(inputs[0].float(), *inputs[1:])
+        return exact, with_gradients(function, inputs, grad)[1]
 
 
 def assert_same_gradients(got, want, sizes):
@@ -288,10 +379,9 @@ def in_dtype(result, dtype):
 @pytest.mark.parametrize("clip", [0.6, 1.0])
 def test_fake_quant_a4(features, group, dtype, clip):
     x, grad = activations(features, dtype), torch.randn(3, 5, features).to(dtype)
-    inputs = x, torch.tensor([clip])
-    got, gradients = with_gradients(lambda *t: fake_quant.fake_quant_a4(*t, group), inputs, grad)
-    _, wanted = with_gradients(lambda *t: quantizers.fake_quant_a4(*t, group), inputs, grad)
-    exact = quantizers.fake_quant_a4(x.float(), torch.tensor([clip]), group)
+    call = (lambda *t: quantizers.fake_quant_a4(*t, group)), (x, torch.tensor([clip])), grad
+    got, gradients = with_gradients(*call)
+    exact, wanted = in_pytorch(*call)
     assert_close(got, in_dtype(exact, dtype))
     assert_same_gradients(gradients, wanted, sizes(grad, x))
 
@@ -301,37 +391,28 @@ def test_fake_quant_a4(features, group, dtype, clip):
 @pytest.mark.parametrize("clip", [0.6, 1.0])
 def test_fake_quant_kv4(head_dim, dtype, clip):
     x, grad = activations(head_dim, dtype), torch.randn(3, 5, head_dim).to(dtype)
-    inputs = x, torch.tensor([clip])
-    got, gradients = with_gradients(fake_quant.fake_quant_kv4, inputs, grad)
-    _, wanted = with_gradients(quantizers.fake_quant_kv4, inputs, grad)
-    assert_close(got, in_dtype(quantizers.fake_quant_kv4(x.float(), torch.tensor([clip])), dtype))
+    call = quantizers.fake_quant_kv4, (x, torch.tensor([clip])), grad
+    got, gradients = with_gradients(*call)
+    exact, wanted = in_pytorch(*call)
+    assert_close(got, in_dtype(exact, dtype))
+    assert_close(quantizers.fake_quant_kv4(x, clip), got)
     assert_same_gradients(gradients, wanted, sizes(grad, x))
 
 
+@pytest.mark.parametrize("kv", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_fake_quant_shows_what_is_not_finite(bad):
+def test_fake_quant_shows_what_is_not_finite(bad, kv):
     x = torch.randn(3, 64)
     x[1, 40] = bad
-    clip = torch.tensor([0.9])
-    assert_close(fake_quant.fake_quant_a4(x, clip, 32), quantizers.fake_quant_a4(x, clip, 32))
-    assert_close(fake_quant.fake_quant_kv4(x, clip), quantizers.fake_quant_kv4(x, clip))
-    low, high = ldp.group_range(x, 32)
-    assert low[1, 1].isnan() and high[1, 1].isnan() and low.isnan().sum() == high.isnan().sum() == 1
+    y = ops.fake_quant_rows(x, torch.tensor([0.9]), kv)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32)])
 def test_fake_quant_of_none(shape):
     clip = torch.ones(1, requires_grad=True)
-    fake_quant.fake_quant_a4(torch.randn(shape), clip).sum().backward()
+    quantizers.fake_quant_a4(torch.randn(shape), clip).sum().backward()
     assert clip.grad.item() == 0
-
-
-def triton_ldp(w, beta, gamma, s1, s2, group):
-    """`quantizers.ldp_fake_quant` with the kernels in place of what touches every weight."""
-    low, high = ldp.group_range(w.detach(), group)
-    soft = quantizers.ldp_levels(beta, gamma, s1, s2, low, high).sort(-1).values
-    ints, scale = quantizers._round_levels(soft)
-    return ldp.codebook(w, soft, ints.float() * scale.float()[..., None])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -343,46 +424,56 @@ def test_ldp(out, features, group, dtype):
     w[0, :group] = w[0, :group].abs()  # one sign: the levels come out of order
     parameters = [torch.randn(out, features // group) for _ in range(4)]
     grad = torch.randn(out, features).to(dtype)
-    got, gradients = with_gradients(lambda *t: triton_ldp(*t, group), (w, *parameters), grad)
-    want, wanted = with_gradients(lambda *t: quantizers.ldp_fake_quant(*t, group), (w, *parameters), grad)
-    exact = quantizers.ldp_fake_quant(w.float(), *parameters, group)
+    call = (lambda *t: quantizers.ldp_fake_quant(*t, group)), (w, *parameters), grad
+    got, gradients = with_gradients(*call)
+    exact, wanted = in_pytorch(*call)
     assert_close(got, in_dtype(exact, dtype))
     assert_close(gradients[0], wanted[0])
     assert_same_gradients(gradients[1:], wanted[1:], [sizes(grad, w)[1]] * 4)
 
 
-def fake_quant_calls():
-    x, clip, w = torch.randn(2, 3, 32), torch.tensor([0.9]), torch.randn(3, 64)
+def test_quantizers_with_kernels_compile_into_one_graph():
+    x, clip = torch.randn(3, 64, requires_grad=True), torch.tensor([0.9], requires_grad=True)
+
+    def network(x, clip):
+        return quantizers.fake_quant_kv4(quantizers.fake_quant_a4(x, clip, 32), clip).sum()
+
+    got = torch.autograd.grad(torch.compile(network, backend="aot_eager", fullgraph=True)(x, clip), (x, clip))
+    for ours, eager in zip(got, torch.autograd.grad(network(x, clip), (x, clip)), strict=True):
+        assert_close(ours, eager)
+
+
+def row_op_calls():
+    x, clip, w = torch.randn(2, 3, 32), torch.tensor([0.9]), torch.randn(3, 2, 32)
     soft = torch.randn(3, 2, 4).sort(-1).values
-    yield "fake_quant_a4", (x.half(), clip, 16)
-    yield "fake_quant_kv4", (x, clip)
-    yield "fake_quant_backward", (x, x, clip, 16, False)
-    yield "group_range", (w.bfloat16(), 32)
-    yield "codebook", (w, soft, soft)
-    yield "codebook_backward", (w, w, soft, soft)
+    yield "fake_quant_rows", (x.half(), clip, False)
+    yield "fake_quant_rows", (x, clip, True)
+    yield "fake_quant_rows_backward", (x.bfloat16(), x.bfloat16(), clip, False)
+    yield "snap", (w, soft)
+    yield "snap_backward", (w.half(), w.half(), soft, soft)
 
 
-@pytest.mark.parametrize("name,args", list(fake_quant_calls()))
-def test_fake_quant_opcheck(name, args):
+@pytest.mark.parametrize("name,args", list(row_op_calls()))
+def test_row_opcheck(name, args):
     torch.library.opcheck(
         getattr(torch.ops.w2a4, name).default, args, test_utils=("test_schema", "test_faketensor")
     )
 
 
-def bad_fake_quants():
-    x, clip, w = torch.randn(3, 64), torch.tensor([0.9]), torch.randn(3, 64)
+def bad_rows():
+    x, clip, w = torch.randn(3, 64), torch.tensor([0.9]), torch.randn(3, 2, 32)
     soft = torch.randn(3, 2, 4)
-    yield "fake_quant_a4", (x, clip, 33), "group_size=33 does not divide"
-    yield "fake_quant_a4", (x.double(), clip, -1), "x has dtype torch.float64"
-    yield "fake_quant_a4", (x.T, clip, -1), "x of shape .* is not contiguous"
-    yield "fake_quant_kv4", (x, clip.double()), "clip has dtype torch.float64"
-    yield "fake_quant_kv4", (x, torch.rand(2)), r"clip has shape \[2\], expected \[1\]"
-    yield "group_range", (w, 5), "group_size=5 does not divide"
-    yield "codebook", (w, soft[:2], soft), r"soft has shape \[2, 2, 4\], expected \[3, 2, 4\]"
-    yield "codebook", (w, soft, soft.half()), "hard has dtype torch.float16"
+    yield "fake_quant_rows", (x.double(), clip, False), "x has dtype torch.float64"
+    yield "fake_quant_rows", (x.T, clip, False), "x of shape .* is not contiguous"
+    yield "fake_quant_rows", (x, clip.double(), True), "clip has dtype torch.float64"
+    yield "fake_quant_rows", (x, torch.rand(2), True), r"clip has shape \[2\], expected \[1\]"
+    yield "fake_quant_rows_backward", (x[:2], x, clip, True), r"grad has shape \[2, 64\], expected \[3, 64\]"
+    yield "snap", (w[0], soft), r"w has shape \[2, 32\], expected \[out, groups, group_size\]"
+    yield "snap", (w, soft[:2]), r"levels has shape \[2, 2, 4\], expected \[3, 2, 4\]"
+    yield "snap_backward", (w, w, soft, soft.half()), "levels has dtype torch.float16"
 
 
-@pytest.mark.parametrize("name,args,message", list(bad_fake_quants()))
-def test_fake_quant_bad_argument(name, args, message):
+@pytest.mark.parametrize("name,args,message", list(bad_rows()))
+def test_row_op_bad_argument(name, args, message):
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.w2a4, name)(*args)

@@ -23,3 +23,7 @@ class CalibrationError(W2A4Error):
 
 class TrainingError(W2A4Error):
     """A run that blew up, or a checkpoint of another run."""
+
+
+class BackendError(W2A4Error):
+    """W2A4_BACKEND names no back end, or one that can not run a call."""

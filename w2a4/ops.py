@@ -2,18 +2,20 @@
 
 `torch.ops.w2a4.<op>` runs compiled kernels on the CPU where `w2a4._C` is built, on CUDA where `w2a4._cuda`
 is, and `w2a4.reference` everywhere else (slowly, with one warning). Functions here are what other modules
-call; they make activations contiguous and check nothing, since the ops check everything.
+call; they make activations contiguous and check nothing, since the ops check everything. Where there are
+Triton kernels too, `dispatch` chooses.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from . import fakes, reference
+from . import dispatch, fakes, reference
 
 _SCHEMAS = {
     "hadamard": "(Tensor x, Tensor? had_k, int block_size, bool transpose=False) -> Tensor",
@@ -60,6 +62,8 @@ else:
         raise ImportError(f"w2a4._C is of another version: it lacks {fakes.missing()}; {_HOW_TO_BUILD}")
 
 _ops = torch.ops.w2a4
+if dispatch.backend == "reference":
+    _ops = SimpleNamespace(**{name: SimpleNamespace(default=getattr(reference, name)) for name in _SCHEMAS})
 
 
 def _load_cuda():
@@ -238,7 +242,9 @@ def linear_w2a4(
     a_codes: Tensor, a_scale: Tensor, weight: Tensor, levels: Tensor, scale: Tensor,
     bias: Tensor | None, group_size: int, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`a @ W.T + bias`, 4-bit activations, non-uniform 2-bit weights; bits as the reference's.
+    """`a @ W.T + bias`, 4-bit activations, non-uniform 2-bit weights.
+
+    The bits are those of the reference, but for the CUDA GEMV, which adds groups in another order.
 
     Args:
         a_codes: uint8 `[..., ceil(in / 2)]`, and
@@ -251,12 +257,20 @@ def linear_w2a4(
         out_dtype: float32, float16, bfloat16 or float64.
 
     Returns:
-        `[..., out]`; a token's result does not depend on the other tokens.
+        `[..., out]`; a token's result does not depend on the other tokens, but on a CUDA device its last
+        bits may on whether they are few or many, see `dispatch`.
+
+    Raises:
+        BackendError: W2A4_BACKEND asks for a kernel that can not run this.
 
     Equivalent: `dequantize_a4(a_codes, a_scale, in) @ (scale * levels[codes]).T + bias`.
     """
     a_codes, a_scale = a_codes.contiguous(), a_scale.contiguous()
-    return _ops.linear_w2a4.default(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype)
+    triton = (dispatch.backend != "auto" or not a_codes.is_cpu) and dispatch.prefers_triton(
+        a_codes, a_scale, scale, group_size, out_dtype, _cuda is not None
+    )
+    op = torch.ops.w2a4.gemm_w2a4 if triton else _ops.linear_w2a4
+    return op.default(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype)
 
 
 def linear_w4a4(
@@ -268,7 +282,11 @@ def linear_w4a4(
     Equivalent: `dequantize_a4(a_codes, a_scale, in) @ (scale * codes).T + bias`.
     """
     a_codes, a_scale = a_codes.contiguous(), a_scale.contiguous()
-    return _ops.linear_w4a4.default(a_codes, a_scale, weight, scale, bias, group_size, out_dtype)
+    triton = (dispatch.backend != "auto" or not a_codes.is_cpu) and dispatch.prefers_triton(
+        a_codes, a_scale, scale, group_size, out_dtype, _cuda is not None
+    )
+    op = torch.ops.w2a4.gemm_w4a4 if triton else _ops.linear_w4a4
+    return op.default(a_codes, a_scale, weight, scale, bias, group_size, out_dtype)
 
 
 def linear_w8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -406,12 +424,12 @@ def round_columns(
 
 def has_cuda_kernels(device: torch.device) -> bool:
     """Whether ops run on compiled kernels there, on the current stream and without waiting for it."""
-    return device.type == "cuda" and _cuda is not None
+    return device.type == "cuda" and _cuda is not None and dispatch.backend != "reference"
 
 
 def has_layer_kernel(x: Tensor) -> bool:
     """Whether `decoder_layer` takes activations like x: 32 or 16 bits on the CPU, where kernels are built."""
-    return _C is not None and x.device.type == "cpu" and x.dtype != torch.float64
+    return _C is not None and x.is_cpu and x.dtype != torch.float64 and dispatch.backend == "auto"
 
 
 def decoder_layer(
@@ -447,12 +465,14 @@ def decoder_layer(
     )  # fmt: skip
 
 
-# What training passes through. These have CPU kernels and nothing else; `quantizers` is PyTorch elsewhere.
+# What training passes through. `quantizers` has the same in PyTorch for where these have no kernels.
 
 
 def has_training_kernels(x: Tensor) -> bool:
-    """Whether the next four ops take tensors like x: float32 on the CPU, where kernels are built."""
-    return _C is not None and x.device.type == "cpu" and x.dtype == torch.float32
+    """Whether the next four ops take tensors like x: float32 on CPUs, 16 bits too on CUDA, by Triton."""
+    if x.is_cpu and dispatch.backend == "auto":
+        return _C is not None and x.dtype == torch.float32
+    return _C is not None and dispatch.has_triton_training(x.device, x.dtype)
 
 
 def snap(w: Tensor, levels: Tensor) -> Tensor:

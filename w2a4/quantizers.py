@@ -1,4 +1,4 @@
-"""Differentiable quantisers in plain PyTorch: what training sees of the packed formats.
+"""Differentiable quantisers: what training sees of the packed formats. Plain PyTorch, or kernels of `ops`.
 
 Every forward pass gives, to the bit, the value that the packed form stands for; gradients pass
 rounding straight through (STE) and stop where a value is clipped.
@@ -42,7 +42,7 @@ def fake_quant_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> Tensor:
 
     Source: learned step size, S. Esser et al. (arXiv 1902.08153), for a scale relative to max|x|.
     """
-    groups = x.float().unflatten(-1, (-1, x.shape[-1] if group_size == -1 else group_size))
+    groups = _for_kernels(x).unflatten(-1, (-1, x.shape[-1] if group_size == -1 else group_size))
     if ops.has_training_kernels(groups):
         return _FakeQuantRows.apply(groups, clip, False).flatten(-2).to(x.dtype)
     scale = clip * groups.abs().amax(-1, keepdim=True) / 7
@@ -64,9 +64,9 @@ def fake_quant_kv4(x: Tensor, clip: Tensor | float) -> Tensor:
     Returns:
         `[..., head_dim]` in x's dtype; the float32 value rounded once.
     """
-    rows = x.float()
+    rows = _for_kernels(x)
     if ops.has_training_kernels(rows):
-        clip = clip if isinstance(clip, Tensor) else torch.tensor([clip])
+        clip = clip if isinstance(clip, Tensor) else torch.tensor([clip], device=x.device)
         return _FakeQuantRows.apply(rows, clip, True).to(x.dtype)
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     middle, half = (low + high) * 0.5, (high - low) * 0.5 * clip
@@ -88,6 +88,11 @@ class _FakeQuantRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         to_x, to_clip = ops.fake_quant_rows_backward(grad, *ctx.saved_tensors, ctx.kv)
         return to_x, to_clip.sum().reshape(1), None
+
+
+def _for_kernels(x: Tensor) -> Tensor:
+    """x, in float32 unless there are kernels that take it as it is."""
+    return x if ops.has_training_kernels(x) else x.float()
 
 
 def _half(x: Tensor) -> Tensor:
@@ -133,7 +138,9 @@ def ldp_fake_quant(
     Returns:
         `[out, in]` in w's dtype.
     """
-    groups = _groups(w, group_size)
+    size = resolve_group_size(w.shape[-1], group_size)
+    # Kernels take 16 bits as they are, and no copy in float32 is kept for backward.
+    groups = w.unflatten(-1, (-1, size)) if ops.has_training_kernels(w) else _groups(w, size)
     return _Codebook.apply(groups, _sorted_levels(groups, beta, gamma, s1, s2)).flatten(-2).to(w.dtype)
 
 
@@ -264,6 +271,8 @@ def _groups(w: Tensor, group_size: int | str) -> Tensor:
 def _sorted_levels(groups: Tensor, beta: Tensor, gamma: Tensor, s1: Tensor, s2: Tensor) -> Tensor:
     """`ldp_levels` of the groups, ascending also where one sign of weights lets lo pass hi."""
     low, high = groups.detach().amin(-1), groups.detach().amax(-1)
+    if groups.dtype != torch.float64:
+        low, high = low.float(), high.float()
     return ldp_levels(beta, gamma, s1, s2, low, high).sort(-1).values
 
 

@@ -2,7 +2,7 @@
 
 gemm        `w2a4::gemm_w4a4` and `w2a4::gemm_w2a4`, linear layers for many tokens
 tiles       which tile they run with
-ldp         the fake quantisation of learnable direct partitioning, forward and backward
-fake_quant  that of activations and of keys and values, forward and backward
+ldp         `w2a4::snap` on CUDA: weights as the nearest of the levels they train, forward and backward
+fake_quant  `w2a4::fake_quant_rows` on CUDA: that of activations, keys and values, forward and backward
 language    what the kernels share
 """

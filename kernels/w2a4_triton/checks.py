@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FLOATS = torch.float32, torch.float16, torch.bfloat16
+
 
 def require(op: str, ok: bool, message: str) -> None:
     if not ok:

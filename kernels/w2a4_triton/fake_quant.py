@@ -1,4 +1,4 @@
-"""`fake_quant_a4` and `fake_quant_kv4` of `w2a4.quantizers` in one pass, forward and backward.
+"""`fake_quant_rows` and its backward on CUDA: activations, keys and values as their 4 bits give them back.
 
 A row is a group of activations, or the head_dim of one key or value: it has a scale, and for keys and
 values a zero-point, of its own. Backward computes them again instead of keeping them.
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import expect_tensor, require
-from .language import launch_rows, mul_rn, round_even, rows_of_program, triton_op, wrap_triton
+from .checks import FLOATS, expect_tensor, require
+from .language import launch_rows, mul_rn, round_even, row_op, rows_of_program
 
 
 @triton.jit
@@ -116,96 +116,37 @@ def fake_quant_backward_kernel(
     tl.store(grad_clip_ptr + row, to_clip, mask=row < rows)
 
 
-@triton_op("w2a4::fake_quant_a4")
-def fake_quant_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> Tensor:
-    """4-bit activations as `quantizers.fake_quant_a4`, differentiable in x and clip.
+@row_op("fake_quant_rows")
+def fake_quant_rows(x: Tensor, clip: Tensor, kv: bool) -> Tensor:
+    """Each row as 4 bits give it back.
 
     Args:
-        x: float32, float16 or bfloat16 `[..., K]`, contiguous.
-        clip: float32 `[1]`, the scale is `clip * max|x| / 7`.
-        group_size: divides K; -1 is the whole token.
+        x: float32, float16 or bfloat16 `[..., row]`, contiguous.
+        clip: float32 `[1]`. Of activations the scale is `clip * max|x| / 7`; of keys and values it shrinks
+            the range around its middle.
+        kv: whether a row is of keys or values, with a zero-point.
 
     Returns:
-        `[..., K]` in x's dtype. A group with NaN or infinity becomes NaN.
+        `[..., row]` in x's dtype. A row with NaN or infinity becomes NaN.
     """
-    return _forward("fake_quant_a4", x, clip, group_size, False)
-
-
-@triton_op("w2a4::fake_quant_kv4")
-def fake_quant_kv4(x: Tensor, clip: Tensor) -> Tensor:
-    """4-bit keys or values as `quantizers.fake_quant_kv4`, differentiable in x and clip.
-
-    Args:
-        x: float32, float16 or bfloat16 `[..., head_dim]`, contiguous.
-        clip: float32 `[1]`, shrinks the range around its middle.
-
-    Returns:
-        `[..., head_dim]` in x's dtype. A row with NaN or infinity becomes NaN.
-    """
-    return _forward("fake_quant_kv4", x, clip, -1, True)
-
-
-@triton_op("w2a4::fake_quant_backward")
-def fake_quant_backward(
-    grad: Tensor, x: Tensor, clip: Tensor, group_size: int, kv: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the two to x, in x's dtype, and to clip, a float32 for each row, to be summed."""
-    size = _checked("fake_quant_backward", x, clip, group_size)
-    expect_tensor("fake_quant_backward", x.device, "grad", grad, x.dtype, x.shape)
-    grad_x, grad_clip = torch.empty_like(x), x.new_empty(x.numel() // size, dtype=torch.float32)
-    kernel = wrap_triton(fake_quant_backward_kernel)
-    launch_rows(kernel, x.numel(), size, grad, x, clip, grad_x, grad_clip, KV=kv)
-    return grad_x, grad_clip
-
-
-def _forward(op: str, x: Tensor, clip: Tensor, group_size: int, kv: bool) -> Tensor:
-    size, y = _checked(op, x, clip, group_size), torch.empty_like(x)
-    launch_rows(wrap_triton(fake_quant_kernel), x.numel(), size, x, clip, y, KV=kv)
+    _check("fake_quant_rows", x, clip)
+    y = torch.empty_like(x)
+    launch_rows(fake_quant_kernel, x, x.shape[-1], x, clip, y, KV=kv)
     return y
 
 
-def _checked(op: str, x: Tensor, clip: Tensor, group_size: int) -> int:
-    """Elements of a row."""
-    floats = torch.float32, torch.float16, torch.bfloat16
-    require(op, x.dtype in floats, f"x has dtype {x.dtype}, expected one of {floats}")
-    require(op, x.dim() > 0 and x.shape[-1] > 0, f"x has shape {[*x.shape]}, expected [..., features]")
+@row_op("fake_quant_rows_backward")
+def fake_quant_rows_backward(grad: Tensor, x: Tensor, clip: Tensor, kv: bool) -> tuple[Tensor, Tensor]:
+    """Gradients to x, in x's dtype, and to clip, a float32 for each row, to be summed."""
+    _check("fake_quant_rows_backward", x, clip)
+    expect_tensor("fake_quant_rows_backward", x.device, "grad", grad, x.dtype, x.shape)
+    grad_x, grad_clip = torch.empty_like(x), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    launch_rows(fake_quant_backward_kernel, x, x.shape[-1], grad, x, clip, grad_x, grad_clip, KV=kv)
+    return grad_x, grad_clip
+
+
+def _check(op: str, x: Tensor, clip: Tensor) -> None:
+    require(op, x.dtype in FLOATS, f"x has dtype {x.dtype}, expected one of {FLOATS}")
+    require(op, x.dim() > 0 and x.shape[-1] > 0, f"x has shape {[*x.shape]}, expected [..., row]")
     require(op, x.is_contiguous(), f"x of shape {[*x.shape]} is not contiguous")
-    size = int(x.shape[-1] if group_size == -1 else group_size)
-    divides = size > 0 and x.shape[-1] % size == 0
-    require(op, divides, f"group_size={group_size} does not divide the last dimension of x, {[*x.shape]}")
     expect_tensor(op, x.device, "clip", clip, torch.float32, (1,))
-    return size
-
-
-@fake_quant_a4.register_fake
-def _(x, clip, group_size=-1):
-    _checked("fake_quant_a4", x, clip, group_size)
-    return torch.empty_like(x)
-
-
-@fake_quant_kv4.register_fake
-def _(x, clip):
-    _checked("fake_quant_kv4", x, clip, -1)
-    return torch.empty_like(x)
-
-
-@fake_quant_backward.register_fake
-def _(grad, x, clip, group_size, kv):
-    size = _checked("fake_quant_backward", x, clip, group_size)
-    return torch.empty_like(x), x.new_empty(x.numel() // size, dtype=torch.float32)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, clip, *group_size = inputs
-    ctx.save_for_backward(x, clip)
-    ctx.group_size, ctx.kv = (*group_size, -1)[0], not group_size
-
-
-def _gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    x, clip = ctx.saved_tensors
-    grad_x, rows = torch.ops.w2a4.fake_quant_backward(grad.contiguous(), x, clip, ctx.group_size, ctx.kv)
-    return grad_x, rows.sum().reshape(1), *[None] * (not ctx.kv)
-
-
-fake_quant_a4.register_autograd(_gradients, setup_context=_save)
-fake_quant_kv4.register_autograd(_gradients, setup_context=_save)

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import expect_tensor, require
-from .language import load_once, look_up_levels, mul_rn, triton_op, unpack_nibbles, wrap_triton
+from .checks import FLOATS, expect_tensor, require
+from .language import device_of, load_once, look_up_levels, mul_rn, triton_op, unpack_nibbles, wrap_triton
 from .tiles import Problem, Tile, choose_tile
 
 #: Products are 128 * 128 at most (codes count 16-fold), so this many of them fit 32 bits.
@@ -156,14 +156,14 @@ def _gemm(name, bits, a_codes, a_scale, weight, levels, scale, bias, group_size,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    tile = choose_tile(problem, a_codes, lambda tile: launch(gemm_a4_kernel, tile))
-    launch(wrap_triton(gemm_a4_kernel), tile)
+    with device_of(a_codes):
+        tile = choose_tile(problem, a_codes, lambda tile: launch(gemm_a4_kernel, tile))
+        launch(wrap_triton(gemm_a4_kernel), tile)
     return y
 
 
 def _empty(name: str, a_codes: Tensor, problem: Problem, out_dtype: torch.dtype) -> Tensor:
-    dtypes = torch.float32, torch.float16, torch.bfloat16
-    require(name, out_dtype in dtypes, f"out_dtype is {out_dtype}, expected one of {dtypes}")
+    require(name, out_dtype in FLOATS, f"out_dtype is {out_dtype}, expected one of {FLOATS}")
     return a_codes.new_empty((*a_codes.shape[:-1], problem.out_features), dtype=out_dtype)
 
 

@@ -6,9 +6,12 @@ beside it with the same result. The layouts are those drawn in `w2a4/packing.py`
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -117,17 +120,23 @@ def rows_of_program(rows, SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.con
     return row, row[:, None] * SIZE + within[None, :], exists
 
 
-def launch_rows(kernel, elements: int, size: int, *arguments, **constants) -> None:
-    """Run a kernel over `elements` in rows of `size`, some 4096 elements a program, but whole rows."""
-    rows = elements // size
+def launch_rows(kernel, x: Tensor, size: int, *arguments, **constants) -> None:
+    """Run a kernel over x in rows of `size`, some 4096 elements a program, but whole rows."""
+    rows = x.numel() // size
     if rows == 0:
         return
     padded = triton.next_power_of_2(size)
     together = max(1, 4096 // padded)
-    kernel[(triton.cdiv(rows, together),)](
-        *arguments, rows, **constants, SIZE=size, ROWS=together, PADDED=padded,
-        num_warps=8 if padded > 4096 else 4,
-    )  # fmt: skip
+    with device_of(x):
+        kernel[(triton.cdiv(rows, together),)](
+            *arguments, rows, **constants, SIZE=size, ROWS=together, PADDED=padded,
+            num_warps=8 if padded > 4096 else 4,
+        )  # fmt: skip
+
+
+def device_of(x: Tensor) -> AbstractContextManager:
+    """Launches go to the current device, which need not be that of the tensors."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 def wrap_triton(kernel):
@@ -139,3 +148,18 @@ def triton_op(name: str):
     """`torch.library.triton_op`; under the interpreter an opaque op, since no compiler sees into that."""
     register = torch.library.custom_op if INTERPRET.value else torch.library.triton_op
     return register(name, mutates_args=())
+
+
+def row_op(name: str):
+    """Register a function as the CUDA kernel of an op that w2a4._C defines; interpreted, for the CPU too."""
+
+    def register(function):
+        _library.impl(name, function, "CUDA")
+        if INTERPRET.value:
+            _library.impl(name, function, "CPU", allow_override=True)
+        return function
+
+    return register
+
+
+_library = torch.library.Library("w2a4", "FRAGMENT")

@@ -3,13 +3,17 @@
 The bits of a result do not depend on the tile, so a choice may change between two calls. `autotune(True)`
 measures every tile the first time a (tokens rounded up to a power of two, shape, device) is met outside of
 CUDA graph capture and tracing, and keeps the fastest in Triton's cache directory, where every later process
-finds it. `triton.autotune` does not serve here: it measures during capture too, knows no rule for
-what was not measured, and counts every number of tokens as a new shape.
+finds it. It does not check results, but compilers are known to get some tiles wrong on some GPUs:
+`python -m benchmarks.bench_gemm --tune` checks each before it measures, with `only`.
+
+`triton.autotune` does not serve here: it measures during capture too, knows no rule for what was not
+measured, and counts every number of tokens as a new shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -76,6 +80,7 @@ def rule(problem: Problem) -> Tile:
 
 
 _measuring = False
+_allowed = TILES
 _measured: dict[tuple, Tile | None] = {}
 
 
@@ -85,18 +90,33 @@ def autotune(enabled: bool) -> None:
     _measuring = enabled
 
 
+@contextmanager
+def only(*tiles: Tile) -> Iterator[None]:
+    """Choose among these tiles of `TILES` only; a single one is taken everywhere."""
+    global _allowed
+    before, _allowed = _allowed, tiles
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
 def choose_tile(problem: Problem, a_codes: Tensor, run: Callable[[Tile], None]) -> Tile:
     """The tile for a call on these activations, which `run` would make with a tile of choice."""
+    ruled = rule(problem)
+    ruled = fit_k(ruled if ruled in _allowed else _allowed[-1], problem.block)
     # Fake and functional tensors, which torch.compile traces with, can not be measured.
-    if type(a_codes) is not Tensor or not a_codes.is_cuda:
-        return fit_k(rule(problem), problem.block)
+    if type(a_codes) is not Tensor or not a_codes.is_cuda or len(_allowed) == 1:
+        return ruled
     key = (*problem._replace(tokens=triton.next_power_of_2(problem.tokens)),
            torch.cuda.get_device_name(a_codes.device), torch.version.cuda, triton.__version__)  # fmt: skip
     if key not in _measured:
         _measured[key] = _read(key)
-    if _measured[key] is None and _measuring and not torch.cuda.is_current_stream_capturing():
+    if _measured[key] not in {fit_k(tile, problem.block) for tile in _allowed}:
+        if not _measuring or torch.cuda.is_current_stream_capturing():
+            return ruled
         _measured[key] = _measure(key, problem.block, run)
-    return _measured[key] or fit_k(rule(problem), problem.block)
+    return _measured[key]
 
 
 def _measure(key: tuple, block: int, run: Callable[[Tile], None]) -> Tile:
@@ -108,7 +128,7 @@ def _measure(key: tuple, block: int, run: Callable[[Tile], None]) -> Tile:
         except OutOfResources:
             return float("inf")
 
-    best = min({fit_k(tile, block) for tile in TILES}, key=milliseconds)
+    best = min({fit_k(tile, block) for tile in _allowed}, key=milliseconds)
     _file(key).put(" ".join(map(str, best)), _NAME, binary=False)
     return best
 

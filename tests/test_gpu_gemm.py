@@ -1,0 +1,162 @@
+"""The Triton kernels and the dispatch on a CUDA device, against the reference on the CPU.
+
+All need a GPU; `python -m benchmarks.gpu_suite` runs them.
+"""
+
+import pytest
+import torch
+from numerics import UNIT, assert_close
+from test_gpu import cuda, linear
+from test_ops import linear_inputs
+from test_simt_gemv import assert_rounding, expected, matrix
+
+from w2a4 import dispatch, ops, quantizers, reference
+from w2a4.errors import BackendError
+
+pytestmark = pytest.mark.gpu
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+MANY = dispatch.GEMV_TOKENS + 1
+
+
+@pytest.fixture(autouse=True)
+def _needs_triton():
+    if why := dispatch.why_no_triton(torch.cuda.current_device()):
+        pytest.fail(f"no Triton kernels: {why}")
+
+
+def both(bits, args, dtype=torch.float32):
+    """The Triton GEMM on the device, and the reference."""
+    on_device = [arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    got = getattr(torch.ops.w2a4, f"gemm_w{bits}a4")(*on_device, dtype)
+    return got.cpu(), getattr(reference, f"linear_w{bits}a4")(*args, dtype)
+
+
+# Compilers are known to get some tiles wrong on some GPUs, so each is tried, also where tiles are cut off.
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("group,act_group", [(128, -1), (32, 384), (-1, -1), (64, 32), (96, -1)])
+@pytest.mark.parametrize("tile", range(6))
+def test_every_tile(tile, group, act_group, bits):
+    from w2a4.triton_kernels import tiles
+
+    assert len(tiles.TILES) == 6
+    with tiles.only(tiles.TILES[tile]):
+        for tokens, out in ((1, 64), (130, 257), (300, 128)):
+            bias = torch.float32 if tokens == 130 else None
+            assert_close(*both(bits, linear_inputs(bits, tokens, out, 1152, group, act_group, bias)))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_output_dtypes(bits, dtype):
+    assert_close(*both(bits, linear_inputs(bits, 70, 130, 256, 64, bias=dtype), dtype))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("out,features", [(4096, 4096), (1024, 14336)])
+def test_large_gemms(bits, out, features):
+    assert_close(*both(bits, linear_inputs(bits, 65, out, features, 128), torch.bfloat16))
+
+
+# dispatch
+
+
+def count(monkeypatch):
+    """Names of the GEMMs that run from now on."""
+    from w2a4.triton_kernels import gemm
+
+    calls, run = [], gemm._gemm
+    monkeypatch.setattr(gemm, "_gemm", lambda *args: calls.append(args[0]) or run(*args))
+    return calls
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_few_tokens_run_on_the_gemv_and_many_on_the_gemm(bits, monkeypatch):
+    if not ops.has_cuda_kernels(torch.device("cuda")):
+        pytest.fail(f"w2a4._cuda is not loaded: {ops.build_info()}")
+    calls = count(monkeypatch)
+    for tokens in (1, MANY - 1, MANY, 100):
+        case = matrix(bits, 50, 1024, 128, tokens)
+        assert_rounding(linear(cuda(case)).cpu(), expected(case), case)
+        assert calls == [f"gemm_w{bits}a4"] * (tokens >= MANY)
+        calls.clear()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_forced_back_ends_agree(bits, monkeypatch):
+    case = matrix(bits, 50, 1024, 128, 20)
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(dispatch, "backend", name)
+        y = linear(cuda(case)).cpu()
+        assert_rounding(y, expected(case), case)
+    assert torch.equal(y, expected(case)), "Triton gives the bits of the reference"
+    with pytest.raises(BackendError, match="groups of 48 inputs"):
+        linear(cuda(matrix(bits, 9, 96, 48, 3)))
+
+
+def test_without_the_extension_triton_serves_every_number_of_tokens(monkeypatch):
+    monkeypatch.setattr(ops, "_cuda", None)
+    calls = count(monkeypatch)
+    for tokens in (1, 50):
+        case = matrix(2, 50, 1024, 128, tokens)
+        assert torch.equal(linear(cuda(case)).cpu(), expected(case))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_compiled_with_inductor(bits):
+    args = (*[a.cuda() if isinstance(a, torch.Tensor) else a for a in linear_inputs(bits, 40, 64, 256, 64)],)
+    op = getattr(ops, f"linear_w{bits}a4")
+    compiled = torch.compile(lambda *args: op(*args, torch.float32) * 2, fullgraph=True, dynamic=True)
+    for tokens in (40, 50, 3):
+        few = args[0][:tokens].repeat(2, 1)[:tokens], args[1][:tokens].repeat(2, 1)[:tokens], *args[2:]
+        assert_close(compiled(*few), op(*few, torch.float32) * 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_in_a_cuda_graph(tokens):
+    case = cuda(matrix(2, 64, 1024, 128, tokens))
+    want = linear(case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(case)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, want)
+
+
+# fake quantisation
+
+
+def with_gradients(function, inputs, grad):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    result = function(*leaves)
+    result.backward(grad)
+    return [result.detach(), *(leaf.grad for leaf in leaves)]
+
+
+QUANTIZERS = {
+    "a4": (quantizers.fake_quant_a4, (3, 50, 288), [torch.tensor([0.8])]),
+    "a4 long": (quantizers.fake_quant_a4, (70, 14336), [torch.tensor([0.9])]),
+    "kv4": (quantizers.fake_quant_kv4, (3, 50, 128), [torch.tensor([0.9])]),
+    "ldp": (lambda *t: quantizers.ldp_fake_quant(*t, 96), (33, 288), [torch.randn(33, 3) for _ in range(4)]),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizers_are_those_of_pytorch(name, dtype, monkeypatch):
+    function, shape, others = QUANTIZERS[name]
+    x, grad = (torch.randn(shape).to("cuda", dtype) for _ in range(2))
+    inputs = [x, *(other.cuda() for other in others)]
+    assert ops.has_training_kernels(x)
+    got = with_gradients(function, inputs, grad)
+    monkeypatch.setattr(dispatch, "backend", "reference")
+    want = with_gradients(function, inputs, grad)
+    assert_close(got[0], want[0])
+    total = float(grad.abs().double().sum())
+    for ours, theirs in zip(got[1:], want[1:], strict=True):
+        size = 4 * total * float(x.abs().max())
+        assert_close(ours, theirs, atol=4 * UNIT * size, rtol=torch.finfo(theirs.dtype).eps)
