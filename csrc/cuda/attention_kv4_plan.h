@@ -66,7 +66,7 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
   args.pitch = 16 * (args.blocks | 1);
   args.log_width = 5;
   while (int64_t{1} << args.log_width < p.head_dim) ++args.log_width;
-  args.splits = 8 / std::max(args.blocks, 1);
+  args.splits = 8 / args.blocks;
   args.k_copy = copy_of(p.k_codes, p.head_dim);
   args.v_copy = copy_of(p.v_codes, p.head_dim);
   // One token: chunks always are what there is to divide. Several: only if rows are too few.
