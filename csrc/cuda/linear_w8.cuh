@@ -26,8 +26,9 @@ W2A4_DEVICE int w8_place(int i) {
   return i - within + within % 16 / 4 * 128 + within / 16 * 4 + within % 4;
 }
 
-// 16 weights of a row from input i on, as bytes without sign (128 more); 128 beyond the end.
-// kVector: rows are aligned to 16 bytes.
+// 16 weights of a row from input i on, as bytes without sign (128 more); any beyond the end, where
+// x is 0: a load without a condition can start before the one above is used. kVector: rows are
+// aligned to 16 bytes.
 template <bool kVector>
 W2A4_DEVICE U32x4 load_w8(const int8_t* row, int i, int in) {
   uint32_t words[4] = {};
@@ -36,9 +37,9 @@ W2A4_DEVICE U32x4 load_w8(const int8_t* row, int i, int in) {
     words[0] = w.x, words[1] = w.y, words[2] = w.z, words[3] = w.w;
   } else {
     W2A4_UNROLL
-    for (int word = 0; word < 4; ++word)
-      for (int j = 0; j < 4 && i + 4 * word + j < in; ++j)
-        words[word] |= static_cast<uint32_t>(static_cast<uint8_t>(row[i + 4 * word + j])) << 8 * j;
+    for (int word = 0; word < 4; ++word) W2A4_ROLLED
+    for (int j = 0; j < 4 && i + 4 * word + j < in; ++j)
+      words[word] |= static_cast<uint32_t>(static_cast<uint8_t>(row[i + 4 * word + j])) << 8 * j;
   }
   constexpr uint32_t kSigns = 0x80808080;
   return {words[0] ^ kSigns, words[1] ^ kSigns, words[2] ^ kSigns, words[3] ^ kSigns};
@@ -71,6 +72,8 @@ __global__ void __launch_bounds__(kW8Warps * 32)
   sync_block();
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int in = static_cast<int>(p.in_features);
+  // Rows that are not aligned have no loads to start early, and need the registers.
+  constexpr int kAhead = kVector ? kW8Ahead : 1;
   const int64_t stride = int64_t{kW8Rows} * kW8Warps * gridDim.x;
   int64_t row = kW8Rows * (int64_t{kW8Warps} * blockIdx.x + threadIdx.x / 32);
   for (; row < p.out_features; row += stride) {
@@ -78,14 +81,14 @@ __global__ void __launch_bounds__(kW8Warps * 32)
     const int8_t* rows[kW8Rows] = {p.weight + row * p.in_features,
                                    p.weight + (row < last ? row + 1 : last) * p.in_features};
     float sums[kW8Rows][kTokens] = {};
-    for (int start = 0; start < args.span; start += kW8Span) {
-      U32x4 w[kW8Ahead][kW8Rows];
+    for (int start = 0; start < args.span; start += kAhead * kW8Step) {
+      U32x4 w[kAhead][kW8Rows];
       W2A4_UNROLL
-      for (int s = 0; s < kW8Ahead; ++s) W2A4_UNROLL
+      for (int s = 0; s < kAhead; ++s) W2A4_UNROLL
       for (int r = 0; r < kW8Rows; ++r)
         w[s][r] = load_w8<kVector>(rows[r], start + s * kW8Step + 16 * lane, in);
       W2A4_UNROLL
-      for (int s = 0; s < kW8Ahead; ++s) W2A4_UNROLL
+      for (int s = 0; s < kAhead; ++s) W2A4_UNROLL
       for (int j = 0; j < 4; ++j) {
         float weight[kW8Rows][4];
         W2A4_UNROLL
