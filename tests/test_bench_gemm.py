@@ -1,4 +1,4 @@
-"""benchmarks.bench_gemm: what it measures, how it checks, and the targets that its rows tell."""
+"""`benchmarks.bench_gemm`, what it measures, and that it finds errors; its numbers are nobody's test."""
 
 import json
 

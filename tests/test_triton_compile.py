@@ -13,11 +13,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 import triton
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton_machine_code import compile_kernel
 from w2a4.triton_kernels import fake_quant, ldp
 from w2a4.triton_kernels.gemm import gemm_a4_kernel
 from w2a4.triton_kernels.tiles import TILES, fit_k
+
+from w2a4 import dispatch, ops, quantizers
 
 ARCHS = [80, 90, 100]
 
@@ -119,3 +123,37 @@ def test_gemm_traces_into_one_graph_that_writes_its_result_only(a_target, bits, 
     assert names.count("triton_kernel_wrapper_functional") == 1 and not any("w2a4" in name for name in names)
     outputs = graphs[0].graph.output_node().args[0]
     assert len(outputs) == 1, "the kernel is taken to change its inputs"
+
+
+class Named(TorchDispatchMode):
+    """Keeps the names of our ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names += [str(op).split(".")[1]] if "w2a4" in str(op) else []
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_ops_choose_by_the_number_of_tokens_on_a_device_that_is_not_there(compiled, monkeypatch):
+    monkeypatch.setattr(dispatch, "backend", "auto")
+    monkeypatch.setattr(dispatch, "_no_triton", {0: ""})
+    monkeypatch.setattr(ops, "_cuda", True if compiled else None)
+
+    def empty(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="cuda:0")
+
+    with FakeTensorMode(), Named() as ran:
+        weight, scale = empty(8, 32, dtype=torch.uint8), empty(8, 1, dtype=torch.float16)
+        levels = empty(8, 1, 4, dtype=torch.int8)
+        for tokens in (1, 16, 17):
+            a = empty(tokens, 64, dtype=torch.uint8), empty(tokens, 1, dtype=torch.float32)
+            y = ops.linear_w2a4(*a, weight, levels, scale, None, 128, torch.bfloat16)
+            assert (y.device.type, y.shape) == ("cuda", (tokens, 8))
+        clip = empty(1, dtype=torch.float32)
+        quantizers.fake_quant_a4(empty(3, 64, dtype=torch.bfloat16), clip, 32)
+    few = "linear_w2a4" if compiled else "gemm_w2a4"
+    assert ran.names == [few, few, "gemm_w2a4", "fake_quant_rows"]
