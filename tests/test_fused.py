@@ -150,7 +150,7 @@ def bad_calls():
     yield "silu_mul_hadamard_a4", (x, x.half(), None, 1, CLIP), "up has dtype float16, expected float32"
     yield "silu_mul_hadamard_a4", (x, x.T.contiguous().T, None, 1, CLIP), "up of shape.*not contiguous"
     yield "rmsnorm_a4", (x, x[0, :7], EPS, CLIP), r"weight has shape \[7\], expected \[48\]"
-    yield "rmsnorm_a4", (x, x[0].int(), EPS, CLIP), "weight has dtype Int, expected float32"
+    yield "rmsnorm_a4", (x, x[0].int(), EPS, CLIP), "weight has dtype int32, expected float32"
     yield "rmsnorm_a4", (x, None, -1.0, CLIP), "eps=-1"
     yield "rmsnorm_a4", (x, None, float("nan"), CLIP), "eps=nan"
     yield "rmsnorm_a4", (x.T, None, EPS, CLIP), "x of shape.*not contiguous"
