@@ -1,11 +1,12 @@
-"""Decoding on the 4-bit KV cache: one new token of every sequence.
+"""Attention on the 4-bit KV cache: one new token of every sequence, and a whole prompt (`prefill_kv4`).
 
     python -m benchmarks.bench_kv4 [--device cpu|cuda] [--json FILE] [--models NAME] ...
         [--shapes 32x8x128x4096] [--tokens 1,8] [--threads N] [--quick]
 
 A shape is query heads, KV heads, head_dim and keys in the cache; --tokens are sequences. Peers: PyTorch's
 scaled_dot_product_attention on a cache of 16 bits (32 on the CPU), and a copy of the same bytes. RoPE and
-append do not depend on how many keys there are, and are measured once a model.
+append do not depend on how many keys there are, and are measured once a model. A prompt is as long as its
+cache, if that is 4096 keys at most (512 on the CPU).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}
 CHOSEN = ("llama-2-7b", "llama-3-8b", "llama-3.2-1b")
 CONTEXTS = (1024, 4096, 32768)
 SEQUENCES = (1, 8)
+#: Longest prompt, whose attention costs as the square of it.
+PROMPT = {"cpu": 512, "cuda": 4096}
 #: The peer's cache may take as many bytes; our own takes a quarter.
 MAX_CACHE = {"cpu": 1 << 30, "cuda": 8 << 30}
 CLIP = 0.95
@@ -56,11 +59,12 @@ def plain(sequences: int, shape: Shape, dtype: torch.dtype, device: str) -> Copi
     return Copies(*(torch.randn(sequences, heads, keys, head_dim, dtype=dtype, device=device) for _ in "kv"))
 
 
-def sdpa(q: Tensor, shape: Shape, sequences: int) -> Workload:
+def sdpa(q: Tensor, shape: Shape, sequences: int, causal: bool = False) -> Workload:
     data = plain(sequences, shape, q.dtype, q.device.type)
     grouped = shape[0] != shape[1]
     name = f"sdpa.{str(q.dtype).removeprefix('torch.')}"
-    return Workload(name, lambda k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped), data)
+    attend = partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=grouped)
+    return Workload(name, lambda k, v: attend(q, k, v), data)
 
 
 def attention(shape: Shape, sequences: int, dtype: torch.dtype, device: str) -> Subject:
@@ -80,6 +84,22 @@ def attention(shape: Shape, sequences: int, dtype: torch.dtype, device: str) -> 
         skip(f"sdpa of {keys} keys, {sequences} sequences", "its cache is too large")
     check = partial(lambda: checks.attention_agrees(call(*kv), q, kv, keys, head_dim**-0.5))
     return Subject(Workload("attention_kv4", call, data), others, moved, check)
+
+
+def prefill(shape: Shape, sequences: int, dtype: torch.dtype, device: str) -> Subject:
+    heads, _, head_dim, keys = shape
+    q = torch.randn(sequences, heads, keys, head_dim, dtype=dtype, device=device)
+    data = packed(sequences, shape, device)
+
+    def call(*kv: Tensor) -> Tensor:
+        return ops.attention_kv4(q, *kv, keys, None, True, head_dim**-0.5)
+
+    (kv,) = data.take(1)
+    # Triton rounds weights to 11 bits and values twice.
+    atol = 1e-5 if device == "cpu" else 3 * 2.0**-11
+    check = partial(lambda: checks.attention_agrees(call(*kv), q, kv, keys, head_dim**-0.5, atol))
+    moved = data.bytes + 2 * tensor_bytes(q)
+    return Subject(Workload("attention_kv4", call, data), [sdpa(q, shape, sequences, True)], moved, check)
 
 
 def rope_append(shape: Shape, sequences: int, dtype: torch.dtype, device: str) -> Subject:
@@ -109,14 +129,16 @@ def plan(options: Options) -> list[Case]:
     shapes = list(options.shapes) or [(*head, keys) for head in heads for keys in contexts]
     dtypes = DTYPES[options.device][: 1 if options.quick else None]
     firsts = {shape[:3]: shape for shape in reversed(shapes)}
+    prompts = [shape for shape in shapes if shape[3] <= PROMPT[options.device]]
     return [
         Case(op, "x".join(map(str, shape[:width])), sequences, str(dtype).removeprefix("torch."),
              partial(build, shape, sequences, dtype, options.device))
         for op, build, width, chosen in (("rope_append_kv4", rope_append, 3, reversed(firsts.values())),
-                                         ("attention_kv4", attention, 4, shapes))
+                                         ("attention_kv4", attention, 4, shapes),
+                                         ("prefill_kv4", prefill, 4, prompts))
         for shape in chosen
         for dtype in dtypes
-        for sequences in options.tokens or SEQUENCES
+        for sequences in (options.tokens or SEQUENCES)[: 1 if build is prefill else None]
     ]  # fmt: skip
 
 

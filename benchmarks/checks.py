@@ -108,21 +108,26 @@ def codes_agree(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], exact: 
     return few and int(off.max()) <= 1 and within(scale, want_scale, rtol=2e-5, atol=0)
 
 
-def attention_agrees(got: Tensor, q: Tensor, kv: tuple, length: int, scaling: float) -> bool:
-    """Of one KV head of one sequence, chosen at random: one step of the dtype, and float32 sums.
+def attention_agrees(
+    got: Tensor, q: Tensor, kv: tuple, length: int, scaling: float, atol: float = 1e-5
+) -> bool:
+    """Of one KV head of one sequence and a few queries, chosen at random: one step of the dtype, and the
+    rounding of sums, `atol` times the largest value there could be.
 
     Args:
         got: `[batch, q_tokens, q_heads, head_dim]`.
         kv: codes and params of keys, then of values.
     """
     batch, head = (int(torch.randint(count, ())) for count in kv[0].shape[:2])
-    repeat = q.shape[1] // kv[0].shape[1]
+    repeat, tokens = q.shape[1] // kv[0].shape[1], choose(q.shape[2], TOKENS)
     heads = slice(head * repeat, (head + 1) * repeat)
     part = [t[batch : batch + 1, head : head + 1].cpu() for t in kv]
-    want = reference.attention_kv4(q[batch : batch + 1, heads].cpu(), *part, length, None, True, scaling)
+    seen = torch.arange(length) <= length - q.shape[2] + tokens[:, None]
+    queries = q[batch : batch + 1, heads].cpu()[:, :, tokens]
+    want = reference.attention_kv4(queries, *part, length, seen[None, None], False, scaling)
     largest = 15 * part[3][..., 0].float().abs() + part[3][..., 1].float().abs()
-    have = got[batch : batch + 1, :, heads].cpu()
-    return within(have, want, rtol=_STEP[got.dtype], atol=1e-5 * float(largest.max()))
+    have = got[batch : batch + 1].cpu()[:, tokens, heads]
+    return within(have, want, rtol=_STEP[got.dtype], atol=atol * float(largest.max()))
 
 
 def append_agrees(

@@ -21,20 +21,25 @@ def test_cases_are_models_contexts_and_sequences():
         ("rope_append_kv4", "4x2x16", 3),
         ("attention_kv4", "4x2x16x40", 3),
         ("attention_kv4", "4x2x16x50", 3),
+        ("prefill_kv4", "4x2x16x40", 3),
+        ("prefill_kv4", "4x2x16x50", 3),
     ]
     cases = bench_kv4.plan(harness.Options(device="cuda"))
     found = {case.shape for case in cases if case.op == "attention_kv4"}
     assert {"32x32x128x1024", "32x8x128x32768", "32x8x64x4096"} < found and len(found) == 9
 
 
-@pytest.mark.parametrize("name", ["attention_kv4", "rope_append_kv4"])
-def test_a_wrong_result_is_seen(name, monkeypatch):
+@pytest.mark.parametrize("name,case_op", [
+    ("attention_kv4", "attention_kv4"), ("attention_kv4", "prefill_kv4"),
+    ("rope_append_kv4", "rope_append_kv4"),
+])  # fmt: skip
+def test_a_wrong_result_is_seen(name, case_op, monkeypatch):
     right = getattr(reference, name)
     monkeypatch.setattr(bench_kv4.ops, name, right)
     (case,) = (
         case
         for case in bench_kv4.plan(harness.Options(shapes=((4, 2, 32, 300),), tokens=(2,)))
-        if case.op == name
+        if case.op == case_op
     )
     subject = case.build()
     assert subject.check()
@@ -64,5 +69,5 @@ def test_the_program_runs(tmp_path):
     rows = json.loads(result.read_text())["rows"]
     assert {(row["op"], row["peer"]) for row in rows if row["correct"]} == {
         ("copy", None), ("rope_append_kv4", "copy"), ("attention_kv4", "copy"),
-        ("attention_kv4", "sdpa.float32"),
+        ("attention_kv4", "sdpa.float32"), ("prefill_kv4", "sdpa.float32"),
     }  # fmt: skip

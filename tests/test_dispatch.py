@@ -20,7 +20,7 @@ from w2a4.errors import BackendError
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
-MANY = dispatch.GEMV_TOKENS + 1
+MANY, PROMPT = dispatch.GEMV_TOKENS + 1, dispatch.DECODE_TOKENS + 1
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +132,44 @@ def test_a_broken_triton_is_none(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(dispatch, "_no_triton", {})
     assert "triton can not be used (OSError: no libcuda)" in dispatch.why_no_triton(0)
+
+
+# attention
+
+
+@pytest.mark.parametrize("name,device,tokens,dtype,head_dim,compiled,with_triton,without", [
+    ("auto", CUDA, 1, torch.float16, 128, True, "cuda", "cuda"),
+    ("auto", CUDA, PROMPT - 1, torch.float16, 128, True, "cuda", "cuda"),
+    ("auto", CUDA, PROMPT, torch.bfloat16, 128, True, "triton", "cuda"),
+    ("auto", CUDA, PROMPT, torch.float32, 128, True, "cuda", "cuda"),
+    ("auto", CUDA, PROMPT, torch.float16, 258, True, "cuda", "cuda"),
+    ("auto", CUDA, 1, torch.float16, 128, False, "triton", "reference"),
+    ("auto", CPU, PROMPT, torch.float16, 128, True, "cpu", "cpu"),
+    ("auto", CPU, PROMPT, torch.float16, 128, False, "reference", "reference"),
+    ("auto", OTHER, PROMPT, torch.float16, 128, False, "reference", "reference"),
+    ("cuda", CUDA, PROMPT, torch.float16, 128, True, "cuda", "cuda"),
+    ("triton", CUDA, 1, torch.float16, 128, True, "triton", "cuda"),
+    ("triton", CUDA, 1, torch.float32, 128, True, "cuda", "cuda"),
+    ("triton", CPU, 1, torch.float16, 128, True, "triton", "cpu"),
+    ("reference", CUDA, PROMPT, torch.float16, 128, True, "reference", "reference"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:w2a4's attention")
+def test_table_of_attention(
+    name, device, tokens, dtype, head_dim, compiled, with_triton, without, monkeypatch
+):
+    monkeypatch.setattr(dispatch, "backend", name)
+    assert dispatch.attention_kernel(device, tokens, head_dim, dtype, compiled) == without
+    monkeypatch.setattr(dispatch, "_no_triton", {None: "", 0: ""})
+    assert dispatch.attention_kernel(device, tokens, head_dim, dtype, compiled) == with_triton
+
+
+def test_slower_attention_is_told_once():
+    with pytest.warns(UserWarning, match="attention of more than 64 tokens.*triton is not installed"):
+        dispatch.attention_kernel(CUDA, PROMPT, 128, torch.float16, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.attention_kernel(CUDA, PROMPT, 128, torch.float16, True)
+        dispatch.attention_kernel(CUDA, 1, 128, torch.float32, True)
 
 
 # fake quantisation

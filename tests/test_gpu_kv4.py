@@ -195,3 +195,61 @@ def test_opcheck(name):
         "attention_kv4": (x, codes, params, *values, 7, None, True, 0.25),
     }[name]
     torch.library.opcheck(getattr(torch.ops.w2a4, name).default, args)
+
+
+# attention for many queries, in Triton
+
+
+# Few kinds, for each is compiled, which takes seconds.
+@pytest.mark.parametrize(
+    "head_dim,dtype",
+    [(64, torch.float16), (80, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16)],
+)
+@pytest.mark.parametrize("tokens,length", [(1, 1), (70, 70), (65, 300), (200, 1030)])
+def test_attention_kv4_prefill(head_dim, dtype, tokens, length):
+    prefill = pytest.importorskip("triton_interpreted_attention")
+    q, kv = torch.randn(2, 4, tokens, head_dim).to(dtype), packed(2, 2, length, head_dim, length + 3)
+    mask = (torch.rand(2, 1, tokens, length) > 0.5) & (torch.arange(tokens) != 2)[:, None]
+    sinks = torch.randn(2, 2, 5, 2, head_dim).transpose(1, 3).unbind(2)
+    starts = torch.tensor([length - tokens, 0])
+    for arguments in ({}, {"mask": mask, "sinks": sinks, "starts": starts}):
+        arguments["scaling"] = head_dim**-0.5
+        on_device = {
+            name: tuple(on_gpu(*value)) if isinstance(value, tuple) else
+            value.cuda() if isinstance(value, torch.Tensor) else value
+            for name, value in arguments.items()
+        }  # fmt: skip
+        got = prefill.prefill(q.cuda(), on_gpu(*kv), length, **on_device).cpu()
+        exact, error = prefill.allowed(q, kv, length, **arguments)
+        last, step = ROUNDING[dtype]
+        assert ((got.double() - exact).abs() <= error * (1 + last) + last * exact.abs() + step).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_kv4_prefill_has_the_same_bits_whatever_the_other_queries_are(head_dim):
+    prefill = pytest.importorskip("triton_interpreted_attention").prefill
+    q, kv = torch.randn(2, 8, 700, head_dim).half().cuda(), on_gpu(*packed(2, 2, 700, head_dim))
+    whole = prefill(q, kv, 700)
+    for first, last in ((0, 1), (63, 65), (90, 450), (650, 700)):
+        assert_close(prefill(q[:, :, first:last], kv, last), whole[:, first:last])
+    dirty = [t.clone() for t in kv]
+    dirty[3][:, :, 500] = float("nan")
+    got = prefill(q, dirty, 700)
+    assert_close(got[:, :500], whole[:, :500])
+    assert got[:, 500:].isnan().all()
+    assert torch.equal(ops.attention_kv4(q, *kv, 700, None, True, 0.125), whole)
+
+
+def test_prompts_do_not_wait_for_the_device():
+    pytest.importorskip("triton")
+    q, kv = torch.randn(1, 4, 100, 64).half().cuda(), on_gpu(*packed(1, 2, 120, 64))
+    starts = torch.tensor([7]).cuda()
+    call = (q, *kv, 120, None, True, 0.125, None, None, starts)
+    want, graph = ops.attention_kv4(*call), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = ops.attention_kv4(*call)
+    graph.replay()
+    assert_close(got.cpu(), want.cpu())
+    starts.fill_(20)
+    graph.replay()
+    assert_close(got.cpu(), ops.attention_kv4(*call).cpu())

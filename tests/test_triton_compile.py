@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton_machine_code import compile_kernel
-from w2a4.triton_kernels import fake_quant, ldp
+from w2a4.triton_kernels import attention, fake_quant, ldp
 from w2a4.triton_kernels.gemm import gemm_a4_kernel
 from w2a4.triton_kernels.tiles import TILES, fit_k
 
@@ -76,6 +76,35 @@ def test_fake_quant_machine_code(kernel, size, tmp_path):
     constants |= {"KV": size == 128} if "KV" in kernel.arg_names else {}
     code = compile_kernel(kernel, 90, types, constants, 8 if padded > 4096 else 4, 3, tmp_path / "cubin")
     assert code.stack == 0 and not {"LDL", "STL"} & set(code.opcodes)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("plain", [True, False])
+def test_attention_machine_code(arch, head_dim, plain, tmp_path):
+    kernel = attention.attention_kv4_prefill_kernel
+    element = "*fp16" if plain else "*bf16"
+    types = dict.fromkeys(["q_ptr", "out_ptr", "k_sink_ptr", "v_sink_ptr"], element) | {"factor": "fp32"}
+    types |= dict.fromkeys(["k_codes_ptr", "v_codes_ptr", "mask_ptr"], "*u8") | {"starts_ptr": "*i64"}
+    types |= dict.fromkeys(["k_params_ptr", "v_params_ptr"], "*fp16")
+    integers = (
+        "tokens length capacity sinks sink_tokens q_batch q_head q_token mask_batch mask_head mask_query"
+    )
+    types |= dict.fromkeys(integers.split(), "i32")
+    block_m, block_n = attention.tile_of(head_dim, plain)
+    constants = dict(DIM=head_dim, HALF=max(16, triton.next_power_of_2(head_dim // 2)), REPEAT=4)
+    constants |= dict(CAUSAL=plain, HAS_MASK=not plain, HAS_SINKS=not plain, HAS_STARTS=not plain)
+    constants |= dict(BLOCK_M=block_m, BLOCK_N=block_n)
+    code = compile_kernel(
+        kernel, arch, types, constants, attention.WARPS, attention.STAGES, tmp_path / "cubin"
+    )
+    # One register too few, outside of the loop over keys.
+    most = 8 if (arch, head_dim, plain) == (100, 256, False) else 0
+    assert code.stack <= most and sum(op in ("LDL", "STL") for op in code.opcodes) <= most // 4
+    expected = {"HMMA"} if arch == 80 else {"HGMMA"} if arch == 90 else {"HMMA", "UTCHMMA"}
+    assert expected & set(code.opcodes)
+    assert "LDGSTS" in code.opcodes  # loads run ahead of the products
+    assert "I2F" not in code.opcodes and "I2FP" not in code.opcodes  # codes become floats by prmt
 
 
 def assert_packs_lie_in_rows(ttgir: str) -> None:

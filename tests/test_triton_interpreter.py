@@ -10,20 +10,14 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("what", ["not (fake_quant or ldp or row)", "fake_quant or ldp or row"])
-def test_interpreted(what):
+@pytest.mark.parametrize("file,what", [
+    ("triton_interpreted.py", "not (fake_quant or ldp or row)"),
+    ("triton_interpreted.py", "fake_quant or ldp or row"),
+    ("triton_interpreted_attention.py", ""),
+])  # fmt: skip
+def test_interpreted(file, what):
     pytest.importorskip("triton", reason="needs triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "triton_interpreted.py",
-        "-k",
-        what,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", what]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

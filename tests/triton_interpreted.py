@@ -202,16 +202,23 @@ def run_asm(text, outputs, *inputs):
             continue
         name, rest = line.split(maxsplit=1)
         to, *sources = (part.strip() for part in rest.split(","))
-        a, b, *selector = (value(source) for source in sources)
+        a, b, *more = [*(value(source) for source in sources), 0][: max(2, len(sources))]
         if name == "prmt.b32":
             both = (b << 32 | a).to_bytes(8, "little")
-            nibbles = [selector[0] >> 4 * i & 15 for i in range(4)]
+            nibbles = [more[0] >> 4 * i & 15 for i in range(4)]
             assert max(nibbles) < 8
             registers[to] = int.from_bytes(bytes(both[n] for n in nibbles), "little")
+        elif name.startswith("fma.rn."):
+            dtype = torch.bfloat16 if name.endswith(".bf16x2") else torch.float16
+            x, y, z = (torch.frombuffer(bytearray(v.to_bytes(4, "little")), dtype=dtype).double()
+                       for v in (a, b, *more))  # fmt: skip
+            bits = (x * y + z).to(dtype).view(torch.int16).numpy().tobytes()
+            registers[to] = int.from_bytes(bits, "little")
         else:
-            operation = {"and.b32": operator.and_, "shl.b32": operator.lshift, "shr.u32": operator.rshift}[
-                name
-            ]
+            operation = {
+                "and.b32": operator.and_, "shl.b32": operator.lshift, "shr.u32": operator.rshift,
+                "mov.b32": operator.or_,
+            }[name]  # fmt: skip
             registers[to] = operation(a, b) & 0xFFFFFFFF
     return [registers[f"${i}"].to_bytes(4, "little") for i in range(outputs)]
 

@@ -5,7 +5,8 @@
 The Triton GEMM gives the bits of the reference. The CUDA GEMV adds the same integer sums in another order
 and multiplies the token's scale in last (`csrc/cuda/gemv.cuh`), so the two differ by the rounding of float32,
 unless that happens to be exact. On a CUDA device with both, a token's last bits may thus change where
-the number of tokens passes `GEMV_TOKENS`; with `W2A4_BACKEND=cuda` or `triton` they do not.
+the number of tokens passes `GEMV_TOKENS`; with `W2A4_BACKEND=cuda` or `triton` they do not. Attention differs
+more: w2a4._cuda multiplies integers of 30 bits, Triton 16-bit floats, as any flash attention does.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ BACKENDS = ("auto", "cuda", "triton", "reference")
 #: At 16 tokens that is 2.9 against 3.1, and the GEMV fills the GPU better; at 24 it is 4.4 against 4.1, and
 #: the GEMM reads the weights once instead of three times. Not measured yet.
 GEMV_TOKENS = 16
+
+#: Most queries of a sequence that attention_kv4 of w2a4._cuda serves if Triton is there. That kernel decodes
+#: keys and values anew for every 8 rows (tokens times query heads of a KV head) and divides them among thread
+#: blocks; Triton's decodes them for up to 128 tokens of a head, one after another. Not measured yet.
+DECODE_TOKENS = 64
 
 #: A 32-bit sum of the GEMM holds this many products, see `MAX_BLOCK` in `kernels/w2a4_triton/gemm.py`.
 _MOST_INPUTS = (2**31 - 1) // 2**14
@@ -97,6 +103,36 @@ def _cuda_linear_kernel(device, tokens, block, out_dtype, compiled) -> str:
     return "cuda"
 
 
+def attention_kernel(
+    device: torch.device, tokens: int, head_dim: int, dtype: torch.dtype, compiled: bool
+) -> str:
+    """What runs attention of `tokens` queries a sequence on the packed cache, as `linear_kernel` names it.
+
+    W2A4_BACKEND=triton takes Triton's kernel wherever it serves, and another one where it does not.
+    """
+    if backend == "reference" or device.type == "meta":
+        return "reference"
+    if device.type == "cuda":
+        other = "cuda" if compiled else "reference"
+        if backend == "cuda" or compiled and backend == "auto" and tokens <= DECODE_TOKENS:
+            return other
+    elif device.type == "cpu":
+        other = "cpu" if compiled else "reference"
+        if backend != "triton":
+            return other
+    else:
+        return "reference"
+    missing = why_no_triton(device.index if device.type == "cuda" else None)
+    if not missing and (dtype not in (torch.float16, torch.bfloat16) or head_dim > 256 or head_dim % 2):
+        missing = f"it takes float16 and bfloat16 and an even head_dim up to 256, not {dtype} and {head_dim}"
+    if not missing:
+        return "triton"
+    if other == "cuda" and backend == "auto":
+        _warn_once(f"w2a4's attention of more than {DECODE_TOKENS} tokens runs on its CUDA kernel for "
+                   f"decoding and not on the faster one of Triton: {missing}")  # fmt: skip
+    return other
+
+
 def has_triton_training(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether fake quantisation of such tensors runs on Triton; on CPUs in the interpreter, if forced.
 
@@ -153,7 +189,7 @@ def _look_for_triton(index: int | None) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed, `pip install triton`"
     try:
-        from .triton_kernels import fake_quant, gemm, language, ldp  # noqa: F401  (registers their ops)
+        from .triton_kernels import attention, fake_quant, gemm, language, ldp  # noqa: F401  (registers their ops)
     except Exception as error:  # an old or a broken triton fails in many ways
         return f"triton can not be used ({type(error).__name__}: {error}), `pip install --upgrade triton`"
     if index is None:

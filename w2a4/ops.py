@@ -391,11 +391,16 @@ def attention_kv4(
 
     Returns:
         `[batch, q_tokens, q_heads, head_dim]` in q's dtype, contiguous; zeros where no key is seen. A
-        query's result has the same bits whatever the other queries, the threads and unseen keys are.
+        query's result has the same bits whatever the other queries, the threads and unseen keys are, as long
+        as the same kernel runs: on CUDA that for many queries rounds to 16 bits, see `dispatch`.
 
     Equivalent: `softmax(q @ k.mT * scaling + mask) @ v` with k and v from `dequantize_kv4`.
     """
-    return _ops.attention_kv4.default(
+    triton = (dispatch.backend != "auto" or not q.is_cpu) and "triton" == dispatch.attention_kernel(
+        q.device, q.shape[2], q.shape[3], q.dtype, (_C if q.is_cpu else _cuda) is not None
+    )
+    op = torch.ops.w2a4.attention_kv4_prefill if triton else _ops.attention_kv4
+    return op.default(
         q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink, starts
     )
 

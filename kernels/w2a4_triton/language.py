@@ -39,6 +39,35 @@ shr.u32 odd, odd, 16;
 prmt.b32 $3, $5, 0, odd;
 }""")
 
+# Four bytes at a time, from a word of eight 4-bit codes 0 to 15: those in the low nibbles as four 16-bit
+# floats in two words, then those in the high ones. A code in the last bits of 1024 (float16) or 128
+# (bfloat16) adds itself to it; taking that off again by an fma is exact.
+_CODES = """{
+.reg .b32 code, next, one, less;
+mov.b32 one, ONE;
+mov.b32 less, LESS;
+and.b32 code, $4, 0x0F0F0F0F;
+shr.u32 next, $4, 4;
+and.b32 next, next, 0x0F0F0F0F;
+prmt.b32 $0, code, BIASES, 0x5150;
+prmt.b32 $1, code, BIASES, 0x5352;
+prmt.b32 $2, next, BIASES, 0x5150;
+prmt.b32 $3, next, BIASES, 0x5352;
+fma.rn.TYPE $0, $0, one, less;
+fma.rn.TYPE $1, $1, one, less;
+fma.rn.TYPE $2, $2, one, less;
+fma.rn.TYPE $3, $3, one, less;
+}"""
+
+
+def _codes_in(type: str, one: str, less: str, biases: str) -> str:
+    text = _CODES.replace("TYPE", type).replace("BIASES", biases)
+    return text.replace("ONE", one).replace("LESS", less)
+
+
+_CODES_FLOAT16 = tl.constexpr(_codes_in("f16x2", "0x3C003C00", "0xE400E400", "0x64646464"))
+_CODES_BFLOAT16 = tl.constexpr(_codes_in("bf16x2", "0x3F803F80", "0xC300C300", "0x43434343"))
+
 
 @triton.jit
 def unpack_nibbles(codes):
@@ -50,6 +79,24 @@ def unpack_nibbles(codes):
         even, odd = tl.inline_asm_elementwise(
             _NIBBLES, "=&r,=r,r", [codes], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
         )
+    return even, odd
+
+
+@triton.jit
+def codes_as_floats(codes, DTYPE: tl.constexpr):
+    """uint8 `[r, b]` of codes 0 to 15 -> 16-bit floats `[r, b]` twice: codes 0, 2, ... and 1, 3, ..."""
+    if INTERPRET:
+        even, odd = (codes & 15).to(tl.float32).to(DTYPE), (codes >> 4).to(tl.float32).to(DTYPE)
+    elif DTYPE == tl.float16:
+        even, odd = tl.inline_asm_elementwise(
+            _CODES_FLOAT16, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16),
+            is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            _CODES_BFLOAT16, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True, pack=4,
+        )  # fmt: skip
     return even, odd
 
 
@@ -80,6 +127,14 @@ def _level(codes, levels):
     """The level that the two lowest bits of each code pick."""
     shift = (codes & 3).to(tl.int32) * 8
     return (levels >> shift).to(tl.int8)
+
+
+@triton.jit
+def dot(x, y, total):
+    """`total + x @ y` of 16-bit floats, in float32; numpy, which interprets, has no bfloat16."""
+    if INTERPRET:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), total)
+    return tl.dot(x, y, total)
 
 
 @triton.jit
