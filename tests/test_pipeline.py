@@ -1,5 +1,7 @@
 """Quantising end to end on tiny models: packed against fake-quantised, shapes, switches, bad input."""
 
+import copy
+
 import pytest
 import torch
 from packed import SHAPE, calibration, packed_model, prompt
@@ -7,8 +9,9 @@ from tiny_llama import LLAMA3_ROPE, tiny_llama
 
 import w2a4
 from w2a4 import reference
-from w2a4.calibrate import LayerQuantizer
+from w2a4.calibrate import LayerQuantizer, Streams
 from w2a4.errors import CalibrationError, RecipeError, RotationError, W2A4Error
+from w2a4.integrations.attention import KVSettings
 from w2a4.layers import W8Embedding, W8Linear, _PackedLinear
 
 UNUSUAL = {
@@ -199,3 +202,35 @@ def test_an_interrupted_quantisation_goes_on_where_it_stopped(tmp_path, monkeypa
         for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True)
     )
     assert torch.equal(logits(model, prompt()), logits(whole, prompt()))
+
+
+def test_a_token_with_a_massive_activation_does_not_decide_the_fit(monkeypatch):
+    model = tiny_llama(dtype=torch.float32, hidden_size=64, intermediate_size=128)
+    layer, embedding = model.model.layers[0], model.model.embed_tokens.weight.detach()
+    # Token 5, which nothing resembles, makes one neuron fire far harder than anything else does.
+    alone = embedding[5] / embedding[5].norm()
+    embedding[:5] -= embedding[:5] @ alone[:, None] * alone
+    embedding[6:] -= embedding[6:] @ alone[:, None] * alone
+    layer.post_attention_layernorm.weight.data.fill_(1)
+    layer.self_attn.o_proj.weight.data *= 0.1
+    for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+        linear.weight.data[0] += 6 * alone
+    ids = torch.randint(6, 67, (16, 32))
+    ids[:, 0] = 5
+    recipe = w2a4.Recipe.load("w4a4kv4")
+
+    def others_error(layer):
+        x = model.model.embed_tokens(ids)
+        streams = Streams([x], [x])
+        cos_sin = model.model.rotary_emb(x, torch.arange(32)[None])
+        LayerQuantizer(layer, recipe, KVSettings(4), cos_sin).run(streams)
+        (full,), (quantized,) = streams.full, streams.quantized
+        norms = full.norm(dim=-1)
+        assert norms[:, 0].min() > 30 * norms[:, 1:].median()
+        return float(((quantized - full).norm(dim=-1) / norms)[:, 1:].mean())
+
+    with torch.no_grad():
+        weighted = others_error(copy.deepcopy(layer))
+        fit = LayerQuantizer._fit
+        monkeypatch.setattr(LayerQuantizer, "_fit", lambda self, *args: fit(self, *args[:3]))
+        assert weighted < 0.8 * others_error(layer)

@@ -70,15 +70,13 @@ class LayerQuantizer:
         inputs = self._map(streams, lambda layer, x: layer.input_layernorm(x))
         self._fit(STAGES[0], inputs, progress)
         context = self._map(inputs, self._attend)
-        self._fit(STAGES[1], context, progress)
-        self._add(streams, self._map(context, lambda layer, x: layer.self_attn.o_proj(x)))
+        self._fit_update(STAGES[1], "self_attn.o_proj", streams, context, progress)
         inputs = self._map(streams, lambda layer, x: layer.post_attention_layernorm(x))
         self._fit(STAGES[2], inputs, progress)
         inner = self._map(
             inputs, lambda layer, x: layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
         )
-        self._fit(STAGES[3], inner, progress)
-        self._add(streams, self._map(inner, lambda layer, x: layer.mlp.down_proj(x)))
+        self._fit_update(STAGES[3], "mlp.down_proj", streams, inner, progress)
         return self.errors
 
     def packed(self) -> list[tuple[str, nn.Module]]:
@@ -91,11 +89,30 @@ class LayerQuantizer:
             [fn(self.layer, x) for x in streams.quantized],
         )
 
-    @staticmethod
-    def _add(streams: Streams, update: Streams) -> None:
-        """The residual connection."""
-        streams.full = [x + y for x, y in zip(streams.full, update.full, strict=True)]
-        streams.quantized = [x + y for x, y in zip(streams.quantized, update.quantized, strict=True)]
+    def _fit_update(
+        self,
+        names: tuple[str, ...],
+        path: str,
+        streams: Streams,
+        inputs: Streams,
+        progress: Callable[[], object],
+    ) -> None:
+        """Quantise a linear whose output is added to the hidden states, and add it.
+
+        What reads hidden states normalises them first, so an error counts relative to the token's norm. Else
+        a token with a massive activation, a hundred times as long as the others, would decide the fit alone.
+        """
+        full = [
+            x + self.reference.get_submodule(path)(y) for x, y in zip(streams.full, inputs.full, strict=True)
+        ]
+        norms = [x.float().norm(dim=-1, keepdim=True).clamp_min(1e-6) for x in full]
+        typical = torch.cat([norm.flatten() for norm in norms]).median()
+        self._fit(names, inputs, progress, [typical / norm for norm in norms])
+        streams.full = full
+        streams.quantized = [
+            x + self.layer.get_submodule(path)(y)
+            for x, y in zip(streams.quantized, inputs.quantized, strict=True)
+        ]
 
     def _attend(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What o_proj sees."""
@@ -112,8 +129,16 @@ class LayerQuantizer:
             handle.remove()
         return seen[0]
 
-    def _fit(self, names: tuple[str, ...], inputs: Streams, progress: Callable[[], object]) -> None:
-        """Quantise the linears that share `inputs`, stacked into one matrix."""
+    def _fit(
+        self, names: tuple[str, ...], inputs: Streams, progress: Callable[[], object],
+        weights: list[Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Quantise the linears that share `inputs`, stacked into one matrix.
+
+        Args:
+            weights: what a token's error is multiplied with before it is squared, `[sequences, tokens, 1]`
+                a batch; None is 1.
+        """
         recipe, linears = self.recipe, decoder_linears(self.layer)
         group = [linears[name] for name in names]
         rotation: OnlineRotation | None = getattr(group[0], "rotation", None)
@@ -127,8 +152,9 @@ class LayerQuantizer:
             error = None
         else:
             moments = Moments(weight.shape[1], recipe.gptq_target == "full", weight.device)
-            for full, quantized in zip(inputs.full, inputs.quantized, strict=True):
-                moments.add(self._as_seen(quantized, clip, act_group), full)
+            for i, (full, quantized) in enumerate(zip(inputs.full, inputs.quantized, strict=True)):
+                seen = self._as_seen(quantized, clip, act_group)
+                moments.add(*((seen, full) if weights is None else (seen * weights[i], full * weights[i])))
             options = GPTQOptions(
                 recipe.gptq_damp, recipe.gptq_block, recipe.gptq_act_order, recipe.gptq_refine
             )

@@ -1,6 +1,6 @@
 """`attention_kv4_prefill`: attention over the packed 4-bit cache for many queries at once.
 
-Flash attention that reads codes: no key or value exists outside of registers in more than 4 bits. Scores are
+Flash attention that reads codes: no key or value is ever in memory in more than 4 bits. Scores are
 exact products of queries with codes, to which a key's scale and zero-point are applied afterwards,
 
     scaling * (k_scale * sum q code + k_zero * sum q)
