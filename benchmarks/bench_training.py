@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import w2a4
 from benchmarks.files import write_json
 from benchmarks.harness import metadata, warn_if_busy
-from w2a4.report import peak_memory_mb
+from w2a4.devices import peak_memory_mb
 from w2a4.training.prepare import convert, prepare
 from w2a4.training.trainer import parameter_groups
 

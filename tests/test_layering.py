@@ -12,9 +12,9 @@ PACKAGE = ROOT / "w2a4"
 
 #: Top first. CONTRIBUTING.md says why.
 LAYERS = (
-    "cli", "options", "demo", "evaluate", "engine", "sequences", "training", "pipeline", "learn_rotation",
+    "cli", "options", "demo", "evaluate", "training", "engine", "sequences", "pipeline", "learn_rotation",
     "smooth", "resume", "calibrate", "integrations", "layers", "fitting", "rotation", "quantizers", "ops",
-    "dispatch", "fakes", "reference", "packing", "data", "report", "config", "errors",
+    "dispatch", "fakes", "reference", "packing", "data", "report", "config", "devices", "errors",
 )  # fmt: skip
 #: May be imported from anywhere, import nothing of the package.
 FREE = ("_C",)

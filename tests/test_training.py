@@ -52,7 +52,7 @@ def _prepared():
 def make_trainer(folder, training=TRAINING, text=None):
     text = stream() if text is None else text
     windows = Windows(text, training.seqlen, training.steps * training.batch_size)
-    args = training_arguments(training, folder, world=1, seed=0, progress=False)
+    args = training_arguments(training, folder, world=1, seed=0, progress=False, device=torch.device("cpu"))
     return QATTrainer(copy.deepcopy(_prepared()), llama().eval(), training, args, train_dataset=windows)
 
 
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_batches_must_divide():
     with pytest.raises(TrainingError, match="batch_size=4 is not a multiple of 3 processes"):
-        training_arguments(TRAINING, "x", world=3, seed=0, progress=False)
+        training_arguments(TRAINING, "x", world=3, seed=0, progress=False, device=torch.device("cpu"))
 
 
 class Letters:

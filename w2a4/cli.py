@@ -85,6 +85,7 @@ def main() -> None:
     is_flag=True,
     help="Keep finished layers beside DIR; repeat the command to go on after a kill.",
 )
+@options.device
 @options.json_file
 def quantize(
     model: str,
@@ -95,22 +96,26 @@ def quantize(
     eval_text: str | None,
     eval_windows: int | None,
     resume: bool,
+    device: str | None,
     json_file: Path | None,
 ) -> None:
     """Rotate, quantise and pack MODEL into a new directory."""
     _refuse_existing(out)
     parsed = options.parse_recipe(recipe, settings)
-    from . import data, evaluate, pipeline, report
+    from . import data, devices, evaluate, pipeline, report
 
     data.load_text(calib, "calibration")  # a missing file is told now, not after loading the model
     if eval_text is not None:
         data.load_text(eval_text, "evaluation")
-    loaded, tokenizer = pipeline.load_model(model)
+    chosen = devices.pick_device(device)
+    # A GPU sees a layer at a time, unless something needs the whole model there.
+    whole = eval_text is not None or parsed.rotation.to_learn
+    loaded, tokenizer = pipeline.load_model(model, device=chosen if whole else "cpu")
     measured: dict[str, Any] = {}
     if eval_text is not None:
         measured["before"] = evaluate.perplexity(loaded, tokenizer, eval_text, windows=eval_windows)
     partial = out.parent / f".{out.name}.partial" if resume else None
-    made = pipeline.quantize(loaded, tokenizer, parsed, calibration=calib, resume=partial)
+    made = pipeline.quantize(loaded, tokenizer, parsed, calibration=calib, resume=partial, device=chosen)
     made.source = report.source_name(model)
     if eval_text is not None:
         measured["after"] = evaluate.perplexity(loaded, tokenizer, eval_text, windows=eval_windows)
@@ -139,6 +144,7 @@ def quantize(
 @click.option(
     "--minutes", type=click.FloatRange(min=0), metavar="N", help="Time to train: overrides training.minutes."
 )
+@options.device
 @options.json_file
 def train(
     model: str,
@@ -148,6 +154,7 @@ def train(
     calib: str,
     data: str | None,
     minutes: float | None,
+    device: str | None,
     json_file: Path | None,
 ) -> None:
     """Rotate MODEL, train it quantised against itself, and pack it into a new directory.
@@ -160,15 +167,16 @@ def train(
     parsed = options.parse_recipe(recipe, settings).override(
         **{k: v for k, v in given.items() if v is not None}
     )
-    from . import pipeline, report
+    from . import devices, pipeline, report
     from .training import processes
     from .training.run import check_text, train
 
     check_text(parsed)
+    chosen = devices.pick_device(device)
     loaded, tokenizer = pipeline.load_model(model)
     work = out.parent / f".{out.name}.training"
     try:
-        train(loaded, tokenizer, parsed, work, calib)
+        train(loaded, tokenizer, parsed, work, calib, device=chosen)
     except TrainingError:
         if processes.is_main():
             raise
@@ -205,6 +213,7 @@ def train(
 @click.option(
     "--resume", is_flag=True, help="Keep the state beside FILE; repeat the command to go on after a kill."
 )
+@options.device
 @options.json_file
 def learn_rotation(
     model: str,
@@ -213,6 +222,7 @@ def learn_rotation(
     settings: Sequence[str],
     calib: str,
     resume: bool,
+    device: str | None,
     json_file: Path | None,
 ) -> None:
     """Learn the rotations R1 and R2 of MODEL; then quantise with them.
@@ -220,11 +230,11 @@ def learn_rotation(
     Of the two those are learned that the recipe calls learned, or both if it calls neither so.
     """
     parsed = options.parse_recipe(recipe, settings)
-    from . import data, pipeline, report
+    from . import data, devices, pipeline, report
     from .learn_rotation import learn_rotation
 
     data.load_text(calib, "calibration")  # a missing file is told now, not after loading the model
-    loaded, tokenizer = pipeline.load_model(model)
+    loaded, tokenizer = pipeline.load_model(model, device=devices.pick_device(device))
     made = learn_rotation(loaded, tokenizer, parsed, calib, out, resume=resume)
     click.echo(
         f"loss {report.number(made.before)} before, {report.number(made.after)} after {len(made.losses)} "
@@ -254,15 +264,22 @@ def learn_rotation(
 )
 @click.option("--windows", type=click.IntRange(min=1), metavar="N", help="At most so many; all if not given.")
 @options.dtype
+@options.device
 @options.json_file
 def evaluate_command(
-    model: str, text: str, seqlen: int, windows: int | None, dtype: str | None, json_file: Path | None
+    model: str,
+    text: str,
+    seqlen: int,
+    windows: int | None,
+    dtype: str | None,
+    device: str | None,
+    json_file: Path | None,
 ) -> None:
     """Perplexity of MODEL or DIR on a text."""
     from . import data, evaluate, report
 
     data.load_text(text, "evaluation")
-    loaded, tokenizer = _load(model, dtype)
+    loaded, tokenizer = _load(model, dtype, device)
     result = evaluate.perplexity(loaded, tokenizer, text, seqlen, windows)
     click.echo(f"perplexity {report.number(result['perplexity'])}, {report.protocol(result)}")
     click.echo(f"{result['tokens_per_second']:.0f} tokens/s, {result['peak_memory_mb']:.0f} MB at the peak")
@@ -275,6 +292,7 @@ def evaluate_command(
 @options.new_tokens
 @options.sampling
 @options.dtype
+@options.device
 @options.json_file
 def generate(
     model: str,
@@ -282,13 +300,14 @@ def generate(
     max_new_tokens: int,
     sampling: dict[str, Any],
     dtype: str | None,
+    device: str | None,
     json_file: Path | None,
 ) -> None:
     """Continue a prompt."""
     from . import engine, evaluate
 
     chosen = engine.Sampling(**sampling)
-    loaded, tokenizer = _load(model, dtype)
+    loaded, tokenizer = _load(model, dtype, device)
     click.echo(prompt, nl=False)
     result = evaluate.generation_speed(
         loaded, tokenizer, prompt, max_new_tokens, _streamer(tokenizer), chosen
@@ -306,15 +325,21 @@ def generate(
 @options.new_tokens
 @options.sampling
 @options.dtype
+@options.device
 @options.json_file
 def chat(
-    model: str, max_new_tokens: int, sampling: dict[str, Any], dtype: str | None, json_file: Path | None
+    model: str,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    dtype: str | None,
+    device: str | None,
+    json_file: Path | None,
 ) -> None:
     """Talk to a model; /exit or end of input ends the conversation."""
     from . import engine, evaluate
 
     chosen = engine.Sampling(**sampling)
-    loaded, tokenizer = _load(model, dtype)
+    loaded, tokenizer = _load(model, dtype, device)
     messages: list[dict[str, str]] = []
     for line in _lines():
         messages.append({"role": "user", "content": line})
@@ -387,12 +412,13 @@ def _refuse_existing(out: Path, advice: str = "or remove it first") -> None:
         raise W2A4Error(f"--out {str(out)!r} {what}; choose another directory, {advice}")
 
 
-def _load(model: str, dtype: str | None) -> tuple[Any, Any]:
+def _load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
     import torch
 
-    from . import pipeline
+    from . import devices, pipeline
 
-    return pipeline.load_model(model, dtype=getattr(torch, dtype) if dtype else "auto")
+    where = devices.pick_device(device)
+    return pipeline.load_model(model, getattr(torch, dtype) if dtype else "auto", where)
 
 
 def _streamer(tokenizer: Any) -> Any:

@@ -53,6 +53,11 @@ class RotationConfig:
         """True if nothing is rotated, offline or online."""
         return {self.r1, self.r2, self.r3, self.r4} == {"none"}
 
+    @property
+    def to_learn(self) -> bool:
+        """True if rotations are to be learned first."""
+        return "learned" in (self.r1, self.r2) and self.learned is None
+
 
 @dataclass(frozen=True)
 class Training:

@@ -125,7 +125,7 @@ class Engine:
         """
         rows = self._checked(prompts, max_new_tokens)
         sampling = sampling or Sampling()
-        stops = set(_end_tokens(self.model) if stop_tokens is None else stop_tokens)
+        stops = set(end_tokens(self.model) if stop_tokens is None else stop_tokens)
         with inference(self.model):
             lengths = {len(row) for row in rows}
             if len(lengths) > 1 and min(lengths) < sink_tokens_of(self.model):
@@ -224,6 +224,7 @@ def inference(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _end_tokens(model: Any) -> list[int]:
+def end_tokens(model: Any) -> list[int]:
+    """Tokens that the model ends a text with."""
     end = model.generation_config.eos_token_id
     return end if isinstance(end, list) else [] if end is None else [end]

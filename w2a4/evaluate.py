@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from . import data
+from .devices import peak_memory_mb
 from .engine import Engine, Sampling, inference
 from .errors import CalibrationError, W2A4Error
-from .report import peak_memory_mb
 
 #: Positions whose logits exist at one time; 256 x 49,152 in float32 are 50 MB.
 LOGITS_CHUNK = 256
@@ -82,7 +82,7 @@ def perplexity(
         "text": data.describe_text(text, content),
         "seconds": seconds,
         "tokens_per_second": ids.numel() / seconds,
-        "peak_memory_mb": peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(model.device),
     }
 
 
@@ -113,7 +113,7 @@ def generation_speed(
         "tokens": len(new),
         "seconds": seconds,
         "tokens_per_second": len(new) / seconds,
-        "peak_memory_mb": peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(model.device),
     }
 
 

@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .config import Recipe, resolve_group_size
 from .data import TextSource, calibration_ids, check_token_ids, describe_text, load_text, windows
+from .devices import peak_memory_mb
 from .errors import CalibrationError, RotationError
 from .fitting.lloyd import fit_levels
 from .fitting.rtn import nearest
@@ -33,7 +34,7 @@ from .fitting.weight import QuantizedWeight
 from .integrations.attention import KVSettings, w2a4_attention
 from .integrations.hf import act_group_size, check_original
 from .quantizers import fake_quant_a4
-from .report import peak_memory_mb, source_name, versions, write_atomically, write_json
+from .report import source_name, versions, write_atomically, write_json
 from .resume import fingerprint
 from .rotation import fuse
 from .rotation.descent import Descent, Objective
@@ -72,7 +73,7 @@ class RotationReport:
         before, after: loss on the first step's text of the rotations to start from and of those learned.
         final: max |RᵀR - I| of every matrix written.
         seconds: all runs together, if there was an interruption.
-        peak_memory_mb: of the process, see `report.peak_memory_mb`.
+        peak_memory_mb: of the process, see `devices.peak_memory_mb`.
         resumed_at: steps that an earlier run had done.
         plot: file name of the loss plot, or why there is none.
     """
@@ -153,7 +154,7 @@ def learn_rotation(
             descent.run(objective, bar)
         report.after = objective(0, descent.rotations).item()
     report.before, report.losses, report.orthogonality = descent.losses[0], descent.losses, descent.drift
-    report.seconds, report.peak_memory_mb = descent.seconds, peak_memory_mb()
+    report.seconds, report.peak_memory_mb = descent.seconds, peak_memory_mb(model.device)
     _write(out, descent.rotations, report, {"key": key, "model": model_mark(model)})
     if partial is not None:
         partial.unlink(missing_ok=True)

@@ -32,6 +32,9 @@ json_file = click.option(
     help="Also write the result as JSON.",
 )
 dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Of activations and unquantised tensors.")
+device = click.option(
+    "--device", metavar="cpu|cuda|cuda:N", help="Where to compute: a GPU if there is one, else the CPU."
+)
 new_tokens = click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),

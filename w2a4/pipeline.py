@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .calibrate import STAGES, LayerQuantizer, Streams
 from .config import Recipe, RotationConfig, resolve_group_size
 from .data import TextSource, calibration_ids
+from .devices import peak_memory_mb
 from .errors import CheckpointError, RotationError, W2A4Error
 from .integrations.checkpoint import atomic_directory
 from .integrations.hf import (
@@ -29,7 +30,7 @@ from .integrations.hf import (
 )
 from .layers import W8Embedding, W8Linear, _PackedModule
 from .learn_rotation import learn_rotation
-from .report import Report, checkpoint_summary, peak_memory_mb, source_name, versions
+from .report import Report, checkpoint_summary, source_name, versions
 from .resume import Progress, fingerprint
 from .rotation import fuse
 from .smooth import smooth
@@ -47,13 +48,16 @@ Refine = Callable[[int, LayerQuantizer, list[Tensor], Streams], None]
 ROTATED_ONLY = {"weight_bits": 16, "act_bits": 16, "kv_bits": 16, "head_bits": 16, "embed_bits": 16}
 
 
-def load_model(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[nn.Module, Any]:
+def load_model(
+    source: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer.
 
     Args:
         source: a transformers directory (float or packed by w2a4), a hub id, or a `.gguf` file of the
             llama architecture (needs the package `gguf`; weights become float32).
         dtype: as in transformers; ignored for `.gguf`.
+        device: where the model goes.
 
     Returns:
         the model in eval mode, and the tokenizer.
@@ -64,7 +68,8 @@ def load_model(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[n
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if str(source).endswith(".gguf"):
-        return _load_gguf(Path(source))
+        model, tokenizer = _load_gguf(Path(source))
+        return model.to(device), tokenizer
     if Path(source).is_dir():
         checkpoint_summary(source)
     try:
@@ -75,7 +80,7 @@ def load_model(source: str | Path, dtype: torch.dtype | str = "auto") -> tuple[n
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"cannot load {str(source)!r}: {first}") from error
-    return model.eval(), tokenizer
+    return model.eval().to(device), tokenizer
 
 
 def _load_gguf(path: Path) -> tuple[nn.Module, Any]:
@@ -164,7 +169,7 @@ def rotate_by_recipe(
     """
     rotation = recipe.rotation
     with tempfile.TemporaryDirectory() as temporary:
-        if "learned" in (rotation.r1, rotation.r2) and rotation.learned is None:
+        if rotation.to_learn:
             directory = Path(resume if resume is not None else temporary)
             directory.mkdir(parents=True, exist_ok=True)
             file = directory / "rotation.safetensors"
@@ -186,6 +191,7 @@ def quantize(
     progress: bool = True,
     resume: str | Path | None = None,
     refine: Refine | None = None,
+    device: torch.device | None = None,
 ) -> Report:
     """Smooth, rotate and quantise a LLaMA in place, one decoder layer at a time.
 
@@ -201,6 +207,8 @@ def quantize(
             quantisation, interrupted, go on behind them. Yours to remove when the model is saved.
         refine: improves a packed layer; called with its index and quantiser, the quantised hidden
             states before it and both streams behind it, see `training.block.BlockTrainer`.
+        device: where decoder layers are computed, the model's own if None. Each is there only while its
+            turn lasts, so that a GPU need hold no more than one.
 
     Returns:
         what was done and how well each linear fits; also in `model.w2a4_report`.
@@ -230,12 +238,13 @@ def quantize(
     with tqdm(
         total=layers * len(STAGED), desc=f"quantize {recipe.name}", unit="linear", disable=not progress
     ) as bar:
-        _quantize_layers(model, recipe, config, ids.to(model.device), state, bar, refine)
+        _quantize_layers(model, recipe, config, ids, state, bar, refine, device or model.device)
     for entry in (entry for layer in state.entries for entry in layer):
         report.add_layer(**entry)
     if recipe.head_bits == 8:
         model.lm_head = W8Linear.from_linear(model.lm_head)
-    report.seconds, report.peak_memory_mb = time.perf_counter() - started, peak_memory_mb()
+    report.seconds = time.perf_counter() - started
+    report.peak_memory_mb = peak_memory_mb(device or model.device)
     install(model, config, report)
     return report
 
@@ -260,17 +269,18 @@ def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
 
 def _quantize_layers(
     model: nn.Module, recipe: Recipe, config: W2A4Config, ids: Tensor, progress: Progress, bar: tqdm,
-    refine: Refine | None,
+    refine: Refine | None, device: torch.device,
 ) -> None:  # fmt: skip
     """All decoder layers, those that `progress` holds loaded instead, and the embedding."""
-    batches = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
+    home = model.device
+    batches = ids.to(home).split(max(1, BATCH_TOKENS // ids.shape[1]))
     embed = model.model.embed_tokens
-    full = [embed(batch) for batch in batches]
+    full = [embed(batch).to(device) for batch in batches]
     dtype = full[0].dtype
     if recipe.embed_bits == 8:
         model.model.embed_tokens = embed = W8Embedding.from_embedding(embed)
-    streams = Streams(full, [embed(batch) for batch in batches])
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    streams = Streams(full, [embed(batch).to(device) for batch in batches])
+    positions = torch.arange(ids.shape[1], device=device)[None]
     cos_sin = model.model.rotary_emb(streams.full[0], positions)
     settings = kv_settings(config)
     if recipe.weight_bits == 16:
@@ -279,11 +289,12 @@ def _quantize_layers(
         if index < progress.done:
             prepare_layer(layer, recipe, config.online("r4"), dtype)
             layer.load_state_dict(progress.layer(index), assign=True)
+            layer.to(home)
             bar.update(len(STAGED))
             if index == progress.done - 1:
-                streams = progress.streams().to(ids.device, len(batches[0]))
+                streams = progress.streams().to(device, len(batches[0]))
             continue
-        quantizer = LayerQuantizer(layer, recipe, settings, cos_sin)
+        quantizer = LayerQuantizer(layer.to(device), recipe, settings, cos_sin)
         inputs = streams.quantized
         errors = quantizer.run(streams, bar.update)
         if refine is not None:
@@ -293,7 +304,7 @@ def _quantize_layers(
              "relative_error": errors[name.rpartition(".")[2]]}
             for name, packed in quantizer.packed()
         ]  # fmt: skip
-        progress.store(layer, streams, entries)
+        progress.store(layer.to(home), streams, entries)
         bar.set_postfix(hidden_error=f"{_relative_error(streams):.3f}")
 
 

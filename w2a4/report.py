@@ -144,22 +144,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def peak_memory_mb() -> float:
-    """The most memory this process has held so far, in MB (10**6 bytes).
-
-    On Linux this is VmHWM, which starts afresh with the program; `ru_maxrss`, the fallback, keeps the
-    peak of the process that started it.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024 / 1e6
-    except (OSError, AttributeError):
-        import resource
-
-        unit = 1 if platform.system() == "Darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write JSON in one step: `path` is either as it was or complete. Infinity and NaN become null."""
     write_atomically(path, _to_json(data))

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..engine import Engine, Sampling, end_tokens, inference
+
 #: Tokens of real text that a continuation begins with, and that it has in all.
 PROMPT_TOKENS, LENGTH = 32, 512
 
-#: Continuations written at once.
-BATCH = 16
+#: Continuations written at once: on a CPU, and at most on a GPU, whose memory may hold fewer.
+BATCH, GPU_BATCH = 16, 512
+
+SAMPLING = Sampling(temperature=1.0, top_p=0.95)
 
 
-@torch.inference_mode()
 def write_generations(
     model: nn.Module,
     tokenizer: Any,
@@ -34,7 +37,7 @@ def write_generations(
     """Sample continuations of random places of a text until they have `tokens` tokens.
 
     Args:
-        model: the full-precision model, in eval mode.
+        model: the full-precision model.
         stream: int64 `[n]`, the text whose pieces of 32 tokens are the prompts.
         path: JSONL of `{"text": …}`, written after every batch; what an interrupted run left there is
             kept and counted.
@@ -45,11 +48,13 @@ def write_generations(
     """
     documents = _read(path)
     have = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in documents)
+    engine = Engine(model, max_length=min(LENGTH, model.config.max_position_embeddings))
+    size = _batch_size(model)
     with tqdm(
         total=tokens, initial=min(have, tokens), desc="teacher writes", unit="token", disable=not progress
     ) as bar:
         while have < tokens:
-            batch = _sample(model, tokenizer, stream, seed * 100_003 + len(documents))
+            batch = _sample(engine, stream, size, seed * 100_003 + len(documents))
             texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in batch]
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
@@ -59,17 +64,37 @@ def write_generations(
     return (tokenizer.eos_token or "\n\n").join(documents)
 
 
-def _sample(model: nn.Module, tokenizer: Any, stream: Tensor, seed: int) -> Tensor:
-    """int64 `[BATCH, LENGTH]`; global random numbers are left as they were."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        starts = torch.randint(max(1, len(stream) - PROMPT_TOKENS), (BATCH, 1))
-        prompts = stream[starts + torch.arange(min(PROMPT_TOKENS, len(stream)))].to(model.device)
-        return model.generate(
-            input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0,
-            top_p=0.95, min_new_tokens=LENGTH - prompts.shape[1], max_new_tokens=LENGTH - prompts.shape[1],
-            pad_token_id=tokenizer.eos_token_id,
-        ).cpu()  # fmt: skip
+def _batch_size(model: nn.Module) -> int:
+    """As many continuations as keep keys and values within a quarter of the memory that is free."""
+    if model.device.type != "cuda":
+        return BATCH
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, min(GPU_BATCH, free // 4 // (LENGTH * numbers * model.dtype.itemsize)))
+
+
+def _sample(engine: Engine, stream: Tensor, size: int, seed: int) -> Tensor:
+    """int64 `[size, max_length]` on the CPU; no continuation ends before its length."""
+    device = engine.model.device
+    starts = torch.randint(max(1, len(stream) - PROMPT_TOKENS), (size, 1), generator=_generator("cpu", seed))
+    prompts = stream[starts + torch.arange(min(PROMPT_TOKENS, len(stream)))].to(device)
+    count, generator = engine.max_length - prompts.shape[1], _generator(device, seed)
+    ends = torch.tensor(end_tokens(engine.model), dtype=torch.long, device=device)
+    with inference(engine.model):
+        sequences = engine.sequences(list(prompts), count)
+        tokens = [prompts]
+        for step in range(count):
+            if step > 0:
+                sequences.advance(tokens[-1][:, 0])
+            logits = sequences.logits.index_fill(1, ends, -torch.inf)
+            tokens.append(SAMPLING.pick(logits, generator)[:, None])
+        return torch.cat(tokens, 1).cpu()
+
+
+def _generator(device: torch.device | str, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def _read(path: Path) -> list[str]:

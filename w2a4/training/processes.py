@@ -40,12 +40,12 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def join() -> None:
-    """Meet the other processes, if there are any, to shard the parameters by FSDP2."""
+def join(device: torch.device) -> None:
+    """Meet the other processes, if there are any, to shard parameters by FSDP2, on devices of this kind."""
     if world() == 1:
         return
     os.environ.update({**_SHARDING, **{k: os.environ[k] for k in _SHARDING if k in os.environ}, **_REQUIRED})
-    PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=device.type == "cpu")
     _patient_group()
 
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from .. import data, pipeline
 from ..config import Recipe
+from ..devices import peak_memory_mb
 from ..errors import TrainingError
-from ..report import peak_memory_mb, write_json
+from ..report import write_json
 from ..resume import fingerprint
 from . import processes
 from .block import BlockTrainer
@@ -32,6 +33,7 @@ def train(
     work: str | Path,
     calibration: data.TextSource = "builtin",
     progress: bool = True,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """Prepare, train and pack a LLaMA, in place.
 
@@ -43,6 +45,8 @@ def train(
             the model is saved.
         calibration: text for the fit that training begins with; `recipe.training.data` is trained on.
         progress: show bars.
+        device: where to train, the model's own if None: the model goes there, or block by block each layer
+            while its turn lasts.
 
     Returns:
         the same model, packed; `model.w2a4_report.training` has losses, tokens and minutes. Of several
@@ -56,14 +60,16 @@ def train(
     if recipe.training.route == "block":
         if processes.world() > 1:
             raise TrainingError(f"training.route=block runs in one process; there are {processes.world()}")
-        return _train_blocks(model, tokenizer, recipe, work, calibration, progress)
-    return _train_whole(model, tokenizer, recipe, work, calibration, progress)
+        return _train_blocks(model, tokenizer, recipe, work, calibration, progress, device)
+    return _train_whole(model.to(device or model.device), tokenizer, recipe, work, calibration, progress)
 
 
-def _train_blocks(model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool) -> nn.Module:
+def _train_blocks(
+    model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool, device
+) -> nn.Module:
     trainer, begun = BlockTrainer(recipe), time.perf_counter()
     report = pipeline.quantize(
-        model, tokenizer, start_recipe(recipe), calibration, progress, work / "start", trainer
+        model, tokenizer, start_recipe(recipe), calibration, progress, work / "start", trainer, device
     )
     report.recipe = recipe.override(rotation=report.recipe["rotation"]).to_dict()
     report.training = {
@@ -71,16 +77,18 @@ def _train_blocks(model, tokenizer, recipe: Recipe, work: Path, calibration, pro
         "steps": recipe.training.steps * len(model.model.layers),
         "minutes": round((time.perf_counter() - begun) / 60, 2),
         "text": report.calibration,
-        "peak_memory_mb": peak_memory_mb(),
+        "peak_memory_mb": report.peak_memory_mb,
     }
     return model
 
 
 def _train_whole(model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool) -> nn.Module:
-    processes.join()
+    processes.join(model.device)
     training, main, world = recipe.training, processes.is_main(), processes.world()
     progress = progress and main
-    args = training_arguments(training, work / "checkpoints", world, recipe.rotation.seed, progress)
+    args = training_arguments(
+        training, work / "checkpoints", world, recipe.rotation.seed, progress, model.device
+    )
     begin = functools.partial(_begin, model, tokenizer, recipe, work, calibration, progress)
     windows, teacher, described = processes.main_first(begin)
     sharded = model if world == 1 else _to_shard(model)
@@ -93,7 +101,7 @@ def _train_whole(model, tokenizer, recipe: Recipe, work: Path, calibration, prog
         "tokens": trainer.state.global_step * training.batch_size * training.seqlen,
         "minutes": round(trainer.minutes(), 2),
         "text": described,
-        "peak_memory_mb": peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(model.device),
     }
     if sharded is not model:
         state = trainer.trained_state()
@@ -111,14 +119,15 @@ def _begin(
 ) -> tuple[Windows, nn.Module | CachedTeacher | None, str]:
     """Prepare the model; what it trains on, its teacher, and a description of the text."""
     training = recipe.training
-    text = _text(model, tokenizer, recipe, work, calibration, progress)
+    distilled, cached = training.loss != "cross_entropy", training.teacher_top > 0
+    teacher = _teacher(model) if (distilled and not cached) or training.data == "self" else None
+    text = _text(model, teacher, tokenizer, recipe, work, calibration, progress)
     stream, _ = data.token_stream(tokenizer, text)
-    count, cached = training.steps * training.batch_size, training.teacher_top > 0
+    count = training.steps * training.batch_size
     windows = Windows(stream, training.seqlen, count, recipe.rotation.seed, recut=not cached)
-    teacher = None
-    if training.loss != "cross_entropy" and not cached:
-        teacher = _teacher(model)
-    elif training.loss != "cross_entropy":
+    if not distilled:
+        teacher = None
+    elif cached:
         teacher = write_tops(model, windows.pieces(), training.teacher_top, work / "teacher", progress)
     prepare(model, tokenizer, recipe, calibration, progress, resume=work / "start")
     if processes.is_main():
@@ -147,8 +156,8 @@ def check_text(recipe: Recipe) -> None:
         data.load_text(recipe.training.data, "calibration")
 
 
-def _text(model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool) -> str:
-    """What is trained on; `work` is claimed for this run."""
+def _text(model, teacher, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool) -> str:
+    """What is trained on, which the teacher may write; `work` is claimed for this run."""
     training = recipe.training
     own = training.data == "self"
     text = data.load_text(calibration if own else training.data, "calibration")
@@ -158,7 +167,7 @@ def _text(model, tokenizer, recipe: Recipe, work: Path, calibration, progress: b
         return text
     tokens = training.steps * training.batch_size * training.seqlen
     path = work / "generations.jsonl"
-    return write_generations(model, tokenizer, stream, tokens, path, recipe.rotation.seed, progress)
+    return write_generations(teacher, tokenizer, stream, tokens, path, recipe.rotation.seed, progress)
 
 
 def _describe(source: str, calibration: data.TextSource, text: str) -> str:
@@ -169,9 +178,9 @@ def _describe(source: str, calibration: data.TextSource, text: str) -> str:
 
 
 def _teacher(model: nn.Module) -> nn.Module:
-    """The full-precision model, in bfloat16 where there is a GPU for it."""
+    """The full-precision model, on a GPU in bfloat16."""
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    return teacher.to(torch.bfloat16) if torch.cuda.is_available() else teacher
+    return teacher.to(torch.bfloat16) if model.device.type == "cuda" else teacher
 
 
 def _claim(work: Path, recipe: Recipe, stream: torch.Tensor, model: nn.Module) -> None:

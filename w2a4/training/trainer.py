@@ -332,8 +332,8 @@ def save_interval(limit: float) -> float:
 
 
 def training_arguments(
-    training: Training, out: Path, world: int, seed: int, progress: bool
-) -> TrainingArguments:
+    training: Training, out: Path, world: int, seed: int, progress: bool, device: torch.device
+) -> TrainingArguments:  # fmt: skip
     """Trainer's settings for a recipe: `world` processes share each step's sequences."""
     share, rest = divmod(training.batch_size, world)
     micro = share if training.micro_batch == -1 else min(training.micro_batch, share)
@@ -342,13 +342,14 @@ def training_arguments(
             f"training.batch_size={training.batch_size} is not a multiple of {world} processes times "
             f"training.micro_batch={training.micro_batch}"
         )
+    on_gpu = device.type == "cuda"
     return TrainingArguments(
         output_dir=str(out), max_steps=training.steps, per_device_train_batch_size=micro,
         gradient_accumulation_steps=share // micro, max_grad_norm=training.max_grad_norm,
-        bf16=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(), logging_steps=1, save_steps=max(1, training.steps // 10),
+        bf16=on_gpu,
+        use_cpu=not on_gpu, logging_steps=1, save_steps=max(1, training.steps // 10),
         save_total_limit=2, seed=seed, report_to=[], disable_tqdm=not progress, remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=on_gpu,
     )  # fmt: skip
 
 
