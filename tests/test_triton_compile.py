@@ -59,22 +59,25 @@ def test_gemm_machine_code(arch, group, tile, bits, tmp_path):
         assert_packs_lie_in_rows(code.ttgir)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(
-    "kernel,size",
-    [(ldp.snap_kernel, 128), (ldp.snap_backward_kernel, 11008)]
-    + [(fake_quant.fake_quant_kernel, 128), (fake_quant.fake_quant_backward_kernel, 14336)],
-    ids=lambda value: getattr(value, "__name__", value),
+    "kernel,size,constants",
+    [(ldp.snap_kernel, 128, {}), (ldp.snap_backward_kernel, 128, {}), (ldp.snap_backward_kernel, 28672, {})]
+    + [(fake_quant.fake_quant_kernel, 128, {"KV": True}), (fake_quant.fake_quant_kernel, 4096, {"KV": False})]
+    + [(fake_quant.fake_quant_a4_backward_kernel, 28672, {})]
+    + [(fake_quant.fake_quant_a4_backward_kernel, 4096, {})]
+    + [(fake_quant.fake_quant_kv4_backward_kernel, 128, {})],
+    ids=lambda value: getattr(value, "__name__", value if isinstance(value, int) else ""),
 )
-def test_fake_quant_machine_code(kernel, size, tmp_path):
-    padded = triton.next_power_of_2(size)
+def test_fake_quant_machine_code(kernel, size, constants, arch, tmp_path):
+    chunk = min(triton.next_power_of_2(size), 4096)
     floats = {name for name in kernel.arg_names if name.split("_")[0] in ("clip", "soft", "levels")}
     floats |= {"grad_clip_ptr", "grad_soft_ptr"}
     pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
     types = {name: "*fp32" if name in floats else "*bf16" for name in pointers}
     types |= {name: "i32" for name in ("rows", "groups") if name in kernel.arg_names}
-    constants = dict(SIZE=size, PADDED=padded, ROWS=max(1, 4096 // padded))
-    constants |= {"KV": size == 128} if "KV" in kernel.arg_names else {}
-    code = compile_kernel(kernel, 90, types, constants, 8 if padded > 4096 else 4, 3, tmp_path / "cubin")
+    constants = constants | dict(SIZE=size, CHUNK=chunk, ROWS=4096 // chunk)
+    code = compile_kernel(kernel, arch, types, constants, 4, 3, tmp_path / "cubin")
     assert code.stack == 0 and not {"LDL", "STL"} & set(code.opcodes)
 
 

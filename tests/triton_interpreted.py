@@ -364,7 +364,7 @@ def sizes(grad, x):
     return 2 * float(grad.abs().double().sum(-1).max()), float(grad.abs().double().sum() * x.abs().max())
 
 
-ROWS = [(1, -1), (7, -1), (90, -1), (96, 32), (288, 96), (128, 64)]
+ROWS = [(1, -1), (7, -1), (90, -1), (96, 32), (288, 96), (128, 64), (4200, -1)]  # a program holds 4096
 
 
 def activations(features, dtype):
@@ -394,7 +394,7 @@ def test_fake_quant_a4(features, group, dtype, clip):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("head_dim", [1, 16, 80, 128])
+@pytest.mark.parametrize("head_dim", [1, 16, 80, 128, 4200])
 @pytest.mark.parametrize("clip", [0.6, 1.0])
 def test_fake_quant_kv4(head_dim, dtype, clip):
     x, grad = activations(head_dim, dtype), torch.randn(3, 5, head_dim).to(dtype)
@@ -424,7 +424,8 @@ def test_fake_quant_of_none(shape):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
-    "out,features,group", [(1, 4, 4), (3, 90, 15), (5, 288, 96), (33, 256, 128), (2, 576, 576)]
+    "out,features,group",
+    [(1, 4, 4), (3, 90, 15), (5, 288, 96), (33, 256, 128), (2, 576, 576), (3, 4200, 4200)],
 )
 def test_ldp(out, features, group, dtype):
     w = (torch.randn(out, features) * 0.1).to(dtype)

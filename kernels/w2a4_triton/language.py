@@ -164,29 +164,29 @@ def round_even(x):
 
 
 @triton.jit
-def rows_of_program(rows, SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of this program, offsets of their elements, and which of them exist.
+def rows_of_program(ROWS: tl.constexpr):
+    """The rows of this program, some of which may lie behind the last."""
+    return tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
 
-    Takes no pointer: torch.compile would believe that what is written at these offsets is written there.
-    """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    within = tl.arange(0, PADDED)
-    exists = (row < rows)[:, None] & (within < SIZE)[None, :]
-    return row, row[:, None] * SIZE + within[None, :], exists
+
+@triton.jit
+def chunk_of_rows(row, rows, start, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """Offsets of CHUNK elements from `start` on of each row of SIZE, and which of them exist."""
+    within = start + tl.arange(0, CHUNK)
+    return row[:, None] * SIZE + within[None, :], (row < rows)[:, None] & (within < SIZE)[None, :]
 
 
 def launch_rows(kernel, x: Tensor, size: int, *arguments, **constants) -> None:
-    """Run a kernel over x in rows of `size`, some 4096 elements a program, but whole rows."""
+    """Run a kernel over x in rows of `size`, some 4096 elements at a time, but whole rows a program."""
     rows = x.numel() // size
     if rows == 0:
         return
-    padded = triton.next_power_of_2(size)
-    together = max(1, 4096 // padded)
+    chunk = min(triton.next_power_of_2(size), 4096)
+    together = 4096 // chunk
     with device_of(x):
         kernel[(triton.cdiv(rows, together),)](
-            *arguments, rows, **constants, SIZE=size, ROWS=together, PADDED=padded,
-            num_warps=8 if padded > 4096 else 4,
-        )  # fmt: skip
+            *arguments, rows, **constants, SIZE=size, ROWS=together, CHUNK=chunk
+        )
 
 
 def device_of(x: Tensor) -> AbstractContextManager:
