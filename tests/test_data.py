@@ -1,6 +1,7 @@
 """Texts, windows, and every way a text can be wrong."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("missing.txt", None, "missing.txt' does not exist"),
-        ("Salesforce/wikitext", None, "not downloaded"),
+        ("Salesforce/wikitext", None, "or hub:NAME for a data set of the hub"),
         ("a.csv", b"text", "ends in '.csv'"),
         ("a.txt", b"", "is empty"),
         ("a.txt", b" \n ", "is empty"),
@@ -161,3 +162,63 @@ def test_calibration_text_that_just_fits_and_one_token_less(tokenizer):
         data.calibration_windows(tokenizer, text, 3, len(ids))
     with pytest.raises(CalibrationError, match="calib_samples=1"):
         data.calibration_windows(tokenizer, "", 1, 4)
+
+
+class Hub:
+    """Stands in for the package `datasets`, which is not installed where this is tested."""
+
+    def __init__(self, records, error=None):
+        self.records, self.error, self.asked = records, error, []
+
+    def load_dataset(self, name, config, split, streaming):
+        self.asked.append((name, config, split))
+        assert streaming
+        if self.error is not None:
+            raise self.error
+        return iter(self.records)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    def install(*args, **kwargs):
+        module = Hub(*args, **kwargs)
+        monkeypatch.setitem(sys.modules, "datasets", module)
+        data._read_hub.cache_clear()
+        return module
+
+    return install
+
+
+def test_data_sets_of_the_hub(hub, monkeypatch):
+    module = hub([{"text": "one"}, {"text": ""}, {"text": "two"}, {"text": "three"}])
+    monkeypatch.setattr(data, "HUB_CHARACTERS", 6)
+    for source in ("hub:a/b", "hub:a/b,c", "hub:a/b:test", "hub:a/b,c:train[:9]"):
+        assert data.load_text(source, "calibration") == "one\n\n\n\ntwo"
+    assert module.asked == [
+        ("a/b", None, "train"), ("a/b", "c", "train"), ("a/b", None, "test"), ("a/b", "c", "train[:9]")
+    ]  # fmt: skip
+    data.load_text(source, "evaluation")
+    assert len(module.asked) == 4  # read once
+    assert data.describe_text("hub:a/b,c", "x").startswith("hub:a/b,c, 1 characters")
+
+
+@pytest.mark.parametrize(
+    "records,error,message",
+    [
+        ([{"content": "one"}], None, "no field 'text'"),
+        ([{"text": ""}], None, "is empty"),
+        ([], ConnectionError("no network\nat all"), r"cannot read 'hub:a/b' .*: no network$"),
+        ([], ValueError(), "ValueError"),
+    ],
+)
+def test_bad_data_sets(records, error, message, hub):
+    hub(records, error)
+    with pytest.raises(CalibrationError, match=message):
+        data.load_text("hub:a/b", "calibration")
+
+
+def test_data_sets_need_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    data._read_hub.cache_clear()
+    with pytest.raises(CalibrationError, match="pip install datasets"):
+        data.load_text("hub:a/b", "calibration")

@@ -252,7 +252,7 @@ def learn_rotation(
     default="builtin",
     show_default=True,
     metavar="FILE|builtin",
-    help=".txt, .jsonl (field text) or .parquet (column text).",
+    help=".txt, .jsonl (field text), .parquet (column text), or hub:NAME[,CONFIG][:SPLIT].",
 )
 @click.option(
     "--seqlen",

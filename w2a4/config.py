@@ -87,7 +87,7 @@ class Training:
         weight_decay: of the latent weights.
         max_grad_norm: gradients are scaled down to this norm.
         gradient_checkpointing: recompute layers in the backward pass: less memory, a third more time.
-        data: `builtin`, a text file, or `self`: the teacher's own continuations of it.
+        data: `builtin`, a text file, `hub:NAME`, or `self`: the teacher's own continuations.
         minutes: stop (with the schedule's end) when this much time is over; 0 is no limit.
     """
 

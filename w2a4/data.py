@@ -1,7 +1,8 @@
 """Text in, windows of tokens out: what calibration and evaluation read.
 
-A source of text is the word `builtin`, a local file (.txt, .jsonl, .parquet), or a list of
-documents. Documents are joined by an empty line, as the raw WikiText-2 split is for perplexity.
+A source of text is the word `builtin`, a local file (.txt, .jsonl, .parquet), a data set of the hub
+(`hub:NAME[,CONFIG][:SPLIT]`), or a list of documents. Documents are joined by an empty line, as the raw
+WikiText-2 split is for perplexity.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ BUILTIN_SPLIT = 0.6
 SEPARATOR = "\n\n"
 READABLE = (".txt", ".jsonl", ".parquet")
 
+#: How a data set of the hub begins, and as many of its characters as are read.
+HUB, HUB_CHARACTERS = "hub:", 100_000_000
+
 
 @functools.cache
 def builtin_text() -> tuple[str, str]:
@@ -51,16 +55,18 @@ def builtin_text() -> tuple[str, str]:
 
 
 def read_text(source: str | Path) -> str:
-    """A local file as one string: .txt as it is, .jsonl by its field `text`, .parquet by its column `text`.
+    """A file or data set as one string: .txt as it is, what has records by their field `text`.
 
     Raises:
-        CalibrationError: no such file, another kind of file, no `text` in it, or nothing in it.
+        CalibrationError: no such file or data set, another kind of file, no `text` in it, or nothing in it.
     """
+    if str(source).startswith(HUB):
+        return _read_hub(str(source))
     path = Path(source)
     if not path.is_file():
         raise CalibrationError(
-            f"text file {str(source)!r} does not exist; give a local {', '.join(READABLE)} file or 'builtin' "
-            "(data sets are not downloaded: save one to a file first)"
+            f"text file {str(source)!r} does not exist; give a local {', '.join(READABLE)} file, "
+            "'builtin', or hub:NAME for a data set of the hub"
         )
     readers = {".txt": _read_utf8, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
@@ -77,7 +83,7 @@ def load_text(source: TextSource, part: Part) -> str:
     """The text behind a source.
 
     Args:
-        source: `builtin`, a path for `read_text`, or a list of documents.
+        source: `builtin`, a path or data set for `read_text`, or a list of documents.
         part: which half of the built-in text is wanted.
     """
     if isinstance(source, (str, Path)):
@@ -97,14 +103,22 @@ def describe_text(source: TextSource, text: str) -> str:
     >>> describe_text("/data/wiki.txt", "abc")
     'wiki.txt, 3 characters, sha256 ba7816bf8f01'
     """
-    if not isinstance(source, (str, Path)):
-        origin = f"{len(source)} documents"
-    elif str(source) == "builtin":
-        origin = f"builtin (pydoc_data.topics of Python {platform.python_version()})"
-    else:
-        origin = Path(source).name
+    origin = source_of(source)
+    if origin == "builtin":
+        origin += f" (pydoc_data.topics of Python {platform.python_version()})"
     digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12]
     return f"{origin}, {len(text)} characters, sha256 {digest}"
+
+
+def source_of(source: TextSource) -> str:
+    """What to call a source, without local directories.
+
+    >>> source_of("/data/wiki.txt"), source_of("hub:Salesforce/wikitext,wikitext-2-raw-v1:test")
+    ('wiki.txt', 'hub:Salesforce/wikitext,wikitext-2-raw-v1:test')
+    """
+    if not isinstance(source, (str, Path)):
+        return f"{len(source)} documents"
+    return str(source) if str(source).startswith(HUB) else Path(source).name
 
 
 def token_stream(tokenizer: Any, text: str) -> tuple[Tensor, bool]:
@@ -247,3 +261,33 @@ def _read_parquet(path: Path) -> str:
     except Exception as error:  # pyarrow's own errors share no base with a missing column's KeyError
         raise CalibrationError(f"{str(path)!r} is no parquet file with a column 'text': {error}") from None
     return SEPARATOR.join(text for text in column.to_pylist() if text is not None)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_hub(source: str) -> str:
+    """The first documents of a data set, as the package `datasets` streams it."""
+    try:
+        import datasets
+    except ImportError:
+        raise CalibrationError(
+            f"reading {source!r} needs the package datasets: pip install datasets, or give a file"
+        ) from None
+    name, _, split = source.removeprefix(HUB).partition(":")
+    name, _, config = name.partition(",")
+    documents, characters = [], 0
+    try:
+        for record in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
+            documents.append(record["text"])
+            characters += len(documents[-1])
+            if characters >= HUB_CHARACTERS:
+                break
+    except KeyError:
+        raise CalibrationError(
+            f"data set {source!r} has no field 'text'; save one that has to a file"
+        ) from None
+    except Exception as error:  # of the network, the hub, or one of many readers
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"cannot read {source!r} (hub:NAME[,CONFIG][:SPLIT]): {reason}") from None
+    if not characters:
+        raise CalibrationError(f"data set {source!r} is empty; give one with some text")
+    return SEPARATOR.join(documents)

@@ -60,7 +60,7 @@ calib = click.option(
     default="builtin",
     show_default=True,
     metavar="FILE|builtin",
-    help="Calibration text: .txt, .jsonl or .parquet.",
+    help="Calibration text: .txt, .jsonl, .parquet, or hub:NAME[,CONFIG][:SPLIT].",
 )
 
 

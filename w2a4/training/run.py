@@ -173,8 +173,7 @@ def _text(model, teacher, tokenizer, recipe: Recipe, work: Path, calibration, pr
 def _describe(source: str, calibration: data.TextSource, text: str) -> str:
     if source != "self":
         return data.describe_text(source, text)
-    origin = calibration if isinstance(calibration, (str, Path)) else f"{len(calibration)} documents"
-    return f"the teacher's own, from {Path(origin).name}"
+    return f"the teacher's own, from {data.source_of(calibration)}"
 
 
 def _teacher(model: nn.Module) -> nn.Module:
