@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import w2a4
 from w2a4 import cli, demo, evaluate, pipeline
 from w2a4.cli import main
+from w2a4.training import generations
 
 SMALL = ("--set", "calib_samples=4", "--set", "calib_seqlen=32")
 FEW_STEPS = ("--set", "training.steps=2", "--set", "training.seqlen=16", "--minutes", "0")
@@ -335,6 +336,18 @@ def test_train_writes_a_packed_model_and_clears_up(plain, tmp_path):
     assert json.loads((out / "report.json").read_text())["training"] == facts
     succeed("generate", out, "--prompt", "a", "--max-new-tokens", 2)
     assert "exists and is not empty" in fail(*arguments)
+
+
+def test_what_the_teacher_writes_stays(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(generations, "LENGTH", 40)
+    train = ("train", plain, *SMALL, *FEW_STEPS, "--out")
+    shown = succeed(*train, tmp_path / "trained", "--data", "self").stdout
+    text = tmp_path / "trained.generations.jsonl"
+    assert f"the teacher's text: {text}" in shown
+    assert all(json.loads(line)["text"] for line in text.read_text().splitlines())
+    again = succeed(*train, tmp_path / "again", "--data", text, "--json", tmp_path / "t.json").stdout
+    assert "the teacher's text" not in again
+    assert text.name in json.loads((tmp_path / "t.json").read_text())["training"]["text"]
 
 
 def test_train_says_what_is_wrong(plain, tmp_path):

@@ -160,6 +160,7 @@ def train(
     """Rotate MODEL, train it quantised against itself, and pack it into a new directory.
 
     Checkpoints lie beside DIR until it is written; repeat the command to go on after an interruption.
+    What the teacher writes (`--data self`) stays beside DIR, to be trained on again as a file.
     `torchrun --nproc-per-node N -m w2a4.cli train …` shares the work between N processes.
     """
     _refuse_existing(out)
@@ -169,7 +170,7 @@ def train(
     )
     from . import devices, pipeline, report
     from .training import processes
-    from .training.run import check_text, train
+    from .training.run import GENERATIONS, check_text, train
 
     check_text(parsed)
     chosen = devices.pick_device(device)
@@ -190,9 +191,12 @@ def train(
     made = loaded.w2a4_report
     made.source = report.source_name(model)
     pipeline.save(loaded, tokenizer, out)
-    shutil.rmtree(work, ignore_errors=True)
     click.echo(report.summary_text(report.checkpoint_summary(out)) + "\n")
     click.echo(report.training_text(made.training))
+    written = work / GENERATIONS
+    if written.is_file():
+        click.echo(f"the teacher's text: {written.replace(out.with_name(f'{out.name}.{GENERATIONS}'))}")
+    shutil.rmtree(work, ignore_errors=True)
     click.echo(f"written to {out}")
     _write(json_file, {**made.to_dict(), "out": str(out)})
 

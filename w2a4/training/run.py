@@ -25,6 +25,9 @@ from .prepare import convert, fake_quant_linears, prepare, start_recipe
 from .teacher import CachedTeacher, write_tops
 from .trainer import QATTrainer, Windows, drop_parts, last_checkpoint, training_arguments
 
+#: What the teacher writes, in the directory of the run.
+GENERATIONS = "generations.jsonl"
+
 
 def train(
     model: nn.Module,
@@ -166,7 +169,7 @@ def _text(model, teacher, tokenizer, recipe: Recipe, work: Path, calibration, pr
     if not own:
         return text
     tokens = training.steps * training.batch_size * training.seqlen
-    path = work / "generations.jsonl"
+    path = work / GENERATIONS
     return write_generations(teacher, tokenizer, stream, tokens, path, recipe.rotation.seed, progress)
 
 
