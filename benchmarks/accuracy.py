@@ -1,10 +1,11 @@
 """Accuracy by recipe: a model quantised or trained by every row of a grid, for every seed.
 
     python -m benchmarks.accuracy --grid FILE|NAME [--json FILE] [--plots DIR] [--rows a,b] [--seeds 0,1]
+        [--workers N] [--device cuda]
 
 A grid is a YAML file, or the name of one in `benchmarks/grids`. Rows run side by side in processes of
-one thread each, so that no figure depends on the number of cores. With `--json`, a killed run is gone
-on with.
+one thread each, so that no figure depends on the number of cores; on a GPU they share it. With `--json`, a
+killed run is gone on with.
 Exits 1 when a claim of the grid does not hold.
 """
 
@@ -33,6 +34,7 @@ from benchmarks.grid import FULL_PRECISION, Claim, Grid, Row
 from benchmarks.harness import metadata
 from benchmarks.outliers import plant_outliers
 from benchmarks.shape_report import shapes
+from w2a4.devices import pick_device
 from w2a4.evaluate import perplexity
 from w2a4.report import number
 from w2a4.training.run import train
@@ -46,11 +48,12 @@ def load(grid: Grid, seed: int) -> tuple[Any, Any]:
     return (plant_outliers(model, seed=seed, **grid.outliers) if grid.outliers else model), tokenizer
 
 
-def measure(grid: Grid, row: Row, seed: int) -> dict[str, Any]:
+def measure(grid: Grid, row: Row, seed: int, device: torch.device) -> dict[str, Any]:
     """One row with one seed: quantised or trained, packed, evaluated. Runs in a process of its own."""
     torch.set_num_threads(1)
     started = time.perf_counter()
     model, tokenizer = load(grid, seed)
+    model.to(device)
     losses: Any = None
     if row.recipe is not None:
         recipe = row.recipe.override(**{"rotation.seed": seed})
@@ -68,7 +71,7 @@ def measure(grid: Grid, row: Row, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(grid: Grid, path: Path | None, workers: int) -> dict[str, Any]:
+def run(grid: Grid, path: Path | None, workers: int, device: torch.device) -> dict[str, Any]:
     """Measure what `path` does not hold yet, rewriting it after every cell.
 
     Returns:
@@ -81,13 +84,13 @@ def run(grid: Grid, path: Path | None, workers: int) -> dict[str, Any]:
         for row in grid.rows
         if not any(cell["key"] == row.key(grid, seed) for cell in cells)
     ]
-    result = {"meta": metadata("cpu") | {"command": _command()}, "grid": grid.to_dict(), "cells": cells}
+    result = {"meta": metadata(device.type) | {"command": _command()}, "grid": grid.to_dict(), "cells": cells}
     with (
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
         tqdm(total=len(todo), desc=grid.name, unit="cell") as bar,
     ):
         futures: dict[Future, tuple[Row, int]] = {
-            pool.submit(measure, grid, row, seed): (row, seed) for row, seed in todo
+            pool.submit(measure, grid, row, seed, device): (row, seed) for row, seed in todo
         }
         try:
             for future in as_completed(futures):
@@ -186,16 +189,18 @@ def report(result: dict[str, Any], grid: Grid) -> str:
 @click.option("--rows", help="Only these, separated by commas; claims on others are left out.")
 @click.option("--seeds", help="Instead of the grid's, separated by commas.")
 @click.option("--workers", default=os.cpu_count(), show_default=True, help="Rows measured at one time.")
+@click.option("--device", default="cpu", show_default=True, help="Or cuda; see --workers.")
 def main(
-    source: str, path: Path | None, plots: Path | None, rows: str | None, seeds: str | None, workers: int
-):
+    source: str, path: Path | None, plots: Path | None, rows: str | None, seeds: str | None, workers: int,
+    device: str,
+):  # fmt: skip
     if plots is not None:
         from benchmarks.accuracy_plots import check_matplotlib, plot
 
         check_matplotlib()
     try:
         grid = Grid.load(source).pick(rows and rows.split(","), seeds and seeds.split(","))
-        result = run(grid, path, workers)
+        result = run(grid, path, workers, pick_device(device))
         result["summary"] = summarise(result, grid)
         result["claims"] = [judge(claim, result["summary"]) for claim in grid.claims]
         if plots is not None:

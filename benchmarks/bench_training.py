@@ -1,8 +1,10 @@
 """A step of training with everything quantised, against a plain step of the same model.
 
-    python -m benchmarks.bench_training [--layers 6] [--tokens 1024] [--repeats 7] [--json FILE]
+    python -m benchmarks.bench_training [--layers 6] [--tokens 1024] [--repeats 7] [--device cuda]
+        [--json FILE]
 
-A LLaMA with SmolLM2-135M's widths and random weights; loss is cross-entropy, so that no teacher counts.
+A LLaMA with SmolLM2-135M's widths and random weights, on a GPU under bfloat16's autocast as Trainer has it;
+loss is cross-entropy, so that no teacher counts.
 Embedding, norms and head are frozen in both.
 Steps of both kinds take turns in one process; peak memory is that of a process of its own for each. Before
 the clock starts, the fake-quantised model's logits must be those of the packed model it becomes.
@@ -28,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import w2a4
 from benchmarks.files import write_json
 from benchmarks.harness import metadata, warn_if_busy
-from w2a4.devices import peak_memory_mb
+from w2a4.devices import peak_memory_mb, pick_device
 from w2a4.training.prepare import convert, prepare
 from w2a4.training.trainer import parameter_groups
 
@@ -60,15 +62,19 @@ def build(kind: str, layers: int) -> nn.Module:
 
 def stepper(kind: str, layers: int, ids: Tensor) -> Callable[[], None]:
     """A function that makes one step of AdamW."""
-    model = build(kind, layers)
+    model = build(kind, layers).to(ids.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = parameter_groups(model, RECIPE.training) if kind != "plain" else trained
     optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=True)
 
     def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if ids.is_cuda:
+            torch.cuda.synchronize(ids.device)
 
     return step
 
@@ -76,20 +82,20 @@ def stepper(kind: str, layers: int, ids: Tensor) -> Callable[[], None]:
 def memory(kind: str, layers: int, ids: Tensor) -> float:
     """Peak MB of a process that makes two steps, less what it had before."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_memory, (kind, layers, ids))
+        return pool.apply(_memory, (kind, layers, ids.cpu(), ids.device))
 
 
-def _memory(kind: str, layers: int, ids: Tensor) -> float:
-    before = peak_memory_mb()
-    step = stepper(kind, layers, ids)
+def _memory(kind: str, layers: int, ids: Tensor, device: torch.device) -> float:
+    before = peak_memory_mb(device)
+    step = stepper(kind, layers, ids.to(device))
     step()
     step()
-    return peak_memory_mb() - before
+    return peak_memory_mb(device) - before
 
 
 @torch.no_grad()
 def is_right(layers: int, ids: Tensor) -> bool:
-    model = build("quantised", layers).eval()
+    model = build("quantised", layers).to(ids.device).eval()
     want = model(input_ids=ids, use_cache=False).logits
     packed = convert(copy.deepcopy(model))(input_ids=ids, use_cache=False).logits
     return bool((packed - want).norm() < 0.05 * want.norm())
@@ -99,10 +105,11 @@ def is_right(layers: int, ids: Tensor) -> bool:
 @click.option("--layers", default=6, show_default=True)
 @click.option("--tokens", default=1024, show_default=True, help="A step's, in sequences of at most 512.")
 @click.option("--repeats", default=7, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Or cuda.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write results here.")
-def main(layers: int, tokens: int, repeats: int, path: Path | None) -> None:
+def main(layers: int, tokens: int, repeats: int, device: str, path: Path | None) -> None:
     warn_if_busy()
-    ids = torch.randint(49152, (max(1, tokens // 512), min(tokens, 512)))
+    ids = torch.randint(49152, (max(1, tokens // 512), min(tokens, 512))).to(pick_device(device))
     if not is_right(min(layers, 2), ids[:1, :64]):
         raise click.ClickException("the fake-quantised model is not the packed one; nothing was timed")
     steps = {kind: stepper(kind, layers, ids) for kind in KINDS}
@@ -122,7 +129,9 @@ def main(layers: int, tokens: int, repeats: int, path: Path | None) -> None:
     for row in rows:
         row["memory_ratio"] = row["peak_mb"] / rows[0]["peak_mb"]
     if path is not None:
-        write_json(path, {"meta": metadata("cpu"), "layers": layers, "tokens": ids.numel(), "rows": rows})
+        write_json(
+            path, {"meta": metadata(ids.device.type), "layers": layers, "tokens": ids.numel(), "rows": rows}
+        )
     head = ("step", "s", "ratio", "peak_mb", "memory_ratio")
     click.echo(tabulate([[row[key] for key in head] for row in rows], head, floatfmt=".2f"))
 
