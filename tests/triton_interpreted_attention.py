@@ -57,7 +57,7 @@ def check(q, kv, *arguments, **keywords):
 @pytest.mark.parametrize("head_dim", [2, 30, 64, 80, 128, 256])
 @pytest.mark.parametrize("tokens,length", [(1, 1), (5, 70), (70, 70), (130, 200)])
 def test_attention(head_dim, tokens, length, dtype):
-    q, kv = torch.randn(2, 4, tokens, head_dim).to(dtype), packed(2, 2, length, head_dim, length + 3)
+    q, kv = torch.randn(2, 2, tokens, head_dim).to(dtype), packed(2, 1, length, head_dim, length + 3)
     check(q, kv, length, scaling=head_dim**-0.5)
 
 
@@ -82,7 +82,7 @@ def test_attention_masks(mask_shape, causal, sinks):
     assert not got[:, 2].any()
 
 
-@pytest.mark.parametrize("sinks", [1, 64, 66, 200])
+@pytest.mark.parametrize("sinks", [1, 64, 66, 130])
 @pytest.mark.parametrize("tokens,dtype", [(1, torch.float32), (100, HALF)])
 def test_attention_sinks(sinks, tokens, dtype):
     q, kv = torch.randn(2, 4, tokens, 32).half(), packed(2, 2, 140, 32)
