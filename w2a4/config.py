@@ -392,6 +392,6 @@ RECIPES = {
     "w2a4kv4-rcp-block": Recipe(
         name="w2a4kv4-rcp-block",
         calib_samples=64,
-        training=Training(route="block", steps=60, batch_size=8),
+        training=Training(route="block", steps=120, batch_size=2, lr=1e-4, quantizer_lr=2e-3),
     ),
 }
