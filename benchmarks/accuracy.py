@@ -1,11 +1,11 @@
 """Accuracy by recipe: a model quantised or trained by every row of a grid, for every seed.
 
-    python -m benchmarks.accuracy --grid FILE|NAME [--json FILE] [--plots DIR] [--rows a,b] [--seeds 0,1]
-        [--workers N] [--device cuda]
+    python -m benchmarks.accuracy --grid FILE|NAME [--model MODEL] [--set key=value ...] [--json FILE]
+        [--plots DIR] [--rows a,b] [--seeds 0,1] [--workers N] [--device cuda]
 
 A grid is a YAML file, or the name of one in `benchmarks/grids`. Rows run side by side in processes of
-one thread each, so that no figure depends on the number of cores; on a GPU they share it. With `--json`, a
-killed run is gone on with.
+one thread each, so that no figure depends on the number of cores; with `--device cuda` they share the GPU
+and the cores. With `--json`, a killed run is gone on with.
 Exits 1 when a claim of the grid does not hold.
 """
 
@@ -36,6 +36,7 @@ from benchmarks.outliers import plant_outliers
 from benchmarks.shape_report import shapes
 from w2a4.devices import pick_device
 from w2a4.evaluate import perplexity
+from w2a4.options import parse_settings
 from w2a4.report import number
 from w2a4.training.run import train
 
@@ -48,9 +49,9 @@ def load(grid: Grid, seed: int) -> tuple[Any, Any]:
     return (plant_outliers(model, seed=seed, **grid.outliers) if grid.outliers else model), tokenizer
 
 
-def measure(grid: Grid, row: Row, seed: int, device: torch.device) -> dict[str, Any]:
+def measure(grid: Grid, row: Row, seed: int, device: torch.device, threads: int) -> dict[str, Any]:
     """One row with one seed: quantised or trained, packed, evaluated. Runs in a process of its own."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     started = time.perf_counter()
     model, tokenizer = load(grid, seed)
     model.to(device)
@@ -84,13 +85,14 @@ def run(grid: Grid, path: Path | None, workers: int, device: torch.device) -> di
         for row in grid.rows
         if not any(cell["key"] == row.key(grid, seed) for cell in cells)
     ]
+    threads = 1 if device.type == "cpu" else max(1, (os.cpu_count() or 1) // workers)
     result = {"meta": metadata(device.type) | {"command": _command()}, "grid": grid.to_dict(), "cells": cells}
     with (
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
         tqdm(total=len(todo), desc=grid.name, unit="cell") as bar,
     ):
         futures: dict[Future, tuple[Row, int]] = {
-            pool.submit(measure, grid, row, seed, device): (row, seed) for row, seed in todo
+            pool.submit(measure, grid, row, seed, device, threads): (row, seed) for row, seed in todo
         }
         try:
             for future in as_completed(futures):
@@ -184,6 +186,8 @@ def report(result: dict[str, Any], grid: Grid) -> str:
 
 @click.command(help=(__doc__ or "").split("\n")[0])
 @click.option("--grid", "source", required=True, help="A YAML file, or one of benchmarks/grids.")
+@click.option("--model", help="A directory, hub id or .gguf file instead of the grid's.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A recipe field, in every row.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write results here; kept ones count.")
 @click.option("--plots", type=click.Path(path_type=Path), help="Write plots here (needs matplotlib).")
 @click.option("--rows", help="Only these, separated by commas; claims on others are left out.")
@@ -191,8 +195,8 @@ def report(result: dict[str, Any], grid: Grid) -> str:
 @click.option("--workers", default=os.cpu_count(), show_default=True, help="Rows measured at one time.")
 @click.option("--device", default="cpu", show_default=True, help="Or cuda; see --workers.")
 def main(
-    source: str, path: Path | None, plots: Path | None, rows: str | None, seeds: str | None, workers: int,
-    device: str,
+    source: str, model: str | None, settings: tuple[str, ...], path: Path | None, plots: Path | None,
+    rows: str | None, seeds: str | None, workers: int, device: str,
 ):  # fmt: skip
     if plots is not None:
         from benchmarks.accuracy_plots import check_matplotlib, plot
@@ -200,6 +204,7 @@ def main(
         check_matplotlib()
     try:
         grid = Grid.load(source).pick(rows and rows.split(","), seeds and seeds.split(","))
+        grid = grid.override(model, parse_settings(settings))
         result = run(grid, path, workers, pick_device(device))
         result["summary"] = summarise(result, grid)
         result["claims"] = [judge(claim, result["summary"]) for claim in grid.claims]

@@ -23,16 +23,19 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     Returns:
         the PNG files written.
     """
+    drawings = {"perplexity": _ratios, "losses": _losses, "histograms": _histograms, "kurtosis": _kurtosis}
+    return draw_all(drawings, result, folder)
+
+
+def draw_all(drawings: dict[str, Callable[[Any, Any], None]], data: Any, folder: Path) -> list[Path]:
+    """Each of `figure, data ->`, as NAME.png; one that draws nothing leaves no file."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
-        "perplexity": _ratios, "losses": _losses, "histograms": _histograms, "kurtosis": _kurtosis,
-    }  # fmt: skip
     files = []
     for name, draw in drawings.items():
         figure = Figure(figsize=(8, 5), layout="constrained")
-        draw(figure, result)
+        draw(figure, data)
         if figure.axes:
             files.append(folder / f"{name}.png")
             figure.savefig(files[-1], dpi=120)

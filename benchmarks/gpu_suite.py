@@ -11,65 +11,26 @@ profiles the GEMV.
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 from tabulate import tabulate
-from tqdm import tqdm
 
-from benchmarks.files import ROOT, commit, now, write_json
+from benchmarks import stages
+from benchmarks.files import commit, now, write_json
 from benchmarks.mma_rate import this_arch
+from benchmarks.stages import PARTS, Outcome, Stage, python
 from benchmarks.targets import targets
 
-PARTS = ROOT / "build/gpu_suite"
 PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider")
 GEMV_MODELS = ("llama-2-7b", "llama-3-8b", "llama-2-70b")
-#: Seconds between two looks at what a stage has measured.
-POLL = 5.0
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A command, and the seconds it may take. `part` is the JSON file it writes, if any."""
-
-    name: str
-    command: tuple[str, ...]
-    budget: int
-    part: Path | None = None
-
-    def shown(self) -> str:
-        return " ".join(self.command)
-
-
-@dataclass
-class Outcome:
-    """How a stage ended: "ok", "failed", "stopped" at its budget, or "running"."""
-
-    name: str
-    command: str
-    status: str = "running"
-    seconds: float = 0.0
-    tail: list[str] = field(default_factory=list)
-
-
-def python(name: str, budget: int, *arguments: str, part: bool = False) -> Stage:
-    """A stage of this Python; with `part`, it is told to write JSON."""
-    file = PARTS / f"{name}.json" if part else None
-    output = ("--json", str(file)) if file else ()
-    return Stage(name, (sys.executable, *arguments, *output), budget, file)
-
-
-def stages(decode: bool, sanitizer: bool, ncu: bool) -> list[Stage]:
+def plan_of(decode: bool, sanitizer: bool, ncu: bool) -> list[Stage]:
     """What to run, in order."""
-    build = python("build", 150, "setup.py", "build_ext", "--inplace")
+    build = stages.build()
     models = [word for model in GEMV_MODELS for word in ("--models", model)]
     cuda = ("--device", "cuda", "--quick")
     if decode:
@@ -115,41 +76,9 @@ def _profile(options: tuple[str, ...]) -> Stage:
     return Stage("ncu", ("ncu", "--set", "full", *kernels, *report, *bench, "--tokens", "1"), 200)
 
 
-def run_stage(stage: Stage, outcome: Outcome, look: Callable[[], None]) -> None:
-    """Run one command in a process group of its own; `look` is called every few seconds."""
-    log = PARTS / f"{stage.name}.log"
-    start = time.monotonic()
-    environment = os.environ | {"W2A4_BUILD_CUDA": "1", "PYTHONUNBUFFERED": "1"}
-    with log.open("w") as output:
-        try:
-            process = subprocess.Popen(stage.command, cwd=ROOT, env=environment, stdout=output,
-                                       stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-        except OSError as error:
-            outcome.status, outcome.tail = "failed", [f"{stage.command[0]}: {error.strerror}"]
-            return
-        outcome.status = _wait(process, start + stage.budget, look)
-    outcome.seconds = round(time.monotonic() - start, 1)
-    outcome.tail = log.read_text(errors="replace").splitlines()[-200:]
-
-
-def _wait(process: subprocess.Popen, deadline: float, look: Callable[[], None]) -> str:
-    """How the process ended. It and its children are stopped at the deadline, or if this program is."""
-    try:
-        while (left := deadline - time.monotonic()) > 0:
-            try:
-                return "ok" if process.wait(timeout=min(POLL, left)) == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                look()
-        return "stopped"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 def merged(outcomes: list[Outcome], plan: list[Stage]) -> dict:
     """All results so far: rows of all benchmarks, instruction rates, outcomes, targets."""
-    parts = {stage.name: _read(stage.part) for stage in plan if stage.part is not None}
+    parts = stages.parts(plan)
     rows = [row for part in parts.values() for row in part.get("rows", [])]
     metas = {name: part["meta"] for name, part in parts.items() if "meta" in part}
     return {
@@ -161,14 +90,9 @@ def merged(outcomes: list[Outcome], plan: list[Stage]) -> dict:
     }
 
 
-def _read(part: Path) -> dict:
-    return json.loads(part.read_text()) if part.is_file() else {}
-
-
 def summary(result: dict) -> str:
     """Stages, targets, and whether everything that was measured is correct."""
-    ran = tabulate([(s["name"], s["status"], s["seconds"]) for s in result["stages"]],
-                   ("stage", "status", "seconds"))  # fmt: skip
+    ran = stages.table(result["stages"])
     rows = result["rows"]
     if not rows:
         return ran
@@ -188,26 +112,14 @@ def summary(result: dict) -> str:
 @click.option("--sanitizer", is_flag=True, help="Tests under compute-sanitizer instead.")
 @click.option("--ncu", is_flag=True, help="Profile of the GEMV instead.")
 def main(json_file, dry_run, decode, sanitizer, ncu):
-    plan = stages(decode, sanitizer, ncu)
+    plan = plan_of(decode, sanitizer, ncu)
     if dry_run:
-        print(tabulate([(s.name, s.budget, s.shown()) for s in plan], ("stage", "seconds", "command")))
+        print(stages.plan_table(plan))
         return
     if json_file is None:
         raise click.ClickException("--json FILE is missing: results go there as they come")
     this_arch()  # fails in one line without a GPU
-    PARTS.mkdir(parents=True, exist_ok=True)
-    for stage in plan:
-        if stage.part is not None:
-            stage.part.unlink(missing_ok=True)  # of an earlier run
-    outcomes: list[Outcome] = []
-    for stage in tqdm(plan, unit="stage", disable=not sys.stderr.isatty()):
-        outcomes.append(Outcome(stage.name, stage.shown()))
-        run_stage(stage, outcomes[-1], lambda: write_json(json_file, merged(outcomes, plan)))
-        write_json(json_file, merged(outcomes, plan))
-        if outcomes[-1].status != "ok":
-            print(f"{stage.name} {outcomes[-1].status}:", *outcomes[-1].tail[-15:], sep="\n  ")
-        if stage.name == "build" and outcomes[-1].status != "ok":
-            break
+    outcomes = stages.run(plan, lambda outcomes: write_json(json_file, merged(outcomes, plan)))
     print(summary(merged(outcomes, plan)))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise click.ClickException("a stage failed; its output is above and in " + str(PARTS))

@@ -152,6 +152,14 @@ class Grid:
             seeds=self.seeds if seeds is None else tuple(map(int, seeds)),
         )
 
+    def override(self, model: str | None, settings: dict[str, Any]) -> Grid:
+        """With another model, and recipe fields that every row is to have."""
+        rows = (
+            row if row.recipe is None else dataclasses.replace(row, recipe=row.recipe.override(**settings))
+            for row in self.rows
+        )
+        return dataclasses.replace(self, model=model or self.model, rows=tuple(rows))
+
     def to_dict(self) -> dict[str, Any]:
         content = dataclasses.asdict(self)
         return content | {"claims": [str(claim) for claim in self.claims]}

@@ -28,6 +28,7 @@ from benchmarks import (  # noqa: E402
     sass,
     sass_gate,
     shapes,
+    stages,
     targets,
     timing,
 )
@@ -422,25 +423,23 @@ def test_targets_take_the_worst_row_and_only_correct_cold_ones():
 
 
 def test_a_stage_that_overruns_is_stopped_and_what_it_wrote_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "PARTS", tmp_path)
-    monkeypatch.setattr(gpu_suite, "POLL", 0.1)
+    monkeypatch.setattr(stages, "PARTS", tmp_path)
+    monkeypatch.setattr(stages, "POLL", 0.1)
     part = tmp_path / "slow.json"
     content = json.dumps({"rows": [row()]})
     code = f"import time; open({str(part)!r}, 'w').write({content!r}); time.sleep(60)"
-    plan = [gpu_suite.Stage("slow", (sys.executable, "-c", code), 1, part),
-            gpu_suite.Stage("absent", ("no-such-program",), 1)]  # fmt: skip
-    outcomes, looks = [], []
-    for stage in plan:
-        outcomes.append(gpu_suite.Outcome(stage.name, stage.shown()))
-        gpu_suite.run_stage(stage, outcomes[-1], lambda: looks.append(1))
-    assert [outcome.status for outcome in outcomes] == ["stopped", "failed"] and looks
+    plan = [stages.Stage("slow", (sys.executable, "-c", code), 1, part),
+            stages.Stage("absent", ("no-such-program",), 1)]  # fmt: skip
+    looks = []
+    outcomes = stages.run(plan, lambda so_far: looks.append(len(so_far)))
+    assert [outcome.status for outcome in outcomes] == ["stopped", "failed"] and looks.count(1) > 1
     result = gpu_suite.merged(outcomes, plan)
     assert result["rows"] == [row()] and "all 1 rows are correct" in gpu_suite.summary(result)
 
 
 def test_the_suite_fits_in_ten_minutes():
     for chosen in ((False, False, False), (True, False, False), (False, True, False), (False, False, True)):
-        assert sum(stage.budget for stage in gpu_suite.stages(*chosen)) <= 600
+        assert sum(stage.budget for stage in gpu_suite.plan_of(*chosen)) <= 600
 
 
 # programs

@@ -350,6 +350,21 @@ def test_what_the_teacher_writes_stays(plain, tmp_path, monkeypatch):
     assert text.name in json.loads((tmp_path / "t.json").read_text())["training"]["text"]
 
 
+def test_train_measures_before_at_every_checkpoint_and_after(plain, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 400)
+    watched = ("--eval", text, "--eval-windows", "1", "--json", tmp_path / "t.json")
+    train = ("train", plain, *SMALL, *FEW_STEPS, *watched, "--out")
+    shown = succeed(*train, tmp_path / "trained").stdout
+    result = json.loads((tmp_path / "t.json").read_text())
+    steps, values = zip(*result["training"]["perplexities"], strict=True)
+    assert steps == (0, 1, 2)
+    after = result["evaluation"]["after"]["perplexity"]
+    assert values[-1] == pytest.approx(after, rel=1e-3)  # the packed model is the trained one
+    assert values[0] != values[-1] and result["evaluation"]["before"]["perplexity"] != after
+    assert "perplexity before: " in shown and f"perplexity after: {w2a4.report.number(after)}" in shown
+
+
 def test_train_says_what_is_wrong(plain, tmp_path):
     base = ("train", plain, "--out", tmp_path / "out", *SMALL, *FEW_STEPS)
     assert "does not exist" in fail(*base, "--data", tmp_path / "none.txt")

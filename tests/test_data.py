@@ -127,6 +127,14 @@ def test_token_stream_has_bos_once(bos):
         assert torch.equal(data.token_stream(tokenizer, "<s>an example")[0], ids)
 
 
+@pytest.mark.parametrize("text", ["a</s>b c", "</s>a</s></s>b</s>", "</s>", ""])
+def test_token_stream_of_documents_is_that_of_their_text(text, monkeypatch):
+    monkeypatch.setattr(data, "DOCUMENTS", 2)
+    tokenizer = tiny_tokenizer()
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert data.token_stream(tokenizer, text)[0].tolist() == [tokenizer.bos_token_id, *whole]
+
+
 def test_windows_drop_the_tail_and_do_not_overlap(tokenizer):
     ids, _ = data.token_stream(tokenizer, data.builtin_text()[0][:3000])
     for seqlen in (2, 7, len(ids) - 1, len(ids)):

@@ -276,6 +276,8 @@ class Letters:
     bos_token_id = None
 
     def __call__(self, text, **kwargs):
+        if isinstance(text, list):
+            return {"input_ids": [self(each)["input_ids"] for each in text]}
         return {"input_ids": [3 + byte % 120 for byte in text.encode()]}
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,7 @@ def main() -> None:
 @options.recipe("w4a4kv4", "Two-bit weights need training to be good: `w2a4 train`.")
 @options.settings
 @options.calib
-@click.option("--eval", "eval_text", metavar="FILE|builtin", help="Measure perplexity before and after.")
-@click.option(
-    "--eval-windows", type=click.IntRange(min=1), metavar="N", help="At most so many windows of 2048."
-)
+@options.evaluation
 @click.option(
     "--resume",
     is_flag=True,
@@ -102,32 +100,27 @@ def quantize(
     """Rotate, quantise and pack MODEL into a new directory."""
     _refuse_existing(out)
     parsed = options.parse_recipe(recipe, settings)
-    from . import data, devices, evaluate, pipeline, report
+    from . import data, devices, pipeline, report
 
     data.load_text(calib, "calibration")  # a missing file is told now, not after loading the model
-    if eval_text is not None:
-        data.load_text(eval_text, "evaluation")
+    score = _scorer(eval_text, eval_windows)
     chosen = devices.pick_device(device)
     # A GPU sees a layer at a time, unless something needs the whole model there.
-    whole = eval_text is not None or parsed.rotation.to_learn
+    whole = score is not None or parsed.rotation.to_learn
     loaded, tokenizer = pipeline.load_model(model, device=chosen if whole else "cpu")
-    measured: dict[str, Any] = {}
-    if eval_text is not None:
-        measured["before"] = evaluate.perplexity(loaded, tokenizer, eval_text, windows=eval_windows)
+    before = score and score(loaded, tokenizer)
     partial = out.parent / f".{out.name}.partial" if resume else None
     made = pipeline.quantize(loaded, tokenizer, parsed, calibration=calib, resume=partial, device=chosen)
     made.source = report.source_name(model)
-    if eval_text is not None:
-        measured["after"] = evaluate.perplexity(loaded, tokenizer, eval_text, windows=eval_windows)
-        made.evaluation = measured
+    if score is not None:
+        made.evaluation = {"before": before, "after": score(loaded, tokenizer)}
     pipeline.save(loaded, tokenizer, out)
     if partial is not None:
         shutil.rmtree(partial, ignore_errors=True)
     summary = report.checkpoint_summary(out)
     click.echo(report.summary_text(summary) + "\n")
     click.echo(report.layers_table(made) + "\n")
-    for when, result in measured.items():
-        click.echo(f"perplexity {when}: {report.number(result['perplexity'])}, {report.protocol(result)}")
+    _show_evaluation(made.evaluation)
     click.echo(f"written to {out} in {made.seconds:.0f} s")
     _write(json_file, {**made.to_dict(), "out": str(out), "summary": summary})
 
@@ -144,6 +137,7 @@ def quantize(
 @click.option(
     "--minutes", type=click.FloatRange(min=0), metavar="N", help="Time to train: overrides training.minutes."
 )
+@options.evaluation
 @options.device
 @options.json_file
 def train(
@@ -154,6 +148,8 @@ def train(
     calib: str,
     data: str | None,
     minutes: float | None,
+    eval_text: str | None,
+    eval_windows: int | None,
     device: str | None,
     json_file: Path | None,
 ) -> None:
@@ -161,6 +157,7 @@ def train(
 
     Checkpoints lie beside DIR until it is written; repeat the command to go on after an interruption.
     What the teacher writes (`--data self`) stays beside DIR, to be trained on again as a file.
+    `--eval` measures at every checkpoint too, end to end and in one process.
     `torchrun --nproc-per-node N -m w2a4.cli train …` shares the work between N processes.
     """
     _refuse_existing(out)
@@ -173,11 +170,15 @@ def train(
     from .training.run import GENERATIONS, check_text, train
 
     check_text(parsed)
+    score = _scorer(eval_text, eval_windows)
+    if score is not None and processes.world() > 1:
+        raise TrainingError("--eval is for one process; measure DIR afterwards with w2a4 eval")
     chosen = devices.pick_device(device)
-    loaded, tokenizer = pipeline.load_model(model)
+    loaded, tokenizer = pipeline.load_model(model, device=chosen if score is not None else "cpu")
+    before = score and score(loaded, tokenizer)
     work = out.parent / f".{out.name}.training"
     try:
-        train(loaded, tokenizer, parsed, work, calib, device=chosen)
+        train(loaded, tokenizer, parsed, work, calib, device=chosen, score=score)
     except TrainingError:
         if processes.is_main():
             raise
@@ -190,9 +191,12 @@ def train(
         return
     made = loaded.w2a4_report
     made.source = report.source_name(model)
+    if score is not None:
+        made.evaluation = {"before": before, "after": score(loaded, tokenizer)}
     pipeline.save(loaded, tokenizer, out)
     click.echo(report.summary_text(report.checkpoint_summary(out)) + "\n")
     click.echo(report.training_text(made.training))
+    _show_evaluation(made.evaluation)
     written = work / GENERATIONS
     if written.is_file():
         click.echo(f"the teacher's text: {written.replace(out.with_name(f'{out.name}.{GENERATIONS}'))}")
@@ -414,6 +418,23 @@ def _refuse_existing(out: Path, advice: str = "or remove it first") -> None:
     if out.exists():
         what = "exists and is not empty" if out.is_dir() else "is a file"
         raise W2A4Error(f"--out {str(out)!r} {what}; choose another directory, {advice}")
+
+
+def _scorer(text: str | None, windows: int | None) -> Callable[..., dict[str, Any]] | None:
+    """What measures a model and tokenizer on the text of `--eval`, if there is one."""
+    if text is None:
+        return None
+    from . import data, evaluate
+
+    data.load_text(text, "evaluation")  # a missing file is told now
+    return functools.partial(evaluate.perplexity, text=text, windows=windows)
+
+
+def _show_evaluation(measured: dict[str, Any] | None) -> None:
+    from . import report
+
+    for when, result in (measured or {}).items():
+        click.echo(f"perplexity {when}: {report.number(result['perplexity'])}, {report.protocol(result)}")
 
 
 def _load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:

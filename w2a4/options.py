@@ -64,6 +64,19 @@ calib = click.option(
 )
 
 
+_EVALUATION = (
+    click.option("--eval", "eval_text", metavar="FILE|builtin", help="Measure perplexity before and after."),
+    click.option(
+        "--eval-windows", type=click.IntRange(min=1), metavar="N", help="At most so many windows of 2048."
+    ),
+)
+
+
+def evaluation(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that reach the command as `eval_text` and `eval_windows`."""
+    return _EVALUATION[0](_EVALUATION[1](command))
+
+
 def recipe(default: str, note: str) -> Any:
     return click.option(
         "--recipe",
@@ -104,13 +117,18 @@ def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parse_recipe(name: str, settings: Sequence[str]) -> Recipe:
+    return Recipe.load(name).override(**parse_settings(settings))
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Recipe fields of `key=value`."""
     changes = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise RecipeError(f"--set {setting!r}: give key=value, e.g. --set group_size=64")
         changes[key] = _scalar(setting, value)
-    return Recipe.load(name).override(**changes)
+    return changes
 
 
 def _scalar(setting: str, text: str) -> Any:

@@ -138,11 +138,16 @@ def _sweep(target: Tensor, hessian: Tensor, grid: _Grid, order: Tensor | None, b
         here, places = slice(start, stop), order[start:stop]
         # What is left of a column after rounding, times its row of the factor, goes into the later ones.
         coupling = -upper[here, here] / pivots[here, None]
-        codes[places], change = ops.round_columns(
-            work[here], coupling, None, points, places // grid.group_size
-        )
+        codes[places], change = _round_columns(work[here], coupling, None, points, places // grid.group_size)
         work[stop:].addmm_(upper[here, stop:].T, change / pivots[here, None])
     return codes
+
+
+def _round_columns(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`ops.round_columns` on the CPU: one column after another is no work for a GPU, and a block is small."""
+    device = arguments[0].device
+    codes, changes = ops.round_columns(*(None if each is None else each.cpu() for each in arguments))
+    return codes.to(device), changes.to(device)
 
 
 def _polish(target: Tensor, hessian: Tensor, codes: Tensor, grid: _Grid, block: int = 64) -> None:
@@ -182,7 +187,7 @@ def _descend(
     block = hessian[here, here]
     pivots = block.diagonal()[:, None]
     # The best value of a column, all others fixed; a move of one shifts it for the later ones.
-    codes[here], moves = ops.round_columns(
+    codes[here], moves = _round_columns(
         current[here] + gradient[here] / pivots, (block / pivots).T, current[here].contiguous(),
         grid.points(group)[None], torch.zeros(stop - start, dtype=torch.long, device=codes.device),
     )  # fmt: skip

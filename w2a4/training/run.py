@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .block import BlockTrainer
 from .generations import write_generations
 from .prepare import convert, fake_quant_linears, prepare, start_recipe
 from .teacher import CachedTeacher, write_tops
-from .trainer import QATTrainer, Windows, drop_parts, last_checkpoint, training_arguments
+from .trainer import PERPLEXITY, QATTrainer, Windows, drop_parts, last_checkpoint, training_arguments
 
 #: What the teacher writes, in the directory of the run.
 GENERATIONS = "generations.jsonl"
@@ -37,6 +38,7 @@ def train(
     calibration: data.TextSource = "builtin",
     progress: bool = True,
     device: torch.device | None = None,
+    score: Callable[..., dict[str, Any]] | None = None,
 ) -> nn.Module:
     """Prepare, train and pack a LLaMA, in place.
 
@@ -50,9 +52,12 @@ def train(
         progress: show bars.
         device: where to train, the model's own if None: the model goes there, or block by block each layer
             while its turn lasts.
+        score: of a model and tokenizer, the `perplexity`; asked end to end before the first step and at every
+            checkpoint, under training's autocast. For one process.
 
     Returns:
-        the same model, packed; `model.w2a4_report.training` has losses, tokens and minutes. Of several
+        the same model, packed; `model.w2a4_report.training` has losses, tokens and minutes, and with `score`
+        `perplexities`, pairs of a step and the perplexity after it. Of several
         processes the main one packs it; in the others it is of no more use.
 
     Raises:
@@ -64,7 +69,8 @@ def train(
         if processes.world() > 1:
             raise TrainingError(f"training.route=block runs in one process; there are {processes.world()}")
         return _train_blocks(model, tokenizer, recipe, work, calibration, progress, device)
-    return _train_whole(model.to(device or model.device), tokenizer, recipe, work, calibration, progress)
+    model.to(device or model.device)
+    return _train_whole(model, tokenizer, recipe, work, calibration, progress, score)
 
 
 def _train_blocks(
@@ -85,7 +91,9 @@ def _train_blocks(
     return model
 
 
-def _train_whole(model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool) -> nn.Module:
+def _train_whole(
+    model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool, score
+) -> nn.Module:
     processes.join(model.device)
     training, main, world = recipe.training, processes.is_main(), processes.world()
     progress = progress and main
@@ -95,17 +103,22 @@ def _train_whole(model, tokenizer, recipe: Recipe, work: Path, calibration, prog
     begin = functools.partial(_begin, model, tokenizer, recipe, work, calibration, progress)
     windows, teacher, described = processes.main_first(begin)
     sharded = model if world == 1 else _to_shard(model)
-    trainer = QATTrainer(sharded, teacher, training, args, train_dataset=windows)
     checkpoint = last_checkpoint(work / "checkpoints")
+    args.eval_on_start = score is not None and checkpoint is None
+    watch = None if score is None else lambda: score(model, tokenizer, progress=False)["perplexity"]
+    trainer = QATTrainer(sharded, teacher, training, args, watch, train_dataset=windows)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    history = trainer.state.log_history
     facts = {
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * training.batch_size * training.seqlen,
         "minutes": round(trainer.minutes(), 2),
         "text": described,
         "peak_memory_mb": peak_memory_mb(model.device),
     }
+    if score is not None:
+        facts["perplexities"] = [(e["step"], e[PERPLEXITY]) for e in history if PERPLEXITY in e]
     if sharded is not model:
         state = trainer.trained_state()
         if not main:

@@ -36,6 +36,9 @@ from .teacher import CachedTeacher
 
 WEIGHTS = "model.safetensors"
 
+#: What `QATTrainer.evaluate` calls its result in Trainer's history.
+PERPLEXITY = "eval_perplexity"
+
 #: Sizes of a checkpoint's files and the number of processes; written last: without it, or with files of
 #: other sizes, a checkpoint is not whole.
 WHOLE = "whole.json"
@@ -101,6 +104,7 @@ class QATTrainer(Trainer):
             `loss: cross_entropy`.
         training: see `Training`.
         args: as for Trainer; `training_arguments` makes them from a `Training`.
+        watch: gives the model's perplexity; asked when a checkpoint is written. Its time is not training's.
         train_dataset: of `{"input_ids": int64 [seqlen]}`, for a cached teacher with `piece`.
     """
 
@@ -110,11 +114,12 @@ class QATTrainer(Trainer):
         teacher: nn.Module | CachedTeacher | None,
         training: Training,
         args: TrainingArguments,
+        watch: Callable[[], float] | None = None,
         **kwargs,
     ):
         super().__init__(model=model, args=args, data_collator=_collate, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean; Trainer is to average accumulated ones
-        self.training = training
+        self.training, self.watch = training, watch
         self.teacher = teacher.to(self.args.device) if isinstance(teacher, nn.Module) else teacher
         self.started, self.spent, self._minutes = time.monotonic(), 0.0, 0.0
         self.first_loss: float | None = None
@@ -138,6 +143,14 @@ class QATTrainer(Trainer):
         if self.is_fsdp_enabled:
             # Parameters are gathered unrounded: codes and levels are made of them. Autocast does the rest.
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        begun = time.monotonic()
+        metrics = {PERPLEXITY: self.watch()}
+        self.started += time.monotonic() - begun
+        self.log(metrics)
+        self.control.should_evaluate = False
+        return metrics
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.accelerator.autocast():  # which Trainer leaves out under FSDP2
@@ -295,7 +308,10 @@ class _Bar(ProgressCallback):
 
 
 class _Clock(TrainerCallback):
-    """Saves and stops in time, if the run is limited in time: its steps may never be counted out."""
+    """Saves and stops in time, if the run is limited in time: its steps may never be counted out.
+
+    And has the model measured whenever it is saved.
+    """
 
     def __init__(self, trainer: QATTrainer):
         self.trainer, self.saved = trainer, 0.0
@@ -312,6 +328,7 @@ class _Clock(TrainerCallback):
             control.should_save = control.should_training_stop = True
         elif limit and now - self.saved >= save_interval(limit):
             control.should_save = True
+        control.should_evaluate = control.should_save and self.trainer.watch is not None
 
 
 def _write_failure(error: BaseException) -> str | None:
