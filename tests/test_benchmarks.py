@@ -28,7 +28,6 @@ from benchmarks import (  # noqa: E402
     sass,
     sass_gate,
     shapes,
-    stages,
     targets,
     timing,
 )
@@ -420,21 +419,6 @@ def test_targets_take_the_worst_row_and_only_correct_cold_ones():
     assert eight.measured == pytest.approx(1.3) and not eight.met
     hadamard = found["hadamard of 16 MB and more, time over that of a copy"]
     assert hadamard.measured == 2.0 and not hadamard.met
-
-
-def test_a_stage_that_overruns_is_stopped_and_what_it_wrote_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "PARTS", tmp_path)
-    monkeypatch.setattr(stages, "POLL", 0.1)
-    part = tmp_path / "slow.json"
-    content = json.dumps({"rows": [row()]})
-    code = f"import time; open({str(part)!r}, 'w').write({content!r}); time.sleep(60)"
-    plan = [stages.Stage("slow", (sys.executable, "-c", code), 1, part),
-            stages.Stage("absent", ("no-such-program",), 1)]  # fmt: skip
-    looks = []
-    outcomes = stages.run(plan, lambda so_far: looks.append(len(so_far)))
-    assert [outcome.status for outcome in outcomes] == ["stopped", "failed"] and looks.count(1) > 1
-    result = gpu_suite.merged(outcomes, plan)
-    assert result["rows"] == [row()] and "all 1 rows are correct" in gpu_suite.summary(result)
 
 
 def test_the_suite_fits_in_ten_minutes():
