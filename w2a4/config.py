@@ -382,7 +382,7 @@ def _describe(hint: Any) -> str:
 RECIPES = {
     "w4a4kv4": Recipe(name="w4a4kv4", weight_bits=4, calib_samples=32),
     "w2a4kv4": Recipe(name="w2a4kv4", weight_bits=2),
-    "w2a4kv4-rcp": Recipe(name="w2a4kv4-rcp", training=Training(data="self")),
+    "w2a4kv4-rcp": Recipe(name="w2a4kv4-rcp", training=Training(steps=2560, data="self")),
     "w2a4kv4-rcp-quick": Recipe(
         name="w2a4kv4-rcp-quick",
         training=Training(
