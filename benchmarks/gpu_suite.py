@@ -6,7 +6,7 @@ Builds w2a4 with its CUDA kernels, runs the tests that need a GPU, measures inst
 ends with the targets and whether they are met. A stage that takes longer than its budget is stopped; what
 it measured stays. FILE is rewritten every few seconds. Instead of the measurements, --decode measures whole
 models, --sanitizer runs those tests that have "kernel" in their name under compute-sanitizer, and --ncu
-profiles the GEMV.
+profiles a step of decoding and the GEMV.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def plan_of(decode: bool, sanitizer: bool, ncu: bool) -> list[Stage]:
     if decode:
         return [build, *_decode()]
     if sanitizer or ncu:
-        return [build, *(_sanitizers() if sanitizer else []), *([_profile(cuda)] if ncu else [])]
+        return [build, *(_sanitizers() if sanitizer else []), *(_profiles(cuda) if ncu else [])]
     return [
         build,
         python("tests", 120, *PYTEST),
@@ -68,12 +68,20 @@ def _sanitizers() -> list[Stage]:
     return [Stage(tool, (*check, tool, *tests), 140) for tool in ("memcheck", "racecheck", "synccheck")]
 
 
-def _profile(options: tuple[str, ...]) -> Stage:
-    """Of the first launches of one model's GEMV; the report is `gemv.ncu-rep` beside the logs."""
+def _profiles(options: tuple[str, ...]) -> list[Stage]:
+    """Of a step of decoding, and of the first launches of one model's GEMV; the report of these is
+    `gemv.ncu-rep` beside the logs.
+    """
+    steps = python("timeline", 60, "-m", "benchmarks.timeline", "--device", "cuda", part=True)
     bench = (sys.executable, "-m", "benchmarks.bench_gemv", *options, "--models", GEMV_MODELS[0])
     kernels = ("--kernel-name", "regex:gemv|quantize", "--launch-count", "20")
     report = ("--force-overwrite", "--export", str(PARTS / "gemv"))
-    return Stage("ncu", ("ncu", "--set", "full", *kernels, *report, *bench, "--tokens", "1"), 200)
+    counters = Stage(
+        "ncu",
+        ("ncu", "--set", "full", "--clock-control", "none", *kernels, *report, *bench, "--tokens", "1"),
+        200,
+    )
+    return [steps, counters]
 
 
 def merged(outcomes: list[Outcome], plan: list[Stage]) -> dict:
@@ -85,6 +93,7 @@ def merged(outcomes: list[Outcome], plan: list[Stage]) -> dict:
         "meta": {"commit": commit(), "date": now(), "parts": metas},
         "stages": [asdict(outcome) for outcome in outcomes],
         "mma_rate": parts.get("mma_rate", {}),
+        "timeline": parts.get("timeline", {}),
         "rows": rows,
         "targets": [asdict(target) for target in targets(rows)],
     }
@@ -110,7 +119,7 @@ def summary(result: dict) -> str:
 @click.option("--dry-run", is_flag=True, help="Print the stages and do nothing.")
 @click.option("--decode", is_flag=True, help="Decoding with whole models instead.")
 @click.option("--sanitizer", is_flag=True, help="Tests under compute-sanitizer instead.")
-@click.option("--ncu", is_flag=True, help="Profile of the GEMV instead.")
+@click.option("--ncu", is_flag=True, help="Profiles instead.")
 def main(json_file, dry_run, decode, sanitizer, ncu):
     plan = plan_of(decode, sanitizer, ncu)
     if dry_run:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from test_data import tiny_tokenizer
 from test_evaluate import tiny_model
 
-from benchmarks import bench_decode, bench_engine, random_llama, shapes, targets
+from benchmarks import bench_decode, bench_engine, random_llama, shapes, targets, timeline
 from benchmarks.shapes import Model
 from w2a4 import demo
 from w2a4.engine import Engine, inference
@@ -145,6 +145,18 @@ def test_bench_engine(tmp_path, monkeypatch):
     assert result.exit_code == 1 and "give other tokens, so no times" in result.output
     result = CliRunner().invoke(bench_engine.main, ["--contexts", "5000"])
     assert "--contexts 5000: at most 4096 on a CPU" in result.output
+
+
+def test_timeline(tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.MODELS, "smollm2-135m", TINY)
+    out = tmp_path / "t.json"
+    result = CliRunner().invoke(timeline.main, ["--json", str(out)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    calls = {kernel["kernel"]: kernel["calls"] for kernel in found["kernels"]}
+    assert calls["w2a4::decoder_layer"] == TINY.layers and calls["w2a4::linear_w8"] == 1
+    assert 0 < sum(kernel["us"] for kernel in found["kernels"]) and found["step_us"] > 0 < found["bound_us"]
+    assert "w2a4::decoder_layer" in result.output and "a copy of what it reads" in result.output
 
 
 def test_places_in_the_cache():

@@ -93,6 +93,22 @@ def test_generate_with_a_static_cache(recipe, compiled):
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_16_bits_every_way_rounds_at_the_same_places(dtype):
+    """With a cache and without, of fixed size or not, compiled or not: one wrong bit changes later codes."""
+    model, ids = packed_model().to(dtype), prompt(2, 20)
+    full = full_logits(model, ids)
+    caches = [w2a4.KV4Cache.for_model(model), w2a4.KV4StaticCache.for_model(model, 24)]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    fixed = w2a4.KV4StaticCache.for_model(model, 24)
+    with torch.inference_mode():
+        for run, cache in ((model, caches[0]), (model, caches[1]), (compiled, fixed)):
+            steps = [model(ids[:, :9], past_key_values=cache).logits]
+            steps += [run(ids[:, i : i + 1], past_key_values=cache).logits for i in range(9, 20)]
+            assert torch.equal(torch.cat(steps, 1), full)
+
+
 def test_generate_left_padded_with_a_static_cache():
     model = packed_model()
     ids = torch.cat([torch.nn.functional.pad(prompt(1, n, seed=n), (11 - n, 0)) for n in (4, 11)])

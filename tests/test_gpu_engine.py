@@ -3,10 +3,15 @@
 All need a GPU; `python -m benchmarks.gpu_suite` runs them.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from packed import packed_model, prompt
 
+from benchmarks.bench_engine import greedy
+from benchmarks.random_llama import packed_llama
+from benchmarks.shapes import MODELS
 from w2a4 import ops
 from w2a4.engine import Engine, Sampling
 
@@ -42,6 +47,37 @@ def test_every_route_gives_the_same_tokens(recipe, dtype):
         assert tokens_of(graphs.generate(prompts, 300)) == want
         assert tokens_of(graphs.generate(prompts[:1], 300)) == want[:1]
     assert static == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-2-7b"])
+def test_routes_agree_on_published_shapes(name, dtype):
+    """Two layers of them, random: engine, `generate` eager and compiled, and a full forward pass."""
+    shape = dataclasses.replace(MODELS[name], layers=2)
+    model = packed_llama(shape, 512, "cuda", dtype)
+    ids = torch.randint(
+        shape.vocabulary, (1, 60), device="cuda", generator=torch.Generator("cuda").manual_seed(1)
+    )
+    want = greedy(model, ids, 40)[0, 60:]
+    (engine,) = Engine(model).generate(list(ids), 40)
+    options = dict(max_new_tokens=40, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids))
+    compiled = model.generate(ids, cache_implementation="static", **options)[0, 60:]
+    assert tokens_of([engine.cuda(), compiled]) == tokens_of([want, want])
+    # The prompt's and the decoder's kernels sum in other orders, so a tie may fall the other way.
+    with torch.inference_mode():
+        logits = model(torch.cat([ids[0], want])[None], use_cache=False).logits[0, 59:-1].float()
+    gap = logits.amax(-1) - logits.gather(1, want[:, None])[:, 0]
+    assert bool((gap < 0.05 * logits.std()).all())
+
+
+def test_memory_is_the_same_after_a_thousand_requests():
+    model, held = packed_model().cuda(), []
+    engine = Engine(model, max_length=64)
+    for request in range(1000):
+        engine.generate([prompt(tokens=3 + request % 20, seed=request)[0]], 4)
+        if request in (99, 999):
+            held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert held[0] == held[1]
 
 
 def test_sampling_does_not_depend_on_graphs():

@@ -35,7 +35,7 @@ class PackedSequences:
         self.places, self.batch = _places(model), len(rows)
         self.cache = KV4Cache.for_model(model, capacity)
         for layer, part in zip(self.cache.layers, parts, strict=True):
-            layer.allocate(self.decoder.norm.weight, len(rows), part.kv_heads, part.attn.head_dim)
+            layer.allocate(self.decoder.norm.weight, len(rows), part.heads[1], part.attn.head_dim)
         self.starts = torch.zeros(len(rows), dtype=torch.long, device=rows[0].device)
         self.rotary: tuple[Tensor, Tensor] | None = None
         self.calls: list[LayerOp] | None = None
@@ -79,7 +79,8 @@ class PackedSequences:
         rotary = self._rotary(hidden, self.starts[:, None])
         if self.calls is None:
             # Every step from here on has the same arguments, but for its token and its place.
-            calls = [layer_op(part, self.cache, hidden) for part in self.parts]
+            pairs = zip(self.parts, self.cache.layers, strict=True)
+            calls = [layer_op(part, layer, hidden) for part, layer in pairs]
             self.calls = calls if all(calls) else None
         if self.calls is not None:
             for call in self.calls:

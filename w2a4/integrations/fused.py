@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .. import ops
 from ..layers import _PackedLinear
 from ..rotation.online import OnlineRotation
 from .attention import NAME, as_bool, packed_attention, w2a4_attention
-from .kv_cache import KV4Cache
+from .kv_cache import KV4Cache, KV4Layer, KV4StaticCache
 
 #: Activations of these are computed in float32 by the fused ops.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -99,8 +100,7 @@ class Parts:
         self.joint_qkv, self.joint_gate_up = Joint(*self.qkv), Joint(*self.gate_up)
         self.fit = self._fit(mlp.config.hidden_act)
         if self.fit:
-            heads = [linear.out_features // attn.head_dim for linear in self.qkv]
-            self.qk_v, self.q_k, self.kv_heads = [heads[0] + heads[1], heads[2]], heads[:2], heads[2]
+            self.heads = tuple(linear.out_features // attn.head_dim for linear in self.qkv[:2])
 
     def _fit(self, hidden_act: str) -> bool:
         """The layer is one that the fused ops compute."""
@@ -151,13 +151,44 @@ class FusedLayer:
     """What a decoder layer whose class `fuse` has changed does differently."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if args or type(kwargs.get("past_key_values")) is not KV4StaticCache or not _fits(self):
+                return super().forward(hidden_states, *args, **kwargs)
+            return _traced_layer(self, hidden_states, **kwargs)
+        if args:
             return super().forward(hidden_states, *args, **kwargs)
         parts = _parts(self)
         own = parts.attn.config._attn_implementation == NAME
         if not parts.fit or not own or parts.watched():
             return super().forward(hidden_states, **kwargs)
         return decoder_layer(parts, hidden_states, **kwargs)
+
+
+@torch.compiler.assume_constant_result
+def _fits(layer: nn.Module) -> bool:
+    """Whether the fused ops compute the layer, and nothing looks at it."""
+    parts = _parts(layer)
+    return parts.fit and not parts.watched()
+
+
+def _traced_layer(
+    layer: nn.Module,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Tensor:
+    """`decoder_layer` for torch.compile, which cannot ask where tensors lie: linears one by one."""
+    attn, mlp = layer.self_attn, layer.mlp
+    qkv = _norm_linears(layer.input_layernorm, (attn.q_proj, attn.k_proj, attn.v_proj), hidden_states)
+    heads = qkv[0].shape[-1] // attn.head_dim, qkv[1].shape[-1] // attn.head_dim
+    own_cache = past_key_values.layers[attn.layer_idx]
+    joint = torch.cat(qkv, -1)
+    context = _attended(attn, joint, *heads, position_embeddings, attention_mask, own_cache)
+    hidden_states = hidden_states + attn.o_proj.forward(context.flatten(-2))
+    gate, up = _norm_linears(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), hidden_states)
+    return hidden_states + _down(mlp.down_proj, gate, up)
 
 
 def fused_parts(model: Any) -> list[Parts] | None:
@@ -184,25 +215,42 @@ def decoder_layer(
     **kwargs: Any,
 ) -> Tensor:
     """One decoder layer on `[batch, tokens, hidden]`; arguments as transformers passes them."""
-    if type(past_key_values) is KV4Cache:
-        call = layer_op(parts, past_key_values, hidden_states)
+    own_cache = _own_cache(parts.attn, hidden_states, past_key_values)
+    if type(own_cache) is KV4Layer:
+        call = layer_op(parts, own_cache, hidden_states)
         if call is not None:
             return call(hidden_states, position_embeddings, as_bool(attention_mask))
-    attended = _attention_part(parts, hidden_states, position_embeddings, attention_mask, past_key_values)
-    hidden_states = hidden_states + attended
+    (qkv,) = _norm_linears(parts.norms[0], (parts.joint_qkv.current(),), hidden_states)
+    cache = past_key_values if own_cache is None else own_cache
+    context = _attended(parts.attn, qkv, *parts.heads, position_embeddings, attention_mask, cache)
+    hidden_states = hidden_states + parts.o_proj.forward(context.flatten(-2))
     return hidden_states + _mlp_part(parts, hidden_states)
 
 
-def layer_op(parts: Parts, cache: KV4Cache, hidden_states: Tensor) -> LayerOp | None:
+def _own_cache(attn: nn.Module, x: Tensor, past_key_values: Any) -> KV4Layer | None:
+    """The layer's part of a 4-bit cache.
+
+    Without a cache one that nobody else sees, so that a forward pass rounds where decoding will; but not for
+    gradients, which need keys and values as they were.
+    """
+    if isinstance(past_key_values, KV4Cache):
+        return past_key_values.layers[attn.layer_idx]
+    differentiable = torch.is_grad_enabled() and x.requires_grad
+    if past_key_values is None and attn.kv_settings.kv_bits == 4 and not differentiable:
+        return KV4Layer(attn.kv_settings, x.shape[1])
+    return None
+
+
+def layer_op(parts: Parts, own_cache: KV4Layer, hidden_states: Tensor) -> LayerOp | None:
     """`ops.decoder_layer` for this layer and its part of a cache, where it computes such a layer.
 
     It can be called again as long as parameters stay where they are and the cache has room.
     """
-    attn, own_cache = parts.attn, cache.layers[parts.attn.layer_idx]
+    attn = parts.attn
     r4 = OnlineRotation.for_ops(parts.down_proj.rotation, hidden_states.device)
     if r4 is None or parts.o_proj.rotation is not None or not ops.has_layer_kernel(hidden_states):
         return None
-    r3 = own_cache.reserve(hidden_states, parts.kv_heads, attn.head_dim)
+    r3 = own_cache.reserve(hidden_states, parts.heads[1], attn.head_dim)
     if r3 is None:
         return None
     linears = parts.joint_qkv.current(), parts.o_proj, parts.joint_gate_up.current(), parts.down_proj
@@ -232,54 +280,59 @@ def _tensors(linear: _PackedLinear) -> list[Tensor]:
     return [own[name] for name in _ORDER if own.get(name) is not None]
 
 
-def _attention_part(
-    parts: Parts,
-    hidden_states: Tensor,
+def _attended(
+    attn: nn.Module,
+    qkv: Tensor,
+    q_heads: int,
+    kv_heads: int,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
-    past_key_values: Any,
+    cache: KV4Layer | Cache | None,
 ) -> Tensor:
-    """Norm, attention and o_proj."""
-    attn, settings = parts.attn, parts.attn.kv_settings
-    qkv = _norm_linear(parts.norms[0], parts.joint_qkv.current(), hidden_states)
-    own_cache = past_key_values.layers[attn.layer_idx] if type(past_key_values) is KV4Cache else None
-    appended = own_cache and own_cache.append_qkv(qkv, parts.kv_heads, *position_embeddings)
-    if appended:
-        context = packed_attention(*appended, as_bool(attention_mask), attn.scaling)
-        return parts.o_proj.forward(context.flatten(-2))
+    """RoPE, R3, the cache and attention: `[batch, tokens, q_heads, head_dim]`, the input of o_proj.
+
+    Args:
+        cache: the layer's part of a 4-bit cache, or all of another one.
+    """
+    settings, mask = attn.kv_settings, as_bool(attention_mask)
+    own_cache = cache if isinstance(cache, KV4Layer) else None
+    appended = None if own_cache is None else own_cache.append_qkv(qkv, kv_heads, *position_embeddings)
+    if appended is not None:
+        return packed_attention(*appended, mask, attn.scaling)
     heads = qkv.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # [batch, heads, tokens, head_dim]
-    rotated, value = heads.split_with_sizes(parts.qk_v, 1)
-    rotated = _rope(rotated, *position_embeddings)
-    if own_cache:
+    rotated, value = heads.split_with_sizes([q_heads + kv_heads, kv_heads], 1)
+    rotated, sizes = _rope(rotated, *position_embeddings), [q_heads, kv_heads]
+    if own_cache is not None:
         # The cache would rotate the keys by itself; here that is done with the queries.
-        query, key = settings.rotate(rotated).split_with_sizes(parts.q_k, 1)
+        query, key = settings.rotate(rotated).split_with_sizes(sizes, 1)
         key, value = own_cache.append(key, value)
-        context = packed_attention(query, key, value, as_bool(attention_mask), attn.scaling)
-    else:
-        query, key = rotated.split_with_sizes(parts.q_k, 1)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, attn.layer_idx)
-        context, _ = w2a4_attention(attn, query, key, value, attention_mask, attn.scaling)
-    return parts.o_proj.forward(context.flatten(-2))
+        return packed_attention(query, key, value, mask, attn.scaling)
+    query, key = rotated.split_with_sizes(sizes, 1)
+    if cache is not None:
+        key, value = cache.update(key, value, attn.layer_idx)
+    return w2a4_attention(attn, query, key, value, attention_mask, attn.scaling)[0]
 
 
 def _mlp_part(parts: Parts, hidden_states: Tensor) -> Tensor:
     """Norm and MLP."""
-    joint, down = parts.joint_gate_up.current(), parts.down_proj
-    gate, up = _norm_linear(parts.norms[1], joint, hidden_states).chunk(2, -1)
+    (both,) = _norm_linears(parts.norms[1], (parts.joint_gate_up.current(),), hidden_states)
+    return _down(parts.down_proj, *both.chunk(2, -1))
+
+
+def _norm_linears(norm: LlamaRMSNorm, linears: tuple[_PackedLinear, ...], x: Tensor) -> list[Tensor]:
+    """What linears that quantise their input alike give for the norm of x."""
+    first = linears[0]
+    codes, scale = ops.rmsnorm_a4(x, norm.weight, norm.variance_epsilon, first.act_clip, first.act_group_size)
+    return [linear._linear(codes, scale, x.dtype) for linear in linears]
+
+
+def _down(down: _PackedLinear, gate: Tensor, up: Tensor) -> Tensor:
+    """`down(silu(gate) * up)`."""
     r4 = OnlineRotation.for_ops(down.rotation, gate.device)
     if r4 is None:
         return down.forward(torch.nn.functional.silu(gate) * up)
-    codes, scale = ops.silu_mul_hadamard_a4(gate, up, *r4, down._parameters["act_clip"], down.act_group_size)
-    return down._linear(codes, scale, hidden_states.dtype)
-
-
-def _norm_linear(norm: LlamaRMSNorm, linear: _PackedLinear, x: Tensor) -> Tensor:
-    codes, scale = ops.rmsnorm_a4(
-        x, norm._parameters["weight"], norm.variance_epsilon, linear._parameters["act_clip"],
-        linear.act_group_size,
-    )  # fmt: skip
-    return linear._linear(codes, scale, x.dtype)
+    codes, scale = ops.silu_mul_hadamard_a4(gate, up, *r4, down.act_clip, down.act_group_size)
+    return down._linear(codes, scale, gate.dtype)
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -269,11 +269,13 @@ class KV4StaticLayer(KV4Layer):
                 f"the first call has {tokens} tokens, and sink_tokens={sinks} are kept in 16 bits: give a "
                 "prompt of as many at least, or a KV4Cache"
             )
-        self.allocate(key_states, batch, heads, head_dim)
-        self.starts = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self._make(key_states, batch, heads, head_dim)
         for side, states in ((self.keys, key_states), (self.values, value_states)):
             _append_sink(side, states, sinks)
-            side.length = self.capacity
+
+    def _make(self, like: Tensor, batch: int, heads: int, head_dim: int) -> None:
+        self.allocate(like, batch, heads, head_dim)
+        self.starts = torch.zeros(batch, dtype=torch.long, device=self.device)
         if not torch.compiler.is_compiling():
             sides = (self.keys, self.values)
             for tensor in (self.starts, *(t for side in sides for t in (side.codes, side.params))):
@@ -286,8 +288,28 @@ class KV4StaticLayer(KV4Layer):
         starts, most = self.starts.clone(), self.capacity - key_states.shape[2]
         for side, states in ((self.keys, key_states), (self.values, value_states)):
             ops.append_kv4(states, side.codes, side.params, most, self.settings.kv_clip, starts)
-        self.starts += key_states.shape[2]
-        return replace(self.keys, starts=starts), replace(self.values, starts=starts)
+        return self._grown(starts, key_states.shape[2])
+
+    def append_qkv(
+        self, qkv: Tensor, kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, PackedKV, PackedKV] | None:
+        r3 = OnlineRotation.for_ops(self.settings.rotation, qkv.device)
+        if r3 is None or self.settings.sink_tokens and not self.is_initialized:
+            return None
+        if not self.is_initialized:
+            self._make(qkv, qkv.shape[0], kv_heads, cos.shape[-1])
+        keys, values, starts, tokens = self.keys, self.values, self.starts.clone(), qkv.shape[1]
+        query = ops.rope_append_kv4(
+            qkv, cos, sin, *r3, keys.codes, keys.params, values.codes, values.params,
+            self.capacity - tokens, self.settings.kv_clip, starts,
+        )  # fmt: skip
+        return query, *self._grown(starts, tokens)
+
+    def _grown(self, starts: Tensor, tokens: int) -> tuple[PackedKV, PackedKV]:
+        """All keys and values, of which queries at `starts` see what they may."""
+        self.starts += tokens
+        keys, values = (replace(s, starts=starts, length=self.capacity) for s in (self.keys, self.values))
+        return keys, values
 
     def get_seq_length(self, *args) -> Tensor | int:
         return self.starts[0] if self.is_initialized else 0

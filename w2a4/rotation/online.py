@@ -97,7 +97,7 @@ class OnlineRotation:
 
     def had_k(self, device: torch.device) -> Tensor | None:
         """The K part of the Hadamard kinds, as the ops take it."""
-        return had_k_matrix(self.k, device)
+        return _had_k(self.k, device)
 
     @staticmethod
     def for_ops(rotation: OnlineRotation | None, device: torch.device) -> tuple[Tensor | None, int] | None:
@@ -132,6 +132,12 @@ class OnlineRotation:
                 + ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
             )
         return cls(**data)
+
+
+@torch.compiler.assume_constant_result
+def _had_k(k: int, device: torch.device) -> Tensor | None:
+    """A constant of a compiled graph, as `_tables` are."""
+    return had_k_matrix(k, device)
 
 
 @torch.compiler.assume_constant_result
