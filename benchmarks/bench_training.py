@@ -31,8 +31,8 @@ import w2a4
 from benchmarks.files import write_json
 from benchmarks.harness import metadata, warn_if_busy
 from w2a4.devices import peak_memory_mb, pick_device
+from w2a4.training.optimizer import parameter_groups
 from w2a4.training.prepare import convert, prepare
-from w2a4.training.trainer import parameter_groups
 
 #: Where training begins does not matter to its speed.
 RECIPE = w2a4.Recipe.load("w2a4kv4-rcp-quick").override(

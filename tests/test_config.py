@@ -47,6 +47,7 @@ def test_every_field_can_be_overridden():
         "rotation_learning.seqlen": 64, "rotation_learning.init": "random",
         "rotation_learning.weights": "recipe",
         "training.route": "block", "training.init": "lloyd", "training.grid": "uniform",
+        "training.block_steps": 3,
         "training.keep_codes": False,
         "training.learn_act_clip": False, "training.loss": "kl", "training.teacher_top": 8,
         "training.steps": 3,

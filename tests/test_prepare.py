@@ -12,8 +12,8 @@ from tiny_llama import tiny_llama
 import w2a4
 from w2a4.integrations.fused import fused_parts
 from w2a4.integrations.hf import decoder_linears
-from w2a4.training.linear import FakeQuantLinear
-from w2a4.training.prepare import convert, fake_quant_linears, prepare
+from w2a4.training.linear import FakeQuantLinear, fake_quant_linears
+from w2a4.training.prepare import convert, prepare
 
 
 @functools.cache

@@ -17,10 +17,12 @@ import w2a4
 from w2a4.config import Training
 from w2a4.errors import CalibrationError, TrainingError
 from w2a4.training import generations, run, trainer
+from w2a4.training.block import BlockTrainer
 from w2a4.training.losses import distillation_loss
-from w2a4.training.prepare import prepare
+from w2a4.training.optimizer import parameter_groups, rate
+from w2a4.training.prepare import prepare, start_recipe
 from w2a4.training.teacher import write_tops
-from w2a4.training.trainer import QATTrainer, Windows, parameter_groups, rate, training_arguments
+from w2a4.training.trainer import QATTrainer, Windows, training_arguments
 
 TRAINING = Training(steps=6, batch_size=4, seqlen=24, micro_batch=2, lr=1e-3, quantizer_lr=2e-3, warmup=0.1)
 
@@ -343,6 +345,25 @@ def test_train_gives_a_packed_model(route, tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
     if route == "block":
         assert all(after < before for before, after in facts["errors"].values())
+
+
+def test_layers_may_train_alone_before_the_whole_model(tmp_path):
+    """What begins end to end is then what the route `block` ends with, and both phases can be resumed."""
+    ids, logits = calibration(), {}
+    for steps in (0, 20):
+        recipe = small_recipe(block_steps=steps, init="lloyd")
+        model = prepare(llama(), None, recipe, ids, progress=False, resume=tmp_path / str(steps)).eval()
+        with torch.no_grad():
+            logits[steps] = model(ids, use_cache=False).logits
+    alone, blocks = small_recipe(init="lloyd"), llama()
+    w2a4.quantize(blocks, None, start_recipe(alone), ids, progress=False, refine=BlockTrainer(alone, 20))
+    with torch.no_grad():
+        want, target = blocks(ids, use_cache=False).logits, llama()(ids).logits
+    torch.testing.assert_close(logits[20], want, rtol=0, atol=1e-4 * float(want.abs().max()))
+    assert (logits[20] - target).norm() < (logits[0] - target).norm()
+    again = prepare(llama(), None, small_recipe(block_steps=20, init="lloyd"), ids, False, tmp_path / "20")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(ids, use_cache=False).logits, logits[20])
 
 
 @pytest.mark.parametrize("grid,loss", [("uniform", "kl"), ("ldp", "cross_entropy")])

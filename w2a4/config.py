@@ -68,6 +68,8 @@ class Training:
             on the calibration windows; then loss, data, seqlen, micro_batch and minutes do not matter, and
             steps are those of a layer.
         init: what training begins with: `gptq`, `lloyd` (round to nearest) or `minmax`.
+        block_steps: end to end, so many steps of each decoder layer alone come first, as with the route
+            `block`; `minutes` does not count them.
         keep_codes: begin with the codes of the fit, which is best for a short run; without, latent weights
             begin at their full-precision values, which GPTQ's codes are not nearest to.
         grid: `ldp`, four learned levels a group; `uniform`, learned ends and equal steps between; or
@@ -93,6 +95,7 @@ class Training:
 
     route: Literal["end_to_end", "block"] = "end_to_end"
     init: Literal["gptq", "lloyd", "minmax"] = "gptq"
+    block_steps: int = 0
     keep_codes: bool = True
     grid: Literal["ldp", "uniform", "minmax"] = "ldp"
     learn_act_clip: bool = True
@@ -114,7 +117,13 @@ class Training:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        for key, least in {"teacher_top": 0, "steps": 1, "batch_size": 1, "seqlen": 2}.items():
+        for key, least in {
+            "teacher_top": 0,
+            "block_steps": 0,
+            "steps": 1,
+            "batch_size": 1,
+            "seqlen": 2,
+        }.items():
             if getattr(self, key) < least:
                 raise RecipeError(f"training.{key}={getattr(self, key)}: give a number >= {least}")
         if self.micro_batch != -1 and self.micro_batch < 1:

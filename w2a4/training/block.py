@@ -14,20 +14,20 @@ from ..calibrate import LayerQuantizer, Streams
 from ..config import Recipe, Training
 from ..errors import TrainingError
 from ..integrations.hf import decoder_linears
-from .linear import FakeQuantLinear
-from .prepare import fake_quant_linear, share_act_clips
-from .trainer import parameter_groups, rate
+from .linear import FakeQuantLinear, fake_quant_linear, share_act_clips
+from .optimizer import parameter_groups, rate
 
 
 class BlockTrainer:
     """Refines the packed fit of a decoder layer by gradient descent; for `pipeline.quantize(refine=…)`.
 
     Args:
-        recipe: `training.steps` steps a layer, each of `training.batch_size` sequences.
+        recipe: its `training` says how, with `batch_size` sequences a step.
+        steps: of each layer.
     """
 
-    def __init__(self, recipe: Recipe):
-        self.training, self.seed = recipe.training, recipe.rotation.seed
+    def __init__(self, recipe: Recipe, steps: int):
+        self.training, self.seed, self.steps = recipe.training, recipe.rotation.seed, steps
         #: Mean relative error of a layer's output, before and after training, by its index.
         self.errors: dict[int, tuple[float, float]] = {}
 
@@ -47,11 +47,11 @@ class BlockTrainer:
         _replace(layer, quantizer, self.training)
         optimizer = torch.optim.AdamW(parameter_groups(layer, self.training))
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: rate(self.training, step / self.training.steps)
+            optimizer, lambda step: rate(self.training, step / self.steps)
         )
         generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
         layer.train()
-        for step in range(self.training.steps):
+        for step in range(self.steps):
             picked = torch.randint(len(source), (self.training.batch_size,), generator=generator)
             out = _forward(layer, source[picked], quantizer)
             loss = _relative_error(out, target[picked]).mean()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import Training
 from ..fitting.lloyd import round_levels
 from ..fitting.weight import QuantizedWeight
 from ..layers import PACKED_LINEARS, _PackedLinear
@@ -209,3 +210,22 @@ def _reach(latent: Tensor, end: Tensor, outermost: Callable[..., Tensor]) -> Non
     weight, wanted = latent.gather(-1, index), (1 + _END_MARGIN) * end[..., None]
     short = (weight * wanted > 0) & (weight.abs() < wanted.abs())
     latent.scatter_(-1, index, torch.where(short, wanted, weight))
+
+
+def fake_quant_linear(linear: nn.Linear, fit: _PackedLinear, training: Training) -> FakeQuantLinear:
+    """A linear layer that begins at its packed fit."""
+    minmax = training.init == "minmax"
+    return FakeQuantLinear(linear.weight, linear.bias, fit, training.grid, minmax, training.keep_codes)
+
+
+def share_act_clips(layer: nn.Module) -> None:
+    """One clip for the linears that read one input, so that it is quantised once for all of them."""
+    attn, mlp = layer.self_attn, layer.mlp
+    for first, *others in ((attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        for other in others:
+            other.act_clip = first.act_clip
+
+
+def fake_quant_linears(model: nn.Module) -> dict[str, FakeQuantLinear]:
+    """The trained linears of a prepared model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}

@@ -20,9 +20,10 @@ from ..config import Recipe, Training
 from ..data import TextSource
 from ..errors import W2A4Error
 from ..integrations.hf import W2A4Config, decoder_linears, install, set_attention
-from ..layers import W8Linear, _PackedLinear
+from ..layers import W8Linear
 from ..report import Report
-from .linear import FakeQuantLinear
+from .block import BlockTrainer
+from .linear import fake_quant_linear, fake_quant_linears, share_act_clips
 
 #: How `Training.init` fits the weights that training begins with.
 INIT_METHODS = {"gptq": "gptq", "lloyd": "rtn", "minmax": "rtn"}
@@ -38,9 +39,10 @@ def prepare(
 ) -> nn.Module:
     """Make a float LLaMA one that trains quantised, in place.
 
-    The model is rotated, a packed fit of it (`recipe.training.init`) gives the codes to begin with, and
-    every decoder linear becomes a `FakeQuantLinear`; activations and the KV cache are quantised in the
-    loop. The embedding and lm_head keep their (8-bit) values and are not trained; norms have none.
+    The model is rotated, a packed fit of it (`recipe.training.init`, then `block_steps`) gives the codes to
+    begin with, and every decoder linear becomes a `FakeQuantLinear`; activations and the KV cache are
+    quantised in the loop. The embedding and lm_head keep their (8-bit) values and are not trained; norms
+    have none.
 
     Args: as for `w2a4.quantize`.
 
@@ -57,7 +59,9 @@ def prepare(
     if not isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
         pipeline.rotate_by_recipe(model, tokenizer, recipe, calibration, progress, resume)
     packed = copy.deepcopy(model)
-    report = pipeline.quantize(packed, tokenizer, start, calibration, progress, resume)
+    steps = recipe.training.block_steps
+    refine = BlockTrainer(recipe, steps) if steps else None
+    report = pipeline.quantize(packed, tokenizer, start, calibration, progress, resume, refine)
     for layer, fit in zip(model.model.layers, packed.model.layers, strict=True):
         fits = decoder_linears(fit)
         for name, linear in decoder_linears(layer).items():
@@ -77,19 +81,6 @@ def start_recipe(recipe: Recipe) -> Recipe:
     return recipe.override(weight_method=INIT_METHODS[recipe.training.init])
 
 
-def fake_quant_linear(linear: nn.Linear, fit: _PackedLinear, training: Training) -> FakeQuantLinear:
-    minmax = training.init == "minmax"
-    return FakeQuantLinear(linear.weight, linear.bias, fit, training.grid, minmax, training.keep_codes)
-
-
-def share_act_clips(layer: nn.Module) -> None:
-    """One clip for the linears that read one input, so that it is quantised once for all of them."""
-    attn, mlp = layer.self_attn, layer.mlp
-    for first, *others in ((attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)):
-        for other in others:
-            other.act_clip = first.act_clip
-
-
 def _freeze(model: nn.Module, packed: nn.Module, training: Training) -> None:
     """The embedding and lm_head as they will be stored; only decoder linears are trained."""
     model.model.embed_tokens = packed.model.embed_tokens
@@ -98,11 +89,6 @@ def _freeze(model: nn.Module, packed: nn.Module, training: Training) -> None:
     model.requires_grad_(False)
     for linear in fake_quant_linears(model).values():
         linear.set_trainable(training.learn_act_clip)
-
-
-def fake_quant_linears(model: nn.Module) -> dict[str, FakeQuantLinear]:
-    """The trained linears of a prepared model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from ..resume import fingerprint
 from . import processes
 from .block import BlockTrainer
 from .generations import write_generations
-from .prepare import convert, fake_quant_linears, prepare, start_recipe
+from .linear import fake_quant_linears
+from .prepare import convert, prepare, start_recipe
 from .teacher import CachedTeacher, write_tops
 from .trainer import PERPLEXITY, QATTrainer, Windows, drop_parts, last_checkpoint, training_arguments
 
@@ -76,7 +77,7 @@ def train(
 def _train_blocks(
     model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool, device
 ) -> nn.Module:
-    trainer, begun = BlockTrainer(recipe), time.perf_counter()
+    trainer, begun = BlockTrainer(recipe, recipe.training.steps), time.perf_counter()
     report = pipeline.quantize(
         model, tokenizer, start_recipe(recipe), calibration, progress, work / "start", trainer, device
     )

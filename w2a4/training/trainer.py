@@ -29,8 +29,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config import Training
 from ..errors import CalibrationError, TrainingError
 from ..report import write_json
+from .linear import fake_quant_linears
 from .losses import distillation_loss
-from .prepare import fake_quant_linears
+from .optimizer import parameter_groups, rate
 from .processes import agree
 from .teacher import CachedTeacher
 
@@ -368,28 +369,6 @@ def training_arguments(
         save_total_limit=2, seed=seed, report_to=[], disable_tqdm=not progress, remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
     )  # fmt: skip
-
-
-def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any]]:
-    """The optimiser's groups: latent weights (and biases), and quantiser parameters, without decay."""
-    special = {id(p) for m in fake_quant_linears(model).values() for p in m.quantizer_parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    weights = [p for p in trained if id(p) not in special]
-    quantizers = [p for p in trained if id(p) in special]
-    return [
-        {"params": weights, "lr": training.lr, "weight_decay": training.weight_decay},
-        {"params": quantizers, "lr": training.quantizer_lr, "weight_decay": 0.0},
-    ]
-
-
-def rate(training: Training, progress: float) -> float:
-    """Factor on the learning rates where `progress`, 0..1, of the run is over."""
-    if progress < training.warmup:
-        return progress / training.warmup if progress > 0 else 0.01
-    left = max(0.0, 1 - progress) / (1 - training.warmup)
-    if training.schedule == "constant":
-        return 1.0
-    return left if training.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
