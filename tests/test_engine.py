@@ -176,10 +176,15 @@ def shares(sampling: Sampling) -> list[float]:
         # The most probable token has 0.64 of it all, the first two 0.88.
         (Sampling(1.0, top_p=0.6, seed=1), [0, 1, 0, 0]),
         (Sampling(1.0, top_p=0.7, seed=1), [0, *torch.tensor([3.0, -1e9, 2.0]).softmax(0).tolist()]),
+        (Sampling(1.0, top_p=0.9, seed=1), torch.tensor([-1e9, 3.0, 1.0, 2.0]).softmax(0).tolist()),
         (Sampling(1.0, top_k=9, top_p=1.0, seed=1), LOGITS[0].softmax(0).tolist()),
+        # Of the first three the first has 0.67, with the second 0.91.
+        (Sampling(1.0, top_k=3, top_p=0.66, seed=1), [0, 1, 0, 0]),
     ],
 )
-def test_sampling(sampling, want):
+@pytest.mark.parametrize("candidates", [2, 512])
+def test_sampling(candidates, sampling, want, monkeypatch):
+    monkeypatch.setattr(engine, "CANDIDATES", candidates)  # 2 are too few for some, and all are sorted
     assert shares(sampling) == pytest.approx(want, abs=0.03)  # four standard deviations of 4000 draws
     assert shares(sampling) == shares(sampling)
 

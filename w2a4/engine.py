@@ -27,6 +27,10 @@ from .sequences import PackedSequences, PlainSequences, StaticSequences, sink_to
 
 MAX_BATCH = 16
 
+#: Tokens among which the likeliest are looked for first: to sort a vocabulary takes a CPU as long as a small
+#: model's forward pass.
+CANDIDATES = 512
+
 #: Length of the cache where none is asked for, and the model allows it.
 DEFAULT_LENGTH = 4096
 
@@ -64,13 +68,25 @@ class Sampling:
             return logits.argmax(-1)
         logits = logits.float() / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
-            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -torch.inf)
-        if self.top_p < 1:
-            ordered, order = logits.sort(-1, descending=True)
-            share = ordered.softmax(-1)
-            beyond = share.cumsum(-1) - share >= self.top_p  # never the first
-            logits = logits.scatter(-1, order, ordered.masked_fill(beyond, -torch.inf))
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            logits, places = logits.topk(self.top_k)
+            total = logits.logsumexp(-1, keepdim=True)
+        elif self.top_p < 1:
+            total = logits.logsumexp(-1, keepdim=True)
+            logits, places = self._likeliest(logits, total)
+        else:
+            return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        share = (logits - total).exp()
+        before = share.cumsum(-1) - share
+        share = share.masked_fill(before >= self.top_p, 0)  # never the first
+        return places.gather(-1, torch.multinomial(share, 1, generator=generator))[:, 0]
+
+    def _likeliest(self, logits: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Those that make up `top_p` and perhaps others behind them, in falling order; their places."""
+        if logits.is_cpu:  # a GPU would have to be waited for
+            best, places = logits.topk(min(CANDIDATES, logits.shape[-1]))
+            if bool(((best - total).exp().sum(-1) >= self.top_p).all()):
+                return best, places
+        return logits.sort(-1, descending=True)
 
 
 class Engine:
