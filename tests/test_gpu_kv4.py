@@ -88,7 +88,7 @@ def test_rope_append_kv4_kernel(batch, tokens, q_heads, kv_heads, head_dim, had_
     assert_quantized_keys(kv[:2], exact[:, q_heads:-kv_heads], error[:, q_heads:-kv_heads].amax(-1), places)
 
 
-def check(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, starts=None):
+def assert_attention(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, starts=None):
     device = ops.attention_kv4(
         *on_gpu(q, *kv), length, *on_gpu(mask), causal, scaling, *on_gpu(*(sinks or (None, None)), starts)
     )
@@ -105,21 +105,23 @@ def check(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, star
 def test_attention_kv4(head_dim, repeat, tokens, dtype):
     q = torch.randn(2, 2 * repeat, tokens, head_dim).to(dtype)
     for length in (1, CHUNK, 3 * CHUNK + 7):
-        check(q, packed(2, 2, length, head_dim, capacity=length + 4), length, scaling=head_dim**-0.5)
+        assert_attention(
+            q, packed(2, 2, length, head_dim, capacity=length + 4), length, scaling=head_dim**-0.5
+        )
 
 
 @pytest.mark.parametrize("head_dim", [30, 80, 128, 256])
 def test_attention_kv4_kernel(head_dim):
     for tokens, length in ((1, 270), (1, 20), (20, 270)):
         q = torch.randn(1, 8, tokens, head_dim).half()
-        check(q, packed(1, 2, length, head_dim), length, scaling=head_dim**-0.5)
+        assert_attention(q, packed(1, 2, length, head_dim), length, scaling=head_dim**-0.5)
 
 
 def test_attention_kv4_of_many_keys():
     for length in ((GROUP + 2) * CHUNK + 3, 33000):
         q, kv = 3 * torch.randn(2, 8, 1, 128).half(), packed(2, 2, length, 128)
         starts = torch.tensor([length - 1, length // 3])
-        check(q, kv, length, starts=starts)
+        assert_attention(q, kv, length, starts=starts)
 
 
 @pytest.mark.parametrize("count", [1, 4, 300])
@@ -128,7 +130,7 @@ def test_attention_kv4_with_sinks_and_masks(count):
     mask = torch.rand(2, 1, 3, 270) > 0.5
     mask[:, :, 1] = False
     sinks = torch.randn(2, count, 2, 2, 64).half().transpose(1, 3).unbind(2)
-    assert not check(q, kv, 270, mask, sinks=sinks)[:, 1].any()
+    assert not assert_attention(q, kv, 270, mask, sinks=sinks)[:, 1].any()
 
 
 def test_attention_kv4_bits_do_not_depend_on_what_is_not_seen():

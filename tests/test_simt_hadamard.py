@@ -91,7 +91,7 @@ def error_of(x, had_k, block):
     return (power.bit_length() + 3 * rows / 16 + 3) * 2 * UNIT * sums_of(x, block)
 
 
-def check_hadamard(x, had_k, block, transpose=False, **kwargs):
+def assert_hadamard(x, had_k, block, transpose=False, **kwargs):
     y, plan = hadamard(x, had_k, block, transpose, **kwargs)
     wide = x.double()
     exact = fast_hadamard(wide, had_k, block, transpose)
@@ -118,7 +118,7 @@ def test_hadamard(n, rows, dtype):
     if dtype == BF16 and n > 20000:
         pytest.skip("float16 of the same size covers it")
     spec = hadamard_spec(n)
-    check_hadamard(aligned(torch.randn(rows, n).to(dtype)), had_k_matrix(spec.k), spec.block_size)
+    assert_hadamard(aligned(torch.randn(rows, n).to(dtype)), had_k_matrix(spec.k), spec.block_size)
 
 
 def test_fast_hadamard_is_the_reference():
@@ -135,8 +135,8 @@ def test_transpose_inverts(n, dtype):
     had_k = had_k_matrix(spec.k)
     assert not torch.equal(had_k, had_k.T)
     x = aligned(torch.randn(1, n).to(dtype))
-    y, _ = check_hadamard(x, had_k, n)
-    back, _ = check_hadamard(y, had_k, n, transpose=True)
+    y, _ = assert_hadamard(x, had_k, n)
+    back, _ = assert_hadamard(y, had_k, n, transpose=True)
     wide = (x.double(), had_k, n)
     rounding = {F32: 0, HALF: 2.0**-11}[dtype] * (sums_of(y.double().abs(), n) + x.double().abs()) + 1e-7
     assert ((back.double() - x.double()).abs() <= 4 * error_of(*wide) + rounding).all()
@@ -150,7 +150,7 @@ DIAGONAL = [(320, 1, 64), (8640, 1, 64), (384, 1, 128), (13440, 1, 128), (1024, 
 @pytest.mark.parametrize("n,k,block", DIAGONAL)
 @pytest.mark.parametrize("dtype", [F32, HALF])
 def test_blocks_in_a_row(n, k, block, dtype):
-    check_hadamard(aligned(torch.randn(3, n).to(dtype)), had_k_matrix(k), block)
+    assert_hadamard(aligned(torch.randn(3, n).to(dtype)), had_k_matrix(k), block)
 
 
 @pytest.mark.parametrize("k,block", [(1, 64), (1, 512), (28, 224), (12, 1536), (1, 8192)])
@@ -167,7 +167,7 @@ def test_unaligned_pointers_give_the_same_bits(k, block, dtype):
 def test_small_had_k(had_k):
     had_k = torch.tensor(had_k, dtype=torch.int8)
     for power in (1, 8, 128):
-        check_hadamard(torch.randn(3, power * len(had_k)), had_k, power * len(had_k))
+        assert_hadamard(torch.randn(3, power * len(had_k)), had_k, power * len(had_k))
 
 
 @pytest.mark.parametrize("n,rows", [(64, 300), (128, 70), (576, 9), (4096, 3), (8192, 3), (11008, 2)])

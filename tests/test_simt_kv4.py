@@ -292,7 +292,7 @@ def parts(codes, params, length):
     return x, 15 * params[..., 0].abs() + params[..., 1].abs()
 
 
-def check(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, starts=None, **kwargs):
+def assert_attention(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, starts=None, **kwargs):
     y = attend(q, kv, length, mask, causal, scaling, sinks, starts, **kwargs)
     exact, error = exact_attention(q, kv, length, mask, causal, scaling, sinks, starts)
     last, step = ROUNDING[q.dtype]
@@ -306,7 +306,7 @@ def check(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, star
 @pytest.mark.parametrize("dtype", [*FLOATS, F64])
 def test_attention_kv4(head_dim, dtype):
     q = torch.randn(1, 1, 2, head_dim).to(dtype).transpose(1, 2)
-    y = check(q, packed(1, 1, 300, head_dim, capacity=303), 300, scaling=head_dim**-0.5)
+    y = assert_attention(q, packed(1, 1, 300, head_dim, capacity=303), 300, scaling=head_dim**-0.5)
     assert y.dtype == dtype and y.shape == (1, 1, 2, head_dim)
 
 
@@ -314,7 +314,7 @@ def test_attention_kv4(head_dim, dtype):
 @pytest.mark.parametrize("repeat", [1, 3])
 def test_lengths(length, repeat):
     q, kv = torch.randn(1, repeat, 1, 64).half(), packed(1, 1, length, 64, capacity=length + 40)
-    y = check(q, kv, length)
+    y = assert_attention(q, kv, length)
     assert_close(attend(q, kv, length, split=False, seed=5), y)
     want = reference.attention_kv4(q, *kv, length, None, True, 0.125)
     assert_close(y, want, atol=3e-6, rtol=2.0**-10)
@@ -330,13 +330,13 @@ def test_no_keys_and_no_queries():
 @pytest.mark.parametrize("causal", [True, False])
 def test_grouped_heads(repeat, tokens, causal):
     q, kv = torch.randn(2, 2 * repeat, tokens, 32).half(), packed(2, 2, 70, 32)
-    check(q, kv, 70, causal=causal, scaling=0.2)
+    assert_attention(q, kv, 70, causal=causal, scaling=0.2)
 
 
 def test_more_than_a_group_of_chunks():
     length = (GROUP + 2) * CHUNK + 3
     q, kv = 3 * torch.randn(1, 2, 1, 64), packed(1, 1, length, 64)
-    y = check(q, kv, length)
+    y = assert_attention(q, kv, length)
     assert_close(attend(q, kv, length, split=False), y)
 
 
@@ -346,7 +346,7 @@ def test_masks(mask_shape, causal):
     mask = torch.rand(*mask_shape, 3, 270) > 0.5
     mask[:, :, 1] = False  # a query that sees nothing
     mask = mask.transpose(2, 3).contiguous().transpose(2, 3)  # any strides
-    y = check(torch.randn(2, 6, 3, 32), packed(2, 3, 270, 32), 270, mask, causal, 0.2)
+    y = assert_attention(torch.randn(2, 6, 3, 32), packed(2, 3, 270, 32), 270, mask, causal, 0.2)
     assert not y[:, 1].any()
 
 
@@ -358,7 +358,7 @@ def test_sinks(count, dtype):
     for t in (kv[1], kv[3]):
         t[:, :, :count] = NAN  # they are not looked at
     for split in (True, False):
-        check(q, kv, 270, scaling=0.2, sinks=(k_sink, v_sink), split=split)
+        assert_attention(q, kv, 270, scaling=0.2, sinks=(k_sink, v_sink), split=split)
 
 
 @pytest.mark.parametrize("tokens,starts", [(1, [0, 299, 256]), (3, [297, 0, 254])])
@@ -367,7 +367,7 @@ def test_sequences_of_different_lengths(tokens, starts, causal):
     q, kv, starts = torch.randn(3, 2, tokens, 32), packed(3, 1, 300, 32), torch.tensor(starts)
     for b, start in enumerate(starts.tolist()):
         kv[1][b, :, start + tokens :] = kv[3][b, :, start + tokens :] = NAN
-    got = check(q, kv, 300, None, causal, starts=starts)
+    got = assert_attention(q, kv, 300, None, causal, starts=starts)
     for b, start in enumerate(starts.tolist()):
         one = [t[b : b + 1] for t in (q, *kv)]
         assert_close(attend(one[0], one[1:], start + tokens, None, causal, seed=b), got[b : b + 1])
@@ -423,8 +423,8 @@ def test_nan_shows_only_where_it_is_seen(causal):
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1e3, 1e30])
 def test_queries_of_any_size(size):
     q, kv = torch.randn(1, 2, 1, 64) * size, packed(1, 1, 300, 64)
-    check(q, kv, 300, scaling=0.125 / size)
-    check(
+    assert_attention(q, kv, 300, scaling=0.125 / size)
+    assert_attention(
         torch.cat([q, q[..., :32] * 0, q[..., :32] * 1e-6], -1),
         packed(1, 1, 30, 128),
         30,
@@ -434,17 +434,17 @@ def test_queries_of_any_size(size):
 
 def test_scores_of_any_size_and_values_of_different_sizes():
     q, kv = torch.randn(1, 2, 2, 64) * 50, packed(1, 1, 600, 64, spread=3)
-    check(q, kv, 600)
+    assert_attention(q, kv, 600)
     kv[3][:, :, ::7] *= 100
     kv[3][:, :, 1::7] *= 1e-3
-    check(q / 50, kv, 600)
+    assert_attention(q / 50, kv, 600)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_strided_and_unaligned_caches(head_dim):
     length = 70
     q, kv = torch.randn(1, 4, 1, head_dim), packed(1, 2, length, head_dim)
-    want = check(q, kv, length)
+    want = assert_attention(q, kv, length)
     heads_last = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in kv]
     assert_close(attend(q, heads_last, length), want)
     for offset in (1, 8, 24):

@@ -44,7 +44,7 @@ def allowed(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, st
     return exact, size * relative + 2.0**-35 * length * v_most.amax()
 
 
-def check(q, kv, *arguments, **keywords):
+def assert_attention(q, kv, *arguments, **keywords):
     got = prefill(q, kv, *arguments, **keywords)
     exact, error = allowed(q, kv, *arguments, **keywords)
     last, step = ROUNDING[q.dtype]
@@ -58,15 +58,15 @@ def check(q, kv, *arguments, **keywords):
 @pytest.mark.parametrize("tokens,length", [(1, 1), (5, 70), (70, 70), (130, 200)])
 def test_attention(head_dim, tokens, length, dtype):
     q, kv = torch.randn(2, 2, tokens, head_dim).to(dtype), packed(2, 1, length, head_dim, length + 3)
-    check(q, kv, length, scaling=head_dim**-0.5)
+    assert_attention(q, kv, length, scaling=head_dim**-0.5)
 
 
 @pytest.mark.parametrize("repeat", [1, 3, 8])
 @pytest.mark.parametrize("spread", [1e-3, 30.0])
 def test_attention_of_grouped_heads_and_other_spreads(repeat, spread):
     q, kv = torch.randn(1, 2 * repeat, 40, 64).half(), packed(1, 2, 90, 64, spread=spread)
-    check(q, kv, 90, scaling=0.125 / spread)
-    check(q, kv, 90, causal=False, scaling=0.125 / spread)
+    assert_attention(q, kv, 90, scaling=0.125 / spread)
+    assert_attention(q, kv, 90, causal=False, scaling=0.125 / spread)
 
 
 @pytest.mark.parametrize("mask_shape", [(2, 6), (1, 1), (2, 1), (1, 6)])
@@ -78,7 +78,7 @@ def test_attention_masks(mask_shape, causal, sinks):
     mask = mask.transpose(2, 3).contiguous().transpose(2, 3)  # any strides
     q, kv = torch.randn(2, 6, 5, 32).half(), packed(2, 3, 70, 32)
     sinks = tuple(torch.randn(2, 2, 3, sinks, 32)) if sinks else None
-    got = check(q, kv, 70, mask, causal, sinks=sinks)
+    got = assert_attention(q, kv, 70, mask, causal, sinks=sinks)
     assert not got[:, 2].any()
 
 
@@ -89,14 +89,14 @@ def test_attention_sinks(sinks, tokens, dtype):
     sinks = torch.randn(2, sinks, 2, 2, 32).to(dtype).transpose(1, 3).unbind(2)  # any strides
     for floats in sinks:
         floats[:, :, 0] *= 20
-    check(q, kv, 140, sinks=sinks)
+    assert_attention(q, kv, 140, sinks=sinks)
 
 
 @pytest.mark.parametrize("tokens,starts", [(1, [0, 69, 30]), (5, [65, 0, 1]), (65, [5, 4, 0])])
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_of_sequences_of_different_lengths(tokens, starts, causal):
     q, kv, starts = torch.randn(3, 4, tokens, 32).half(), packed(3, 2, 70, 32), torch.tensor(starts)
-    want = check(q, kv, 70, causal=causal, starts=starts)
+    want = assert_attention(q, kv, 70, causal=causal, starts=starts)
     for b, start in enumerate(starts.tolist()):  # what lies beyond is poison
         kv[1][b, :, start + tokens :] = kv[3][b, :, start + tokens :] = NAN
     assert_close(prefill(q, kv, 70, causal=causal, starts=starts), want)
