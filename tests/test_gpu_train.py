@@ -3,6 +3,7 @@
 import json
 import sys
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -92,7 +93,7 @@ def test_comparisons_read_the_beginning_of_what_the_teacher_wrote(folder):
     plan = gpu_train.comparisons("model", "cuda", SMALL, ablations=True, rotations=True)
     assert [stage.name for stage in plan] == ["ablations", "hadamard", "learned"]
     assert f"training.data={gpu_train.SHORT}" in plan[0].command and plan[0].repeated == "go on"
-    with pytest.raises(Exception, match="run this first without --ablations"):
+    with pytest.raises(click.ClickException, match="run this first without --ablations"):
         gpu_train.shorten(folder / "none", folder / "short")
     written = folder / "written"
     written.write_text("".join(f"{line}\n" for line in range(gpu_train.DOCUMENTS + 5)))

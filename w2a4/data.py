@@ -128,7 +128,7 @@ def token_stream(tokenizer: Any, text: str) -> tuple[Tensor, bool]:
     """Token ids of a text, tokenised once, with BOS once at the front if the tokenizer has one.
 
     "Has one" means `bos_token_id` is set, whether or not the tokenizer adds it by itself. What stands between
-    ends of text is tokenised side by side: 20 million tokens in one piece take minutes, and gigabytes.
+    ends of text is tokenised side by side, which is faster than one long piece.
 
     Returns:
         int64 `[tokens]`, and whether it begins with BOS.

@@ -76,8 +76,8 @@ class Sampling:
         else:
             return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         share = (logits - total).exp()
-        before = share.cumsum(-1) - share
-        share = share.masked_fill(before >= self.top_p, 0)  # never the first
+        if self.top_p < 1:
+            share = share.masked_fill(share.cumsum(-1) - share >= self.top_p, 0)  # never the first
         return places.gather(-1, torch.multinomial(share, 1, generator=generator))[:, 0]
 
     def _likeliest(self, logits: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,11 @@ class Parts:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the layer looks up its own
 
+    def serve(self) -> bool:
+        """The fused ops compute the layer as it is, and nobody looks at it."""
+        own = self.attn.config._attn_implementation == NAME
+        return self.fit and own and not self.watched()
+
     def watched(self) -> bool:
         """Someone hooked into a module, or replaced its forward (as accelerate does)."""
         return any(self.hooks) or any(["forward" in own for own in self.attributes])
@@ -158,17 +163,15 @@ class FusedLayer:
         if args:
             return super().forward(hidden_states, *args, **kwargs)
         parts = _parts(self)
-        own = parts.attn.config._attn_implementation == NAME
-        if not parts.fit or not own or parts.watched():
+        if not parts.serve():
             return super().forward(hidden_states, **kwargs)
         return decoder_layer(parts, hidden_states, **kwargs)
 
 
 @torch.compiler.assume_constant_result
 def _fits(layer: nn.Module) -> bool:
-    """Whether the fused ops compute the layer, and nothing looks at it."""
-    parts = _parts(layer)
-    return parts.fit and not parts.watched()
+    """Whether the fused ops serve; a compiled graph takes the answer for good."""
+    return _parts(layer).serve()
 
 
 def _traced_layer(

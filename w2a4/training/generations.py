@@ -22,8 +22,7 @@ PROMPT_TOKENS, LENGTH = 32, 512
 #: Continuations written at once: on a CPU, and at most on a GPU, whose memory may hold fewer.
 BATCH, GPU_BATCH = 16, 512
 
-#: The unlikely is cut off by number: by probability the whole vocabulary would be sorted at every step, which
-#: takes a GPU longer than a small teacher's forward pass.
+#: The unlikely is cut off by number: by probability, the vocabulary might have to be sorted for each token.
 SAMPLING = Sampling(temperature=1.0, top_k=256)
 
 

@@ -146,6 +146,9 @@ class QATTrainer(Trainer):
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """What `watch` says, in Trainer's history."""
+        if self.watch is None:
+            return super().evaluate(*args, **kwargs)
         begun = time.monotonic()
         metrics = {PERPLEXITY: self.watch()}
         self.started += time.monotonic() - begun
