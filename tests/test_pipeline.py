@@ -204,10 +204,10 @@ def test_an_interrupted_quantisation_goes_on_where_it_stopped(tmp_path, monkeypa
     assert torch.equal(logits(model, prompt()), logits(whole, prompt()))
 
 
-def test_a_token_with_a_massive_activation_does_not_decide_the_fit(monkeypatch):
-    model = tiny_llama(dtype=torch.float32, hidden_size=64, intermediate_size=128)
+def model_with_massive_token(**changes):
+    """Token 5, which nothing resembles, makes neuron 0 of layer 0 fire far harder than anything else does."""
+    model = tiny_llama(dtype=torch.float32, hidden_size=64, intermediate_size=128, **changes)
     layer, embedding = model.model.layers[0], model.model.embed_tokens.weight.detach()
-    # Token 5, which nothing resembles, makes one neuron fire far harder than anything else does.
     alone = embedding[5] / embedding[5].norm()
     embedding[:5] -= embedding[:5] @ alone[:, None] * alone
     embedding[6:] -= embedding[6:] @ alone[:, None] * alone
@@ -215,22 +215,50 @@ def test_a_token_with_a_massive_activation_does_not_decide_the_fit(monkeypatch):
     layer.self_attn.o_proj.weight.data *= 0.1
     for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
         linear.weight.data[0] += 6 * alone
+    return model
+
+
+def streams_behind(model, layer, ids, recipe):
+    """Hidden states behind a layer that is quantised on these tokens: full precision and quantised."""
+    x = model.model.embed_tokens(ids)
+    streams = Streams([x], [x])
+    cos_sin = model.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
+    LayerQuantizer(layer, recipe, KVSettings(4), cos_sin).run(streams)
+    return streams.full[0], streams.quantized[0]
+
+
+@torch.no_grad()
+def test_a_token_with_a_massive_activation_does_not_decide_the_fit(monkeypatch):
+    model = model_with_massive_token()
     ids = torch.randint(6, 67, (16, 32))
     ids[:, 0] = 5
-    recipe = w2a4.Recipe.load("w4a4kv4")
+    recipe = w2a4.Recipe.load("w4a4kv4").override(first_token=0)
 
     def others_error(layer):
-        x = model.model.embed_tokens(ids)
-        streams = Streams([x], [x])
-        cos_sin = model.model.rotary_emb(x, torch.arange(32)[None])
-        LayerQuantizer(layer, recipe, KVSettings(4), cos_sin).run(streams)
-        (full,), (quantized,) = streams.full, streams.quantized
+        full, quantized = streams_behind(model, layer, ids, recipe)
         norms = full.norm(dim=-1)
         assert norms[:, 0].min() > 30 * norms[:, 1:].median()
         return float(((quantized - full).norm(dim=-1) / norms)[:, 1:].mean())
 
-    with torch.no_grad():
-        weighted = others_error(copy.deepcopy(layer))
-        fit = LayerQuantizer._fit
-        monkeypatch.setattr(LayerQuantizer, "_fit", lambda self, *args: fit(self, *args[:3]))
-        assert weighted < 0.8 * others_error(layer)
+    weighted = others_error(copy.deepcopy(model.model.layers[0]))
+    fit = LayerQuantizer._fit
+    monkeypatch.setattr(LayerQuantizer, "_fit", lambda self, *args: fit(self, *args[:3]))
+    assert weighted < 0.8 * others_error(model.model.layers[0])
+
+
+def test_the_first_token_keeps_its_massive_activation():
+    """Though the 4-bit noise of all other tokens goes through the same weights."""
+    ids = torch.randint(6, 67, (4, 512))
+    ids[:, 0] = 5
+    kept = {}
+
+    def measure(index, quantizer, inputs, streams):
+        if index == 0:
+            full, quantized = (torch.cat(stream)[:, 0] for stream in (streams.full, streams.quantized))
+            kept[share] = float(((full * quantized).sum(-1) / full.square().sum(-1)).min())
+
+    for share in (0.0, 0.125):
+        recipe = w2a4.Recipe.load("w4a4kv4").override(first_token=share, gptq_refine=0)
+        model = model_with_massive_token(max_position_embeddings=512)
+        w2a4.quantize(model, None, recipe, ids, progress=False, refine=measure)
+    assert kept[0.0] < 0.5 and 0.8 < kept[0.125] < 1.1

@@ -45,6 +45,18 @@ class Streams:
         return Streams(*(list(torch.cat(s).to(device).split(sequences)) for s in (self.full, self.quantized)))
 
 
+def token_weights(recipe: Recipe, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    """What the squared error at each place of a window counts, `[tokens]`: 1, and more at the first.
+
+    The first token is the one that all others attend to, and what makes it so is a massive activation of one
+    or two neurons. Their weights bring the noise of 4-bit inputs into every token, so that least squares can
+    find it better to drop the activation of one token in hundreds, on which all the others lean.
+    """
+    weights = torch.ones(tokens, device=device)
+    weights[0] = max(1.0, recipe.first_token * (tokens - 1))
+    return weights
+
+
 class LayerQuantizer:
     """Quantises one decoder layer in place.
 
@@ -136,8 +148,8 @@ class LayerQuantizer:
         """Quantise the linears that share `inputs`, stacked into one matrix.
 
         Args:
-            weights: what a token's error is multiplied with before it is squared, `[sequences, tokens, 1]`
-                a batch; None is 1.
+            weights: what a token's error is multiplied with before it is squared, beside its place's weight,
+                `[sequences, tokens, 1]` a batch; None is 1.
         """
         recipe, linears = self.recipe, decoder_linears(self.layer)
         group = [linears[name] for name in names]
@@ -152,9 +164,10 @@ class LayerQuantizer:
             error = None
         else:
             moments = Moments(weight.shape[1], recipe.gptq_target == "full", weight.device)
+            places = token_weights(recipe, inputs.full[0].shape[1], weight.device).sqrt()[:, None]
             for i, (full, quantized) in enumerate(zip(inputs.full, inputs.quantized, strict=True)):
-                seen = self._as_seen(quantized, clip, act_group)
-                moments.add(*((seen, full) if weights is None else (seen * weights[i], full * weights[i])))
+                factor = places if weights is None else places * weights[i]
+                moments.add(self._as_seen(quantized, clip, act_group) * factor, full * factor)
             options = GPTQOptions(
                 recipe.gptq_damp, recipe.gptq_block, recipe.gptq_act_order, recipe.gptq_refine
             )

@@ -210,6 +210,8 @@ class Recipe:
         gptq_refine: rounds of coordinate descent (and level refits) after the GPTQ pass.
         gptq_target: `full` fits the full-precision layer's output, `quantized` the layer's own
             output on the quantised prefix's inputs (plain GPTQ).
+        first_token: what the first token of a window counts in GPTQ and in training block by block, as a
+            share of all the others together; 0 is no more than any other. See `calibrate.token_weights`.
         calib_samples, calib_seqlen: calibration windows and tokens in each.
         training: see `Training`; only `w2a4 train` and `w2a4.prepare` read it.
     """
@@ -234,6 +236,7 @@ class Recipe:
     gptq_act_order: bool = True
     gptq_refine: int = 3
     gptq_target: Literal["full", "quantized"] = "full"
+    first_token: float = 0.125
     calib_samples: int = 16
     calib_seqlen: int = 512
     training: Training = field(default_factory=Training)
@@ -264,6 +267,8 @@ class Recipe:
             raise RecipeError(f"smooth={self.smooth}: give a number in [0, 1]; 0 is off")
         if not 0 < self.gptq_damp < 1:
             raise RecipeError(f"gptq_damp={self.gptq_damp}: give a number in (0, 1)")
+        if not 0 <= self.first_token < float("inf"):
+            raise RecipeError(f"first_token={self.first_token}: give a number >= 0; 0 is off")
 
     def override(self, **changes: Any) -> Recipe:
         """A copy with fields replaced; nested ones as `{"rotation.r4": "none"}`."""
