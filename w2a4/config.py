@@ -210,8 +210,8 @@ class Recipe:
         gptq_refine: rounds of coordinate descent (and level refits) after the GPTQ pass.
         gptq_target: `full` fits the full-precision layer's output, `quantized` the layer's own
             output on the quantised prefix's inputs (plain GPTQ).
-        first_token: what the first token of a window counts in GPTQ and in training block by block, as a
-            share of all the others together; 0 is no more than any other. See `calibrate.token_weights`.
+        first_token: what the first token of a window counts in the GPTQ fit, as a share of all the others
+            together; 0 is no more than any other. See `calibrate.token_weights`.
         calib_samples, calib_seqlen: calibration windows and tokens in each.
         training: see `Training`; only `w2a4 train` and `w2a4.prepare` read it.
     """
@@ -237,7 +237,7 @@ class Recipe:
     gptq_refine: int = 3
     gptq_target: Literal["full", "quantized"] = "full"
     first_token: float = 0.125
-    calib_samples: int = 16
+    calib_samples: int = 64
     calib_seqlen: int = 512
     training: Training = field(default_factory=Training)
 
@@ -394,7 +394,7 @@ def _describe(hint: Any) -> str:
 
 #: Named recipes, for `Recipe.load` and the command line.
 RECIPES = {
-    "w4a4kv4": Recipe(name="w4a4kv4", weight_bits=4, calib_samples=32),
+    "w4a4kv4": Recipe(name="w4a4kv4", weight_bits=4),
     "w2a4kv4": Recipe(name="w2a4kv4", weight_bits=2),
     "w2a4kv4-rcp": Recipe(name="w2a4kv4-rcp", training=Training(steps=2560, data="self")),
     "w2a4kv4-rcp-quick": Recipe(
@@ -405,7 +405,6 @@ RECIPES = {
     ),
     "w2a4kv4-rcp-block": Recipe(
         name="w2a4kv4-rcp-block",
-        calib_samples=64,
         training=Training(route="block", steps=120, batch_size=2, lr=1e-4, quantizer_lr=2e-3),
     ),
 }

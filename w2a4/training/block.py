@@ -1,9 +1,8 @@
 """Block by block: each decoder layer trains alone, on what the packed layers before it give.
 
 The target is the full-precision layer's output on full-precision inputs, so a layer also makes up for
-errors of those before it. A token's error counts relative to its norm, and the first token's more, as in the
-fit. In memory is one layer with its optimiser and the hidden states of the calibration text: the way to large
-models on one small device.
+errors of those before it. In memory is one layer with its optimiser and the hidden states of the
+calibration text: the way to large models on one small device.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import LayerQuantizer, Streams, token_weights
+from ..calibrate import LayerQuantizer, Streams
 from ..config import Recipe, Training
 from ..errors import TrainingError
 from ..integrations.hf import decoder_linears
@@ -28,7 +27,7 @@ class BlockTrainer:
     """
 
     def __init__(self, recipe: Recipe, steps: int):
-        self.recipe, self.training, self.steps = recipe, recipe.training, steps
+        self.training, self.seed, self.steps = recipe.training, recipe.rotation.seed, steps
         #: Mean relative error of a layer's output, before and after training, by its index.
         self.errors: dict[int, tuple[float, float]] = {}
 
@@ -50,14 +49,12 @@ class BlockTrainer:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate(self.training, step / self.steps)
         )
-        generator = torch.Generator().manual_seed(self.recipe.rotation.seed * 100_003 + index)
-        weights = token_weights(self.recipe, source.shape[1], source.device)
-        weights /= weights.mean()
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
         layer.train()
         for step in range(self.steps):
             picked = torch.randint(len(source), (self.training.batch_size,), generator=generator)
             out = _forward(layer, source[picked], quantizer)
-            loss = (_relative_error(out, target[picked]) * weights).mean()
+            loss = _relative_error(out, target[picked]).mean()
             if not bool(torch.isfinite(loss)):
                 raise TrainingError(
                     f"step {step + 1} of layer {index}: the loss is {float(loss)}; lower training.lr "
