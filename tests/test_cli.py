@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import os
 import resource
 import shutil
@@ -355,14 +354,19 @@ def test_train_measures_before_at_every_checkpoint_and_after(plain, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 400)
     watched = ("--eval", text, "--eval-windows", "1", "--json", tmp_path / "t.json")
-    train = ("train", plain, *SMALL, *FEW_STEPS, *watched, "--out")
+    train = ("train", plain, *SMALL, *FEW_STEPS, "--set", "first_token=0", *watched, "--out")
     shown = succeed(*train, tmp_path / "trained").stdout
     result = json.loads((tmp_path / "t.json").read_text())
     steps, values = zip(*result["training"]["perplexities"], strict=True)
     assert steps == (0, 1, 2)
     after = result["evaluation"]["after"]["perplexity"]
-    # The packed model is the trained one, but for 4-bit codes that float32 rounding flips.
-    assert math.log(values[-1]) == pytest.approx(math.log(after), abs=0.01)
+    assert values[-1] == pytest.approx(after, rel=1e-3)  # the packed model is the trained one
+    # But for 4-bit codes that the rounding of fused ops flips: run module by module it is the same.
+    model, tokenizer = w2a4.load_model(tmp_path / "trained")
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_hook(lambda *args: None)
+    unfused = evaluate.perplexity(model, tokenizer, text, windows=1)["perplexity"]
+    assert values[-1] == pytest.approx(unfused, rel=1e-4)
     assert values[0] != values[-1] and result["evaluation"]["before"]["perplexity"] != after
     assert "perplexity before: " in shown and f"perplexity after: {w2a4.report.number(after)}" in shown
 
