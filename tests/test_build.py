@@ -77,6 +77,28 @@ def test_build_info_is_one_line_that_says_why_there_is_no_cuda():
     assert re.search(r"w2a4\._cuda: (not loaded \(.+\)|CUDA kernels)", ops.build_info())
 
 
+def test_a_source_tree_that_is_not_installed_is_usable(tmp_path):
+    """As after `build_ext --inplace`: the package has no metadata, and Triton kernels lie elsewhere."""
+    for folder in ("w2a4", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import sys, w2a4; from w2a4 import dispatch; print(w2a4.__file__, w2a4.__version__);"
+        "print(dispatch.why_no_triton(None) or 'triton', 'w2a4.triton_kernels.gemm' in sys.modules)"
+    )
+    # No site-packages of an editable install may lend its finder: only the folders of the others.
+    others = [path for path in sys.path if path and Path(path).resolve() != ROOT]
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *others]), "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    imported, kernels = run.stdout.splitlines()
+    path, version = imported.split()
+    assert path == str(tmp_path / "w2a4/__init__.py") and re.match(r"\d+\.\d+", version)
+    missing = "triton is not installed, `pip install triton` False"
+    assert kernels == ("triton True" if importlib.util.find_spec("triton") else missing)
+
+
 def test_a_slow_path_warns_once(monkeypatch):
     from w2a4 import ops
 

@@ -6,6 +6,7 @@ from packed import SHAPE, packed_model, prompt
 from transformers import CompileConfig, DynamicCache
 
 import w2a4
+from w2a4.integrations.arguments import CACHE_NAMES
 from w2a4.integrations.attention import KVSettings, PackedKV, w2a4_attention
 from w2a4.integrations.kv_cache import KV4Layer
 from w2a4.rotation.online import OnlineRotation
@@ -180,6 +181,41 @@ def test_a_filled_16_bit_cache_still_sees_4_bits():
         steps = [model.model(ids[:, i : i + 1], past_key_values=cache).last_hidden_state for i in range(10)]
         whole = model.model(ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_layer_takes_its_cache_by_either_name(name):
+    """transformers 5.24 renamed it; a layer that drops it decodes without any context."""
+    model = packed_model()
+    decoder, x = model.model, torch.randn(1, 6, SHAPE["hidden_size"])
+    rotary = decoder.rotary_emb(x, torch.arange(6)[None])
+    cache = w2a4.KV4Cache.for_model(model)
+    with torch.inference_mode():
+        whole = decoder.layers[0](x, position_embeddings=rotary)
+        parts = [
+            decoder.layers[0](x[:, t], position_embeddings=tuple(r[:, t] for r in rotary), **{name: cache})
+            for t in (slice(0, 5), slice(5, 6))
+        ]
+    assert cache.layers[0].get_seq_length() == 6
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_arguments_that_nobody_knows_are_refused(watched):
+    """A cache under a third name, or lengths of packed sequences, must not be dropped."""
+    model = packed_model()
+    if watched:
+        model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    with torch.inference_mode():
+        unknown = {
+            "kv_store": w2a4.KV4Cache.for_model(model),
+            "cu_seq_lens_q": torch.tensor([0, 3, 6]),
+            "is_causal": False,
+        }
+        for name, value in unknown.items():
+            with pytest.raises(w2a4.W2A4Error, match=name):
+                model(prompt(), **{name: value})
+        model(prompt(), kv_store=None)
 
 
 def test_cache_grows_crops_and_counts_its_bytes():

@@ -4,8 +4,6 @@ Importing the package registers the `w2a4` quantiser, attention and mask with tr
 `AutoModelForCausalLM.from_pretrained` reads packed checkpoints.
 """
 
-from importlib.metadata import version
-
 from .config import Recipe, RotationConfig, RotationLearning, Training
 from .engine import Engine, Sampling
 from .errors import (
@@ -23,8 +21,9 @@ from .layers import W2A4Linear, W4A4Linear, W8Embedding, W8Linear, replace_linea
 from .pipeline import load_model, quantize, rotate, save
 from .report import Report
 from .training.prepare import convert, prepare
+from .version import VERSION
 
-__version__ = version("w2a4")
+__version__ = VERSION
 
 __all__ = [
     "CalibrationError",

@@ -11,10 +11,14 @@ more: w2a4._cuda multiplies integers of 30 bits, Triton 16-bit floats, as any fl
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import os
+import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,11 +189,26 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=2)
 
 
+def _import_triton_kernels() -> Any:
+    """Register the ops of all Triton kernels; returns their module `language`.
+
+    In a source tree that is not installed, the package lies where setup.py takes it from.
+    """
+    name = f"{__package__}.triton_kernels"
+    beside = Path(__file__).parents[1] / "kernels" / "w2a4_triton" / "__init__.py"
+    if importlib.util.find_spec(name) is None and beside.is_file():
+        spec = importlib.util.spec_from_file_location(name, beside)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    kernels = ("attention", "fake_quant", "gemm", "language", "ldp")
+    return {kernel: importlib.import_module(f"{name}.{kernel}") for kernel in kernels}["language"]
+
+
 def _look_for_triton(index: int | None) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed, `pip install triton`"
     try:
-        from .triton_kernels import attention, fake_quant, gemm, language, ldp  # noqa: F401  (registers their ops)
+        language = _import_triton_kernels()
     except Exception as error:  # an old or a broken triton fails in many ways
         return f"triton can not be used ({type(error).__name__}: {error}), `pip install --upgrade triton`"
     if index is None:

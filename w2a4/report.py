@@ -22,6 +22,7 @@ import yaml
 
 from .config import Recipe
 from .errors import CheckpointError
+from .version import VERSION
 
 #: Bytes of a checkpoint by part, in the order tables print them.
 PARTS = {
@@ -135,8 +136,8 @@ def source_name(source: str | Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for package in ("w2a4", "torch", "transformers", "safetensors"):
+    found = {"python": platform.python_version(), "w2a4": VERSION}
+    for package in ("torch", "transformers", "safetensors"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
 from .errors import W2A4Error
+from .integrations.arguments import CACHE, cache_name
 from .integrations.fused import LayerOp, decoder_layer, fused_parts, layer_op
 from .integrations.kv_cache import KV4Cache
 
@@ -234,9 +235,9 @@ class StaticSequences:
         out = self.model(
             input_ids=ids,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: self.cache},
         )
         return out.logits[:, -1]
 
@@ -245,7 +246,7 @@ class PlainSequences:
     """Sequences of any causal language model, padded on the left. Attributes: see `PackedSequences`."""
 
     def __init__(self, model: Any, rows: list[Tensor]):
-        self.model, self.cache = model, None
+        self.model, self.cache, self.name = model, None, cache_name(model.forward)
         longest = max(map(len, rows))
         padded = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
         gaps = torch.tensor([longest - len(row) for row in rows], device=padded.device)[:, None]
@@ -261,9 +262,9 @@ class PlainSequences:
         ragged = not bool(self.mask.all())
         out = self.model(
             input_ids=ids, attention_mask=self.mask if ragged else None, position_ids=positions,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+            use_cache=True, logits_to_keep=1, **{self.name: self.cache},
         )  # fmt: skip
-        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+        self.cache, self.logits = getattr(out, self.name), out.logits[:, -1]
 
 
 def _kv_settings(model: Any) -> Any:

@@ -9,6 +9,7 @@ an evaluation without a cache sees the numbers that decoding will see. Registere
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..quantizers import fake_quant_kv4
 from ..rotation.online import OnlineRotation
+from .arguments import check_arguments
 
 NAME = "w2a4"
 
@@ -77,7 +79,7 @@ def w2a4_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     kv_settings: KVSettings | None = None,
-    **_,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention function in the form transformers calls.
 
@@ -90,6 +92,7 @@ def w2a4_attention(
     Returns:
         `[batch, q_tokens, q_heads, head_dim]`, and no attention weights.
     """
+    check_arguments(others)
     settings = kv_settings or module.kv_settings
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = as_bool(attention_mask)

@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from .. import ops
 from ..layers import _PackedLinear
 from ..rotation.online import OnlineRotation
+from .arguments import cache_of, check_arguments
 from .attention import NAME, as_bool, packed_attention, w2a4_attention
 from .kv_cache import KV4Cache, KV4Layer, KV4StaticCache
 
@@ -157,7 +158,7 @@ class FusedLayer:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            if args or type(kwargs.get("past_key_values")) is not KV4StaticCache or not _fits(self):
+            if args or type(cache_of(kwargs)) is not KV4StaticCache or not _fits(self):
                 return super().forward(hidden_states, *args, **kwargs)
             return _traced_layer(self, hidden_states, **kwargs)
         if args:
@@ -165,7 +166,19 @@ class FusedLayer:
         parts = _parts(self)
         if not parts.serve():
             return super().forward(hidden_states, **kwargs)
-        return decoder_layer(parts, hidden_states, **kwargs)
+        return _called_layer(parts, hidden_states, **kwargs)
+
+
+def _called_layer(
+    parts: Parts,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """`decoder_layer` with arguments as transformers passes them."""
+    check_arguments(others)
+    return decoder_layer(parts, hidden_states, position_embeddings, attention_mask, cache_of(others))
 
 
 @torch.compiler.assume_constant_result
@@ -179,14 +192,14 @@ def _traced_layer(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
+    **others: Any,
 ) -> Tensor:
     """`decoder_layer` for torch.compile, which cannot ask where tensors lie: linears one by one."""
+    check_arguments(others)
     attn, mlp = layer.self_attn, layer.mlp
     qkv = _norm_linears(layer.input_layernorm, (attn.q_proj, attn.k_proj, attn.v_proj), hidden_states)
     heads = qkv[0].shape[-1] // attn.head_dim, qkv[1].shape[-1] // attn.head_dim
-    own_cache = past_key_values.layers[attn.layer_idx]
+    own_cache = cache_of(others).layers[attn.layer_idx]
     joint = torch.cat(qkv, -1)
     context = _attended(attn, joint, *heads, position_embeddings, attention_mask, own_cache)
     hidden_states = hidden_states + attn.o_proj.forward(context.flatten(-2))
@@ -214,32 +227,31 @@ def decoder_layer(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
+    cache: Any = None,
 ) -> Tensor:
-    """One decoder layer on `[batch, tokens, hidden]`; arguments as transformers passes them."""
-    own_cache = _own_cache(parts.attn, hidden_states, past_key_values)
+    """One decoder layer on `[batch, tokens, hidden]`, with the cache of the whole model or none."""
+    own_cache = _own_cache(parts.attn, hidden_states, cache)
     if type(own_cache) is KV4Layer:
         call = layer_op(parts, own_cache, hidden_states)
         if call is not None:
             return call(hidden_states, position_embeddings, as_bool(attention_mask))
     (qkv,) = _norm_linears(parts.norms[0], (parts.joint_qkv.current(),), hidden_states)
-    cache = past_key_values if own_cache is None else own_cache
-    context = _attended(parts.attn, qkv, *parts.heads, position_embeddings, attention_mask, cache)
+    used = cache if own_cache is None else own_cache
+    context = _attended(parts.attn, qkv, *parts.heads, position_embeddings, attention_mask, used)
     hidden_states = hidden_states + parts.o_proj.forward(context.flatten(-2))
     return hidden_states + _mlp_part(parts, hidden_states)
 
 
-def _own_cache(attn: nn.Module, x: Tensor, past_key_values: Any) -> KV4Layer | None:
+def _own_cache(attn: nn.Module, x: Tensor, cache: Any) -> KV4Layer | None:
     """The layer's part of a 4-bit cache.
 
     Without a cache one that nobody else sees, so that a forward pass rounds where decoding will; but not for
     gradients, which need keys and values as they were.
     """
-    if isinstance(past_key_values, KV4Cache):
-        return past_key_values.layers[attn.layer_idx]
+    if isinstance(cache, KV4Cache):
+        return cache.layers[attn.layer_idx]
     differentiable = torch.is_grad_enabled() and x.requires_grad
-    if past_key_values is None and attn.kv_settings.kv_bits == 4 and not differentiable:
+    if cache is None and attn.kv_settings.kv_bits == 4 and not differentiable:
         return KV4Layer(attn.kv_settings, x.shape[1])
     return None
 

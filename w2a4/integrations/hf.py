@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,9 @@ from ..layers import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
 from ..report import Report, checkpoint_summary, model_card, write_json
 from ..rotation.fuse import RotatedLinear
 from ..rotation.online import OnlineRotation
+from ..version import VERSION
 from . import attention
+from .arguments import CACHE, CACHE_NAMES, cache_of
 from .checkpoint import FORMAT_VERSION, atomic_directory, check_headers
 from .fused import fuse
 from .kv_cache import KV4Cache, KV4StaticCache
@@ -62,14 +63,14 @@ class W2A4Config(QuantizationConfigMixin):
         if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
             raise CheckpointError(
                 f"checkpoint format {format_version!r} is newer than {FORMAT_VERSION}, which "
-                f"w2a4 {version('w2a4')} reads; upgrade w2a4"
+                f"w2a4 {VERSION} reads; upgrade w2a4"
             )
         kwargs.pop("quant_method", None)
         if kwargs:
             raise CheckpointError(f"quantization_config has unknown keys {sorted(kwargs)}")
         self.quant_method = METHOD
         self.format_version = format_version
-        self.w2a4_version = w2a4_version or version("w2a4")
+        self.w2a4_version = w2a4_version or VERSION
         self.recipe = Recipe.from_dict(recipe or {}).to_dict()
         self.rotation = rotation or {}
         self.provenance = provenance or {}
@@ -236,21 +237,21 @@ def _report_beside(source: str) -> Report | None:
 
 def _default_cache(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Forward pre-hook: where the model would make a 16-bit cache, or got an empty one, use one of 4 bits."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     settings = model.model.layers[0].self_attn.kv_settings
     if settings.kv_bits != 4:
         return None
     use_cache = kwargs.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else use_cache
     layers = len(model.model.layers)
-    if type(cache) is StaticCache and not cache.layers[0].is_initialized:
-        kwargs["past_key_values"] = KV4StaticCache(settings, layers, cache.layers[0].max_cache_len)
-        return args, kwargs
     fresh = type(cache) is DynamicCache and cache.get_seq_length() == 0
-    if fresh or (cache is None and use_cache and not model.training):
-        kwargs["past_key_values"] = KV4Cache(settings, layers)
-        return args, kwargs
-    return None
+    if type(cache) is StaticCache and not cache.layers[0].is_initialized:
+        own: KV4Cache = KV4StaticCache(settings, layers, cache.layers[0].max_cache_len)
+    elif fresh or (cache is None and use_cache and not model.training):
+        own = KV4Cache(settings, layers)
+    else:
+        return None
+    return args, {name: value for name, value in kwargs.items() if name not in CACHE_NAMES} | {CACHE: own}
 
 
 class PackedModelMixin:
