@@ -17,7 +17,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -185,8 +185,8 @@ def moved_bytes(model: Any, context: int, batch: int) -> int:
     return weights + batch * context * config.num_hidden_layers * config.num_key_value_heads * head
 
 
-def rows_of(name: str, shape: Any, options: dict[str, Any], copy_gbps: float) -> list[Row]:
-    """Of one shape, the packed model first."""
+def rows_of(name: str, shape: Any, options: dict[str, Any], copy_gbps: float) -> Iterator[list[Row]]:
+    """The rows of one shape twice: with the packed model measured, then with the other one beside it."""
     device, contexts, batch, count = (options[key] for key in ("device", "contexts", "batch", "tokens"))
     dtype = torch.float16 if device == "cuda" else torch.float32
     positions = max(contexts) + ROOM
@@ -196,24 +196,24 @@ def rows_of(name: str, shape: Any, options: dict[str, Any], copy_gbps: float) ->
     ours = measure(model, contexts, batch, count, device, generate=False) if right else None
     del model
     gc.collect()
-    rows = []
-    if ours is not None:
-        model = float_llama(shape, positions, device, dtype)
-        theirs = measure(model, contexts, batch, count, device, generate=True)
-        del model
-        gc.collect()
-    for i, context in enumerate(contexts):
-        row = Row(
-            "decode", name, context, batch, "w2a4kv4", "cold", None, f"engine.{str(dtype)[6:]}", None, None,
-            moved[i], moved[i] / copy_gbps / 1e3, right,
-        )  # fmt: skip
-        if ours is not None:
-            a, b = ours[i], theirs[i]
-            row.us, row.peer_us, row.ratio = a.token_us, b.token_us, b.token_us / a.token_us
-            row.first_ms, row.peer_first_ms, row.generate_us = a.first_ms, b.first_ms, b.generate_us
-            row.peak_bytes, row.peer_peak_bytes = a.peak_bytes, b.peak_bytes
-        rows.append(row)
-    return rows
+    rows = [
+        Row("decode", name, context, batch, "w2a4kv4", "cold", None, f"engine.{str(dtype)[6:]}", None, None,
+            moved[i], moved[i] / copy_gbps / 1e3, right)
+        for i, context in enumerate(contexts)
+    ]  # fmt: skip
+    for row, a in zip(rows, ours or [], strict=False):
+        row.us, row.first_ms, row.peak_bytes = a.token_us, a.first_ms, a.peak_bytes
+    yield rows
+    if ours is None:
+        return
+    model = float_llama(shape, positions, device, dtype)
+    theirs = measure(model, contexts, batch, count, device, generate=True)
+    del model
+    gc.collect()
+    for row, b in zip(rows, theirs, strict=True):
+        row.peer_us, row.ratio = b.token_us, b.token_us / row.us
+        row.peer_first_ms, row.generate_us, row.peer_peak_bytes = b.first_ms, b.generate_us, b.peak_bytes
+    yield rows
 
 
 def table(rows: list[Row]) -> str:
@@ -222,12 +222,12 @@ def table(rows: list[Row]) -> str:
 
     lines = []
     for row in rows:
-        us, peak = row.us, row.peak_bytes
+        us, peak, other = row.us, row.peak_bytes, row.peer_peak_bytes
         lines.append((
             row.shape, row.context, row.tokens, shown(us and 1e6 * row.tokens / us), shown(row.ratio, 1, 2),
             shown(us and row.bound / us, 1, 2), shown(row.generate_us and row.generate_us / us, 1, 2),
             shown(row.first_ms), shown(row.peer_first_ms), shown(peak, 1e-9, 2),
-            shown(peak and peak / row.peer_peak_bytes, 1, 2), "" if row.correct else "WRONG",
+            shown(peak and other and peak / other, 1, 2), "" if row.correct else "WRONG",
         ))  # fmt: skip
     headers = (
         "model", "context", "batch", "tokens/s", f"times {rows[0].peer}", "of a copy's speed",
@@ -259,15 +259,17 @@ def main(device, models, contexts, batch, tokens, json_file):
     meta, rows = metadata(device) | {"options": options}, []
     copy = copy_row(device)
     for name in models:
+        before = rows
         try:
-            rows += rows_of(name, MODELS[name], options, copy.gbps)
+            for found in rows_of(name, MODELS[name], options, copy.gbps):
+                rows = [*before, *found]
+                if json_file is not None:
+                    write_json(json_file, {"meta": meta, "rows": [copy.to_dict(), *map(asdict, rows)]})
         except torch.cuda.OutOfMemoryError as error:
             message = str(error).splitlines()[0]
             raise click.ClickException(
                 f"{name}: out of GPU memory: {message}; give smaller --contexts"
             ) from None
-        if json_file is not None:
-            write_json(json_file, {"meta": meta, "rows": [copy.to_dict(), *map(asdict, rows)]})
     print(table(rows))
     if not all(row.correct for row in rows):
         raise click.ClickException("the engine and model.generate give other tokens, so no times")

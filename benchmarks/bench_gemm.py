@@ -48,8 +48,8 @@ def agrees(op: str, linear: Callable, codes, scale, tensors: tuple, group: int) 
 
 
 def subject(op: str, shape: LinearShape, tokens: int, dtype: torch.dtype, device: str, alone: bool,
-            tune: bool) -> Subject:  # fmt: skip
-    """Ours, and the peers unless it is `alone`, on one shape."""
+            tune: bool, projects: bool = True) -> Subject:  # fmt: skip
+    """Ours, and the peers unless it is `alone`, on one shape; other projects' kernels if wanted."""
     x = torch.randn(tokens, shape.features, dtype=dtype, device=device)
     codes, scale = ops.quantize_a4(x, torch.tensor([0.9], device=device))
     data = weights(op, shape, device)
@@ -59,7 +59,7 @@ def subject(op: str, shape: LinearShape, tokens: int, dtype: torch.dtype, device
         tune_tiles(op, shape, codes, scale, tensors, dtype)
     found = []
     if not alone:
-        found = [cublas(x, shape, norm=False), *_products(op, x, shape)]
+        found = [cublas(x, shape, norm=False), *_products(op, x, shape, projects)]
         for name, kernel in other_kernels(op, tokens, shape.group, x.device, dtype).items():
             found.append(Workload(name, partial(run, kernel, shape.group, dtype, codes, scale), data))
     moved = data.bytes + tensor_bytes(codes, scale) + tokens * shape.out * x.element_size()
@@ -78,10 +78,10 @@ def other_kernels(op: str, tokens: int, group: int, device: torch.device, dtype:
             for kernel, is_there in there.items() if is_there and kernel != chosen}  # fmt: skip
 
 
-def _products(op: str, x: torch.Tensor, shape: LinearShape) -> list[Workload]:
+def _products(op: str, x: torch.Tensor, shape: LinearShape, projects: bool) -> list[Workload]:
     """torch._int_mm, and other projects' kernels for 2-bit weights."""
     if op == "linear_w2a4" and x.is_cuda:
-        return other_peers(x, shape)
+        return other_peers(x, shape, projects)
     peer = peers.int_mm(x.shape[0], shape.out, shape.features, x.device.type)
     return [] if peer is None else [peer]
 

@@ -32,12 +32,12 @@ def weights(op: str, shape: LinearShape, device: str) -> Copies:
     """Random weights of an op, with every code and the extreme levels among them."""
     groups = shape.features // shape.group
     bits = 4 if op == "linear_w4a4" else 2
-    codes = torch.randint(0, 256, (shape.out, packed_width(shape.features, bits)), dtype=torch.uint8)
-    scale = (torch.rand(shape.out, groups) + 0.1).half()
-    levels = torch.randint(-128, 128, (shape.out, groups, 4), dtype=torch.int8)
+    width = packed_width(shape.features, bits)
+    codes = torch.randint(0, 256, (shape.out, width), dtype=torch.uint8, device=device)
+    scale = (torch.rand(shape.out, groups, device=device) + 0.1).half()
+    levels = torch.randint(-128, 128, (shape.out, groups, 4), dtype=torch.int8, device=device)
     levels[..., 0], levels[..., 3] = -128, 127
-    tensors = (codes, scale) if bits == 4 else (codes, levels, scale)
-    return Copies(*(tensor.to(device) for tensor in tensors))
+    return Copies(*((codes, scale) if bits == 4 else (codes, levels, scale)))
 
 
 @lru_cache(maxsize=2)
@@ -58,18 +58,20 @@ def cublas(x: torch.Tensor, shape: LinearShape, norm: bool) -> Workload:
     return Workload(f"{name}.{str(x.dtype).removeprefix('torch.')}", normed if norm else plain, data)
 
 
-def other_peers(x: torch.Tensor, shape: LinearShape) -> list[Workload]:
+def other_peers(x: torch.Tensor, shape: LinearShape, projects: bool = True) -> list[Workload]:
+    """torch._int_mm on CUDA, and the kernels of other projects there."""
     if x.device.type == "cpu":
         return []
-    found = [
-        peers.gemlite_w2(x, shape.out, shape.group),
-        peers.humming_w2(x, shape.out, shape.group),
-        peers.int_mm(x.shape[0], shape.out, shape.features, "cuda"),
-    ]
+    found = [peers.int_mm(x.shape[0], shape.out, shape.features, "cuda")]
+    if projects:
+        makers = [make for group in peers.PROJECTS.values() for make in group]
+        found += [make(x, shape.out, shape.group) for make in makers]
     return [peer for peer in found if peer is not None]
 
 
-def subject(op: str, shape: LinearShape, tokens: int, dtype: torch.dtype, device: str) -> Subject:
+def subject(
+    op: str, shape: LinearShape, tokens: int, dtype: torch.dtype, device: str, projects: bool = True
+) -> Subject:
     """Ours and the peers on one shape; "rmsnorm_a4+linear" is the whole linear, from its input on."""
     name, norm = op.split("+")[-1], "+" in op
     x = torch.randn(tokens, shape.features, dtype=dtype, device=device)
@@ -93,7 +95,7 @@ def subject(op: str, shape: LinearShape, tokens: int, dtype: torch.dtype, device
 
     activations = tensor_bytes(x, gain) if norm else tensor_bytes(codes, scale)
     moved = data.bytes + activations + tokens * shape.out * x.element_size()
-    others = [] if norm or name != "linear_w2a4" else other_peers(x, shape)
+    others = [] if norm or name != "linear_w2a4" else other_peers(x, shape, projects)
     return Subject(Workload(op, call, data), [cublas(x, shape, norm), *others], moved, check)
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -101,15 +102,12 @@ def is_right(layers: int, ids: Tensor) -> bool:
     return bool((packed - want).norm() < 0.05 * want.norm())
 
 
-@click.command(help=(__doc__ or "").split("\n")[0])
-@click.option("--layers", default=6, show_default=True)
-@click.option("--tokens", default=1024, show_default=True, help="A step's, in sequences of at most 512.")
-@click.option("--repeats", default=7, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="Or cuda.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Write results here.")
-def main(layers: int, tokens: int, repeats: int, device: str, path: Path | None) -> None:
-    warn_if_busy()
-    ids = torch.randint(49152, (max(1, tokens // 512), min(tokens, 512))).to(pick_device(device))
+def measured(layers: int, ids: Tensor, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of a step of each kind, in turns, and how many times those of a plain step.
+
+    Raises:
+        click.ClickException: the fake-quantised model is not the packed one.
+    """
     if not is_right(min(layers, 2), ids[:1, :64]):
         raise click.ClickException("the fake-quantised model is not the packed one; nothing was timed")
     steps = {kind: stepper(kind, layers, ids) for kind in KINDS}
@@ -119,13 +117,26 @@ def main(layers: int, tokens: int, repeats: int, device: str, path: Path | None)
             begun = time.perf_counter()
             step()
             times[kind].append(time.perf_counter() - begun)
-    steps.clear()
     rows = []
     for kind, values in times.items():
         values = values[1:]  # the first one warms up
         ratio = statistics.median(a / b for a, b in zip(values, times["plain"][1:], strict=True))
-        rows.append({"step": kind, "s": statistics.median(values), "times": values, "ratio": ratio,
-                     "peak_mb": memory(kind, layers, ids)})  # fmt: skip
+        rows.append({"step": kind, "s": statistics.median(values), "times": values, "ratio": ratio})
+    return rows
+
+
+@click.command(help=(__doc__ or "").split("\n")[0])
+@click.option("--layers", default=6, show_default=True)
+@click.option("--tokens", default=1024, show_default=True, help="A step's, in sequences of at most 512.")
+@click.option("--repeats", default=7, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Or cuda.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write results here.")
+def main(layers: int, tokens: int, repeats: int, device: str, path: Path | None) -> None:
+    warn_if_busy()
+    ids = torch.randint(49152, (max(1, tokens // 512), min(tokens, 512))).to(pick_device(device))
+    rows = measured(layers, ids, repeats)
+    for row in rows:
+        row["peak_mb"] = memory(row["step"], layers, ids)
     for row in rows:
         row["memory_ratio"] = row["peak_mb"] / rows[0]["peak_mb"]
     if path is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,6 +29,45 @@ def write_json(path: Path, content: Any) -> None:
         os.replace(part, path)
     except OSError as error:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
+
+
+def append_line(path: Path, entry: dict[str, Any]) -> None:
+    """Add an object to a file of JSON lines; it is on the disk when this returns.
+
+    A line that another process was killed in the middle of is closed first.
+    """
+    with open(path, "ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        whole = end == 0 or os.pread(file.fileno(), 1, end - 1) == b"\n"
+        file.write((b"" if whole else b"\n") + json.dumps(_finite(entry)).encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Whole lines from byte `start` on, and where the next one begins; a line that is cut off is left out."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            text = file.read()
+    except FileNotFoundError:
+        return [], start
+    text = text[: text.rfind(b"\n") + 1]
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict)], start + len(text)
+
+
+def _finite(value: Any) -> Any:
+    """What JSON holds: no infinity, no NaN, names of paths."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def commit() -> str | None:

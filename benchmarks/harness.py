@@ -13,7 +13,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -195,8 +195,9 @@ def run(options: Options, plan: Callable[[Options], list[Case]]) -> list[Row]:
     progress = tqdm(plan(options), unit="case", disable=not sys.stderr.isatty())
     for case in progress:
         progress.set_description(f"{case.op} {case.shape} {case.tokens}")
-        rows += measure(case, options, rows[0].gbps)
-        write(options.json, meta, rows)
+        for row in measure(case, options, rows[0].gbps):
+            rows.append(row)
+            write(options.json, meta, rows)
     return rows
 
 
@@ -230,29 +231,32 @@ def copy_row(device: str) -> Row:
     )  # fmt: skip
 
 
-def measure(case: Case, options: Options, copy_gbps: float) -> list[Row]:
-    """The rows of one case: cold and hot, unless it is too small for the one or too large for the other."""
+def measure(case: Case, options: Options, copy_gbps: float) -> Iterator[Row]:
+    """The rows of one case: cold and hot, unless it is too small for the one or too large for the other.
+
+    On a GPU ours is measured alone first, so that a peer which fails there costs its own rows only.
+    """
     subject, device = case.build(), options.device
     bound = subject.bytes / copy_gbps / 1e3
     fixed = dict(op=case.op, shape=case.shape, tokens=case.tokens, dtype=case.dtype, bytes=subject.bytes)
     if not subject.check():
         nothing = dict.fromkeys(("us", "peer", "peer_us", "ratio", "gbps", "repeats"))
-        return [Row(**fixed, **nothing, cache="cold", bound=bound, correct=False)]
-    rows = []
+        yield Row(**fixed, **nothing, cache="cold", bound=bound, correct=False)
+        return
     size = subject.ours.data.bytes
     possible = {"cold": can_be_cold(size, device), "hot": size < last_level_cache(device)}
     caches = [cache for cache, sensible in possible.items() if sensible]
     for cache in caches[: 1 if options.quick else None]:
         seconds = QUICK_SECONDS if options.quick else ROW_SECONDS
-        loads = [subject.ours, *subject.peers]
-        (us, *peer_us), repeats, note = median_us(loads, device, cache == "cold", seconds)
-        shared = dict(**fixed, cache=cache, us=us, gbps=subject.bytes / us / 1e3, bound=bound,
-                      repeats=repeats, correct=True, note=note)  # fmt: skip
-        for peer, theirs in zip(subject.peers, peer_us, strict=True):
-            rows.append(Row(**shared, peer=peer.name, peer_us=theirs, ratio=theirs / us))
-        if not subject.peers:
-            rows.append(Row(**shared, peer=None, peer_us=None, ratio=None))
-    return rows
+        for peers in ([], subject.peers) if device == "cuda" and subject.peers else (subject.peers,):
+            loads = [subject.ours, *peers]
+            (us, *peer_us), repeats, note = median_us(loads, device, cache == "cold", seconds)
+            shared = dict(**fixed, cache=cache, us=us, gbps=subject.bytes / us / 1e3, bound=bound,
+                          repeats=repeats, correct=True, note=note)  # fmt: skip
+            for peer, theirs in zip(peers, peer_us, strict=True):
+                yield Row(**shared, peer=peer.name, peer_us=theirs, ratio=theirs / us)
+            if not peers:
+                yield Row(**shared, peer=None, peer_us=None, ratio=None)
 
 
 def write(path: Path | None, meta: dict, rows: list[Row]) -> None:

@@ -1,6 +1,6 @@
 """Measures what a GPU's instructions can do, before any kernel is judged by it.
 
-    python -m benchmarks.mma_rate [--json FILE]
+    python -m benchmarks.mma_rate [--json FILE] [--jsonl FILE] [--binary FILE]
     python -m benchmarks.mma_rate --compile-only 80,90,100  # needs no GPU
 
 Rates of binary and int8 mma, prmt and dp4a, bandwidth of a copy and of reading, cost of a launch in a
@@ -16,20 +16,20 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
-from benchmarks.files import ROOT, commit, now, write_json
+from benchmarks.files import ROOT, append_line, commit, now, write_json
 from benchmarks.sass_gate import need_tool, parse_archs
 
 SOURCE = Path(__file__).with_suffix(".cu")
 BINARY = ROOT / "build/mma_rate"
 
 
-def build(arch: str) -> Path:
+def build(arch: str, folder: Path = BINARY.parent) -> Path:
     """Compile for an architecture such as `sm_90`.
 
     Raises:
         click.ClickException: nvcc is missing or fails.
     """
-    binary = BINARY.with_name(f"{BINARY.name}_{arch}")
+    binary = folder / f"{BINARY.name}_{arch}"
     binary.parent.mkdir(parents=True, exist_ok=True)
     command = [need_tool("nvcc"), "-O3", "-std=c++17", f"-arch={arch}", str(SOURCE), "-o", str(binary)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -79,16 +79,22 @@ def table(result: dict) -> str:
 
 @click.command(help="\b\n" + __doc__)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Result file.")
+@click.option("--jsonl", type=click.Path(dir_okay=False, path_type=Path), help="Lines to add the result to.")
+@click.option(
+    "--binary", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Compiled before."
+)
 @click.option("--compile-only", "archs", callback=lambda c, p, v: v and parse_archs(c, p, v))
-def main(json_file, archs):
+def main(json_file, jsonl, binary, archs):
     if archs:
         for arch in archs:
             print(build(f"sm_{arch}"))
         return
-    result = measure(build(this_arch()))
+    result = measure(binary or build(this_arch()))
     print(table(result))
     if json_file is not None:
         write_json(json_file, {"meta": {"commit": commit(), "date": now()}, **result})
+    if jsonl is not None:
+        append_line(jsonl, {"stage": "mma_rate", **result})
     if not all(result["layouts"].values()):
         raise click.ClickException("fragments do not lie as documented: the kernels are wrong on this GPU")
 

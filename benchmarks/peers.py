@@ -6,7 +6,7 @@ An adapter of a package that is not installed says so and gives None.
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -87,20 +87,27 @@ def gemlite_w2(x: Tensor, out: int, group: int) -> Workload | None:
     return Workload("gemlite.a16w2", lambda layer: layer(x), data)
 
 
-def humming_w2(x: Tensor, out: int, group: int) -> Workload | None:
-    """Humming's weight-only kernel: fp16 activations, uniform 2-bit weights, a scale a group."""
+def humming_w2(x: Tensor, out: int, group: int, act_bits: int = 16) -> Workload | None:
+    """Humming's kernel: uniform 2-bit weights, a scale a group; fp16 activations, or quantised to 4 bits."""
     if x.dtype != torch.float16 or not installed("humming"):
         return None
     from humming.layer import HummingLayer
 
     features = x.shape[-1]
     config = {"dtype": "int2", "group_size": group}
-    layer = HummingLayer(shape_n=out, shape_k=features, weight_config=config, torch_dtype=x.dtype)
+    inputs = None if act_bits == 16 else {"dtype": f"int{act_bits}"}
+    layer = HummingLayer(
+        shape_n=out, shape_k=features, weight_config=config, input_config=inputs, torch_dtype=x.dtype
+    )
     layer = layer.to(x.device)
     layer.load_from_unquantized(torch.randn(out, features, dtype=x.dtype, device=x.device))
     layer.transform()
     data = Copies(layer, bytes=tensor_bytes(*layer.parameters(), *layer.buffers()))
-    return Workload("humming.w2a16", lambda layer: layer(x), data)
+    return Workload(f"humming.w2a{act_bits}", lambda layer: layer(x), data)
+
+
+#: Adapters of each other project, `(x, out, group) -> Workload or None`.
+PROJECTS = {"humming": (humming_w2, partial(humming_w2, act_bits=4)), "gemlite": (gemlite_w2,)}
 
 
 def int_mm(tokens: int, out: int, features: int, device: str) -> Workload | None:

@@ -21,7 +21,7 @@ from benchmarks.bench_engine import ROOM, moved_bytes, place_at, prompts, second
 from benchmarks.files import write_json
 from benchmarks.harness import copy_row, metadata
 from benchmarks.random_llama import packed_llama
-from benchmarks.shapes import MODELS
+from benchmarks.shapes import MODELS, Model
 from w2a4.engine import Engine, inference
 
 #: Steps measured, after as many that are not.
@@ -54,6 +54,47 @@ def timeline(model: Any, context: int, batch: int, device: str) -> tuple[float, 
 def _kernel(average: Any, device: str) -> dict[str, Any]:
     total = average.self_device_time_total if device == "cuda" else average.self_cpu_time_total
     return {"kernel": average.key, "calls": average.count / STEPS, "us": total / STEPS}
+
+
+def bytes_by_kernel(shape: Model, context: int, model: Any, batch: int = 1) -> dict[str, float]:
+    """What kernels must move in a step at least, by a part of their names; the first that fits counts."""
+    act = model.dtype.itemsize
+    hidden, wide = batch * shape.hidden, batch * shape.intermediate
+    heads, kv = batch * shape.heads * shape.head_dim, batch * shape.kv_heads * shape.head_dim
+    head = sum(p.nbytes for p in model.lm_head.parameters())
+    cache = batch * context * shape.kv_heads * (shape.head_dim + 8)
+    packed = sum(p.nbytes for p in model.model.layers.parameters() if p.dtype != model.dtype or p.dim() > 1)
+    a_layer = {
+        "hadamard_quantize": wide * (2 * act + 0.5),
+        "attention_kv4": heads * 2 * act + cache,
+        "rope_append_kv4": (heads + 2 * kv) * act + heads * act + kv * 1.1,
+        "merge_kv4": heads * act,
+        "quantize": (2 * hidden + heads) * (act + 0.5),
+    }
+    return {"gemv": packed, "gemm_": packed, "linear_w8": head} | {
+        name: shape.layers * count for name, count in a_layer.items()
+    }
+
+
+def bounded(
+    kernels: list[dict[str, Any]], shape: Model, context: int, model: Any, gbps: float
+) -> list[dict[str, Any]]:
+    """Kernels with the time that a copy of their bytes takes, and how many times as long they take.
+
+    Kernels that share the same bytes, as the GEMVs of several sizes do, share the bound by their times.
+    """
+    known = bytes_by_kernel(shape, context, model)
+    family = [next((part for part in known if part in kernel["kernel"]), None) for kernel in kernels]
+    total: dict[str | None, float] = {}
+    for part, kernel in zip(family, kernels, strict=True):
+        total[part] = total.get(part, 0.0) + kernel["us"]
+    out = []
+    for part, kernel in zip(family, kernels, strict=True):
+        bound = None if part is None else known[part] / gbps / 1e3
+        share = bound and bound * kernel["us"] / total[part]
+        times = total[part] / bound if bound else None
+        out.append(kernel | {"bound_us": share, "times_bound": times})
+    return out
 
 
 def table(step: float, kernels: list[dict[str, Any]], bound: float) -> str:
