@@ -201,9 +201,9 @@ def train(
         payload.join(carry, Path(folder))
         session, _, _ = begin(out, Path(folder), device, budget)
         chosen = [word for setting in settings for word in ("--set", setting)]
-        command = python("-m", "benchmarks.gpu_run", "training", "--carry", folder, "--device", device, "--out",
-                         str(session.results.parent), "--seconds", f"{session.left() - 10:.0f}",
-                         "--own-text", str(own_tokens), *chosen)  # fmt: skip
+        where = ("--carry", folder, "--out", str(session.results.parent), "--device", device)
+        limits = ("--seconds", f"{session.left() - 10:.0f}", "--own-text", str(own_tokens))
+        command = python("-m", "benchmarks.gpu_run", "training", *where, *limits, *chosen)
         session.run([Stage("training", int(session.left()), command)])
     lines, _ = read_lines(session.results)
     click.echo("\n" + trained(lines))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from pathlib import Path
 
 import click
@@ -89,7 +90,8 @@ def main(json_file, jsonl, binary, archs):
         for arch in archs:
             print(build(f"sm_{arch}"))
         return
-    result = measure(binary or build(this_arch()))
+    with tempfile.TemporaryDirectory() as folder:  # the tree may be read-only
+        result = measure(binary or build(this_arch(), Path(folder)))
     print(table(result))
     if json_file is not None:
         write_json(json_file, {"meta": {"commit": commit(), "date": now()}, **result})

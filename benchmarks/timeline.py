@@ -63,7 +63,7 @@ def bytes_by_kernel(shape: Model, context: int, model: Any, batch: int = 1) -> d
     heads, kv = batch * shape.heads * shape.head_dim, batch * shape.kv_heads * shape.head_dim
     head = sum(p.nbytes for p in model.lm_head.parameters())
     cache = batch * context * shape.kv_heads * (shape.head_dim + 8)
-    packed = sum(p.nbytes for p in model.model.layers.parameters() if p.dtype != model.dtype or p.dim() > 1)
+    packed = sum(p.nbytes for name, p in model.model.layers.named_parameters() if "norm" not in name)
     a_layer = {
         "hadamard_quantize": wide * (2 * act + 0.5),
         "attention_kv4": heads * 2 * act + cache,

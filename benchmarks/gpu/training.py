@@ -1,6 +1,6 @@
 """The third command's process: a carried model to W2A4KV4 on carried tokens, judged on texts it never saw.
 
-The perplexity of full precision, of the fit and of the trained model stand side by side on every held-out text.
+Perplexities of full precision, of the fit and of the trained model stand side by side on every held-out text.
 What training changed is written down every few minutes, in files that may come back from a call.
 """
 
