@@ -75,19 +75,19 @@ def within(have: Tensor, want: Tensor, rtol: float, atol: float) -> bool:
     return bool(((have - want).abs() <= atol + rtol * want.abs()).all())
 
 
-def reference_hadamard(x: Tensor, spec: HadamardSpec) -> Tensor:
-    """`reference.hadamard` in float64 for widths whose dense matrix would fill the memory.
+def reference_hadamard(x: Tensor, spec: HadamardSpec, transpose: bool = False) -> Tensor:
+    """`reference.hadamard` in float64 on the CPU, for widths whose dense matrix would fill the memory.
 
     H = A ⊗ B, so x H is B along the inner half of the indices and A along the outer half; each is a
-    small dense product in the reference.
+    small dense product in the reference. The transpose of H is that of both.
     """
     levels = (spec.block_size // spec.k).bit_length() - 1
     inner = 2 ** (levels // 2 if spec.k == 1 else levels)
     outer = spec.block_size // inner
     y = x.cpu().double().unflatten(-1, (-1, outer, inner))
-    y = reference.hadamard(y, None, inner)
+    y = reference.hadamard(y, None, inner, transpose)
     had_k = had_k_matrix(spec.k)
-    return reference.hadamard(y.mT.contiguous(), had_k, outer).mT.reshape(x.shape)
+    return reference.hadamard(y.mT.contiguous(), had_k, outer, transpose).mT.reshape(x.shape)
 
 
 def hadamard_agrees(got: Tensor, x: Tensor, spec: HadamardSpec) -> bool:
