@@ -1,6 +1,6 @@
 """Shared set-up: every test starts from the same seed, and leaves torch's thread count as it was.
 
-What a run on a GPU needs besides (a limit a test, one JSON line a test, leaving after a fault) is in watch.py.
+What a run on a GPU needs besides (limits, JSON lines, leaving after a fault) is in watch.py.
 """
 
 import sys

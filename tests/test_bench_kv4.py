@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 from benchmarks import bench_kv4, harness, targets
 from w2a4 import reference
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_cases_are_models_contexts_and_sequences():

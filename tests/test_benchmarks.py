@@ -10,7 +10,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parent.parent
 from benchmarks import (
     bench_gemm,
     bench_gemv,
@@ -32,6 +31,8 @@ from benchmarks import (
 from w2a4 import ops, reference
 from w2a4.packing import pack
 from w2a4.rotation.hadamard import HadamardSpec, dense_hadamard, had_k_matrix
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # shapes
 

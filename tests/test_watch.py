@@ -1,8 +1,7 @@
-"""watch.py, in runs of pytest of its own: lines of JSON, limits, and processes that are left after a fault."""
+"""watch.py, in runs of pytest of its own: lines of JSON, limits, and leaving a process after a fault."""
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,14 @@ from watch import add_options as pytest_addoption, configure as pytest_configure
 
 def pytest_collection_modifyitems(items):
     watch.limit(items)
+"""
+
+INI = """
+[pytest]
+addopts = --strict-markers
+markers =
+    gpu: a
+    slow: b
 """
 
 CASES = """
@@ -83,12 +90,10 @@ def test_after(i):
 def run(folder, body, *options):
     """Exit code, the lines by the name of the test, and what pytest said."""
     (folder / "conftest.py").write_text(CONFTEST)
-    (folder / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\nmarkers =\n  gpu: x\n  slow: y\n")
+    (folder / "pytest.ini").write_text(INI)
     (folder / "test_it.py").write_text(body)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--jsonl", "lines.jsonl", *options]
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
-    )
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     path = folder / "lines.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     names = [line["test"].split("::")[1] for line in lines]

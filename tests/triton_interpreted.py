@@ -10,11 +10,10 @@ from op_arguments import replaced
 from test_ops import linear_inputs
 from w2a4.triton_kernels import fake_quant, gemm, language, ldp, tiles  # noqa: F401  (registers their ops)
 
-from w2a4 import dispatch, ops, quantizers, reference
-from w2a4.errors import BackendError
-
 from benchmarks import bench_gemm
 from benchmarks.shapes import LinearShape
+from w2a4 import dispatch, ops, quantizers, reference
+from w2a4.errors import BackendError
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 

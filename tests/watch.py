@@ -1,4 +1,4 @@
-"""What a run on a borrowed GPU needs of pytest: a limit a test, one JSON line a test, and no poisoned process.
+"""What a run on a borrowed GPU needs of pytest: limits, one JSON line a test, and no poisoned process.
 
 `--jsonl FILE` appends {"test", "outcome", "seconds", "worker", "message"} as soon as a test has ended, also
 when it took its process with it; outcomes are passed, failed, skipped, error (of a fixture), crashed and
@@ -46,6 +46,8 @@ def configure(config: pytest.Config) -> None:
     # Known without pytest-timeout too, which is not needed where no test hangs.
     config.addinivalue_line("markers", "timeout(seconds, method): limit of a test, by pytest-timeout")
     config.pluginmanager.register(FaultWatch(config), "w2a4-faults")
+    if hasattr(config, "workerinput"):  # or each would start a thread on every core
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workerinput["workercount"]))
     path = config.getoption("jsonl")
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Lines(path), "w2a4-lines")
