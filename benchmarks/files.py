@@ -29,6 +29,21 @@ def write_json(path: Path, content: Any) -> None:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
 
 
+def append_line(path: Path, content: Any) -> None:
+    """As a line of JSON that is on disk when this returns, whatever becomes of the process then.
+
+    Raises:
+        click.ClickException: the file cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
+
+
 def commit() -> str | None:
     """Of the working tree, with `-dirty` if it has changes; None outside of git."""
     if shutil.which("git") is None:

@@ -12,7 +12,7 @@ TESTS = Path(__file__).resolve().parent
 
 CONFTEST = f"""
 import sys
-sys.path.insert(0, {str(TESTS)!r})
+sys.path += [{str(TESTS)!r}, {str(TESTS.parent)!r}]
 import pytest, watch
 from watch import add_options as pytest_addoption, configure as pytest_configure
 

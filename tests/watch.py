@@ -10,7 +10,6 @@ starts another, and without xdist the run ends.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -18,23 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.faults import FAULT, device_fault
+from benchmarks.files import append_line
+
 #: Seconds that a test on a GPU may take, and one that compiles or trains.
 LIMIT, SLOW_LIMIT = 60, 300
-#: Exit code of a process that is left because of a fault.
-FAULT = 3
 #: Longest message of a line.
 MESSAGE = 400
-
-
-def device_fault() -> str:
-    """What is wrong with the GPU for good, in a line, or nothing."""
-    if not torch.cuda.is_initialized():
-        return ""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return (str(error) or type(error).__name__).splitlines()[0]
-    return ""
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -133,10 +122,7 @@ class Lines:
         line = {"test": test, "outcome": outcome, "seconds": round(seconds, 3),
                 "worker": node.gateway.id if node is not None else "main", "message": message}  # fmt: skip
         self.written.add(test)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, line)
 
 
 def _outcome(phases: list[pytest.TestReport]) -> str:
