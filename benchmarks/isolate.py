@@ -21,7 +21,7 @@ from benchmarks.files import ROOT
 
 BEGUN, RIGHT, WRONG, LEFT_OUT = "begun", "ok", "WRONG", "left-out"
 #: Seconds until a process tells of its first case: it imports torch, on a machine that is busy.
-STARTUP = 180.0
+STARTUP = 90.0
 
 #: Told the name of a case that ended its process, the seconds it had taken, and what happened.
 Lost = Callable[[str, float, str], None]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_close
 from test_simt_gemv import SHAPES, assert_rounding, expected, matrix, simulate
+from watch import SLOW
 
 from benchmarks.checks import reference_hadamard
 from w2a4 import ops, reference
@@ -16,7 +17,6 @@ from w2a4.rotation.hadamard import had_k_matrix, hadamard_spec
 
 pytestmark = pytest.mark.gpu
 
-SLOW = pytest.mark.slow
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [1, 2, 16, 64, 128, 576, 1536, 4096, 5632, 8192, 8960, 11008, 13824, 14336, 27648, 28672]
 
@@ -54,7 +54,7 @@ def test_linear_kernel(bits, out, features, group):
         assert_rounding(linear(cuda(case)).cpu(), expected(case), case)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("gemv", ["bmma", "imma"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("group", [128, 256, 4096])
@@ -65,7 +65,7 @@ def test_gemv_kernel_is_the_simulated_one(gemv, tokens, group, monkeypatch):
     assert torch.equal(linear(cuda(case)).cpu(), simulate(case, gemv)[0])
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("bits,group", [(2, 64), (2, 32), (4, 128), (4, 64), (4, 32), (4, 1920)])
 def test_other_kernels_are_the_simulated_ones(bits, group):
     pytest.importorskip("pybind11")

@@ -9,6 +9,7 @@ import dataclasses
 import pytest
 import torch
 from packed import packed_model, prompt
+from watch import LONG, SLOW
 
 from benchmarks.bench_engine import greedy
 from benchmarks.random_llama import packed_llama
@@ -31,6 +32,7 @@ def tokens_of(outputs) -> list[list[int]]:
     return [output.tolist() for output in outputs]
 
 
+@LONG
 @pytest.mark.parametrize("name", ["smollm2-135m", "llama-2-7b"])
 def test_graphs_give_the_tokens_of_generate(name):
     """Two layers of a published shape, random: captured, eager, and by transformers; the second time with
@@ -49,7 +51,7 @@ def test_graphs_give_the_tokens_of_generate(name):
         assert tokens_of(graphs.generate(prompts[:1], 30)) == want[:1]
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_route_gives_the_same_tokens(recipe, dtype):
@@ -69,7 +71,7 @@ def test_every_route_gives_the_same_tokens(recipe, dtype):
     assert static == want
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["smollm2-135m", "llama-2-7b"])
 def test_routes_agree_on_published_shapes(name, dtype):
@@ -91,7 +93,7 @@ def test_routes_agree_on_published_shapes(name, dtype):
     assert bool((gap < 0.05 * logits.std()).all())
 
 
-@pytest.mark.slow
+@SLOW
 def test_memory_is_the_same_after_a_thousand_requests():
     model, held = packed_model().cuda(), []
     engine = Engine(model, max_length=64)

@@ -10,13 +10,13 @@ from numerics import UNIT, assert_close
 from test_gpu import cuda, linear
 from test_ops import linear_inputs
 from test_simt_gemv import assert_rounding, expected, matrix
+from watch import LONG, SLOW
 
 from w2a4 import dispatch, ops, quantizers, reference
 from w2a4.errors import BackendError
 
 pytestmark = pytest.mark.gpu
 
-SLOW = pytest.mark.slow
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 MANY = dispatch.GEMV_TOKENS + 1
 
@@ -42,7 +42,7 @@ def test_a_tile(bits):
     assert_tile(4, 128, -1, bits)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("group,act_group", [(128, -1), (32, 384), (-1, -1), (64, 32), (96, -1)])
 @pytest.mark.parametrize("tile", range(6))
@@ -117,6 +117,7 @@ def test_without_the_extension_triton_serves_every_number_of_tokens(monkeypatch)
     assert len(calls) == 2
 
 
+@LONG
 @pytest.mark.parametrize("bits", [2, pytest.param(4, marks=SLOW)])
 def test_compiled_with_inductor(bits):
     args = (*[a.cuda() if isinstance(a, torch.Tensor) else a for a in linear_inputs(bits, 40, 64, 256, 64)],)

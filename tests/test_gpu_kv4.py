@@ -19,11 +19,11 @@ from test_simt_kv4 import (
     special_heads,
     turned,
 )
+from watch import SLOW
 
 from w2a4 import ops, reference
 
 pytestmark = pytest.mark.gpu
-SLOW = pytest.mark.slow
 
 
 def on_gpu(*tensors):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from packed import calibration
 from test_training import Letters, Writer, llama, small_recipe, stream
+from watch import LONG, SLOW
 
 import w2a4
 from w2a4.training import generations, run
 
 pytestmark = pytest.mark.gpu
-SLOW = pytest.mark.slow
 
 CUDA = torch.device("cuda", 0)
 
@@ -40,6 +40,7 @@ def test_layers_visit_the_gpu(recipe):
     assert close(logits(models[1].to(CUDA), ids[:2]), logits(models[0], ids[:2]))
 
 
+@LONG
 @pytest.mark.parametrize("route", ["end_to_end", pytest.param("block", marks=SLOW)])
 def test_training(route, tmp_path):
     recipe = small_recipe(route=route, steps=20, init="lloyd")

@@ -20,8 +20,12 @@ import torch
 from benchmarks.faults import FAULT, device_fault
 from benchmarks.files import append_line
 
-#: Seconds that a test on a GPU may take, and one that compiles or trains.
+#: Seconds that a test on a GPU may take, and a slow one; others say so by a mark of their own.
 LIMIT, SLOW_LIMIT = 60, 300
+#: What compiles a lot or repeats what another test covers is left out where minutes count.
+SLOW = pytest.mark.slow
+#: What compiles besides may take longer than others, on a machine where all do.
+LONG = pytest.mark.timeout(2 * LIMIT, method="thread")
 #: Longest message of a line.
 MESSAGE = 400
 
