@@ -22,7 +22,8 @@ ROWS, TOKENS = 64, 4
 #: Share of 4-bit codes that may be off by one where float32 and float64 lie on two sides of a tie.
 TIES = 2e-3
 
-_STEP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
+#: Of a dtype, relatively.
+STEP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
 
 
 def choose(count: int, most: int) -> Tensor:
@@ -49,7 +50,7 @@ def linear_agrees(
     if got.device.type == "cpu":
         return torch.equal(have, want)
     # One step of the output's dtype, and float32 sums in another order.
-    return within(have, want, rtol=_STEP[got.dtype], atol=1e-5 * float(want.float().abs().max()))
+    return within(have, want, rtol=STEP[got.dtype], atol=1e-5 * float(want.float().abs().max()))
 
 
 def integers_agree(name: str, linear: Callable, a_codes: Tensor, weights: tuple, group: int) -> bool:
@@ -75,26 +76,26 @@ def within(have: Tensor, want: Tensor, rtol: float, atol: float) -> bool:
     return bool(((have - want).abs() <= atol + rtol * want.abs()).all())
 
 
-def reference_hadamard(x: Tensor, spec: HadamardSpec) -> Tensor:
-    """`reference.hadamard` in float64 for widths whose dense matrix would fill the memory.
+def reference_hadamard(x: Tensor, spec: HadamardSpec, transpose: bool = False) -> Tensor:
+    """`reference.hadamard` in float64 on the CPU, for widths whose dense matrix would fill the memory.
 
     H = A ⊗ B, so x H is B along the inner half of the indices and A along the outer half; each is a
-    small dense product in the reference.
+    small dense product in the reference. The transpose of H is that of both.
     """
     levels = (spec.block_size // spec.k).bit_length() - 1
     inner = 2 ** (levels // 2 if spec.k == 1 else levels)
     outer = spec.block_size // inner
     y = x.cpu().double().unflatten(-1, (-1, outer, inner))
-    y = reference.hadamard(y, None, inner)
+    y = reference.hadamard(y, None, inner, transpose)
     had_k = had_k_matrix(spec.k)
-    return reference.hadamard(y.mT.contiguous(), had_k, outer).mT.reshape(x.shape)
+    return reference.hadamard(y.mT.contiguous(), had_k, outer, transpose).mT.reshape(x.shape)
 
 
 def hadamard_agrees(got: Tensor, x: Tensor, spec: HadamardSpec) -> bool:
     """At most twice the rounding of the exact result to the dtype, and float32 sums."""
     tokens = choose(x.shape[0], TOKENS)
     want = reference_hadamard(x[tokens.to(x.device)], spec)
-    return within(got[tokens.to(got.device)].cpu(), want, _STEP[x.dtype], 2e-6 * float(want.abs().max()))
+    return within(got[tokens.to(got.device)].cpu(), want, STEP[x.dtype], 2e-6 * float(want.abs().max()))
 
 
 def codes_agree(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], exact: bool) -> bool:
@@ -127,7 +128,7 @@ def attention_agrees(
     want = reference.attention_kv4(queries, *part, length, seen[None, None], False, scaling)
     largest = 15 * part[3][..., 0].float().abs() + part[3][..., 1].float().abs()
     have = got[batch : batch + 1].cpu()[:, tokens, heads]
-    return within(have, want, rtol=_STEP[got.dtype], atol=atol * float(largest.max()))
+    return within(have, want, rtol=STEP[got.dtype], atol=atol * float(largest.max()))
 
 
 def append_agrees(
@@ -148,5 +149,5 @@ def append_agrees(
     # A parameter next to a tie of float16 takes the codes of its head with it.
     few = float((off > 0).float().mean()) <= 10 * TIES and int(off.max()) <= 1
     largest = float(exact.float().abs().max())
-    close = within(q, exact, rtol=2 * _STEP[q.dtype], atol=2e-6 * largest)
-    return few and close and within(got[1], want[1], rtol=_STEP[torch.float16], atol=1e-6 * largest)
+    close = within(q, exact, rtol=2 * STEP[q.dtype], atol=2e-6 * largest)
+    return few and close and within(got[1], want[1], rtol=STEP[torch.float16], atol=1e-6 * largest)

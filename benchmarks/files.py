@@ -32,15 +32,21 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
-    """Add an object to a file of JSON lines; it is on the disk when this returns.
+    """Add an object to a file of JSON lines; it is on the disk when this returns, whatever comes then.
 
     A line that another process was killed in the middle of is closed first.
+
+    Raises:
+        click.ClickException: the file cannot be written.
     """
-    with open(path, "ab+", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        whole = end == 0 or os.pread(file.fileno(), 1, end - 1) == b"\n"
-        file.write((b"" if whole else b"\n") + json.dumps(_finite(entry)).encode() + b"\n")
-        os.fsync(file.fileno())
+    try:
+        with open(path, "ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            whole = end == 0 or os.pread(file.fileno(), 1, end - 1) == b"\n"
+            file.write((b"" if whole else b"\n") + json.dumps(_finite(entry)).encode() + b"\n")
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_lines(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:

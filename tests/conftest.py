@@ -1,7 +1,20 @@
-"""Shared set-up: every test starts from the same seed, and leaves torch's thread count as it was."""
+"""Shared set-up: every test starts from the same seed, and leaves torch's thread count as it was.
+
+What a run on a GPU needs besides (limits, JSON lines, leaving after a fault) is in watch.py.
+"""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# `benchmarks` is found in the source tree, but a w2a4 that is installed elsewhere wins over the tree's own,
+# which has no kernels unless it was built in place. In front of all lies what `python -m pytest` put there.
+sys.path[:] = [*(entry for entry in sys.path if Path(entry).resolve() != ROOT), str(ROOT)]
+
+import watch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +36,16 @@ def one_thread(_threads):
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    watch.add_options(parser)
+
+
+def pytest_configure(config):
+    watch.configure(config)
+
+
 def pytest_collection_modifyitems(items):
+    watch.limit(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # benchmarks is not installed
+from benchmarks import bench_kv4, harness, targets
+from w2a4 import reference
 
-from benchmarks import bench_kv4, harness, targets  # noqa: E402
-from w2a4 import reference  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_cases_are_models_contexts_and_sequences():

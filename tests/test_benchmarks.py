@@ -10,10 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # benchmarks is not installed
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     bench_gemm,
     bench_gemv,
     bench_hadamard,
@@ -30,9 +27,11 @@ from benchmarks import (  # noqa: E402
     targets,
     timing,
 )
-from w2a4 import ops, reference  # noqa: E402
-from w2a4.packing import pack  # noqa: E402
-from w2a4.rotation.hadamard import HadamardSpec, dense_hadamard, had_k_matrix  # noqa: E402
+from w2a4 import ops, reference
+from w2a4.packing import pack
+from w2a4.rotation.hadamard import HadamardSpec, dense_hadamard, had_k_matrix
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # shapes
 
@@ -91,6 +90,21 @@ def test_times_are_medians_of_turns():
 
 
 # checks and peers
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("size,block,k", [
+    (1, 1, 1), (2, 2, 1), (64, 64, 1), (128, 128, 1), (32, 16, 1), (12, 12, 12), (96, 96, 12), (24, 12, 12),
+    (576, 576, 36), (112, 56, 28), (1376, 1376, 172),
+])  # fmt: skip
+def test_the_factorised_reference_is_the_dense_one(size, block, k, transpose):
+    """Of odd and even powers of two, of a K alone, and of blocks."""
+    x, spec = torch.randn(2, 3, size), HadamardSpec(size, block, k)
+    want = reference.hadamard(x.double(), had_k_matrix(k), block, transpose)
+    got = checks.reference_hadamard(x, spec, transpose)
+    torch.testing.assert_close(got, want, atol=1e-13, rtol=0)
+    if k in (12, 28, 172):  # not symmetric
+        assert not torch.allclose(got, checks.reference_hadamard(x, spec, not transpose))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The engine on a CUDA device: eager, as CUDA graphs, and beside `generate` with and without torch.compile.
 
-All need a GPU; `python -m benchmarks.gpu_suite` runs them.
+All need a GPU; `python -m benchmarks.gpu_suite` runs them. Compiling a model takes half a minute, so
+tests that do are marked slow.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import dataclasses
 import pytest
 import torch
 from packed import packed_model, prompt
+from watch import LONG, SLOW
 
 from benchmarks.bench_engine import greedy
 from benchmarks.random_llama import packed_llama
@@ -30,6 +32,26 @@ def tokens_of(outputs) -> list[list[int]]:
     return [output.tolist() for output in outputs]
 
 
+@LONG
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-2-7b"])
+def test_graphs_give_the_tokens_of_generate(name):
+    """Two layers of a published shape, random: captured, eager, and by transformers; the second time with
+    what was captured at first. Prompts are long enough for the same kernels together and alone."""
+    shape = dataclasses.replace(MODELS[name], layers=2)
+    model = packed_llama(shape, 512, "cuda", torch.float16)
+    generator = torch.Generator("cuda").manual_seed(1)
+    prompts = [
+        torch.randint(shape.vocabulary, (n,), device="cuda", generator=generator) for n in (60, 20, 60)
+    ]
+    want = [greedy(model, ids[None], 30)[0, len(ids) :].tolist() for ids in prompts]
+    graphs = Engine(model)
+    assert tokens_of(Engine(model, cuda_graphs=False).generate(prompts, 30)) == want
+    for _ in range(2):
+        assert tokens_of(graphs.generate(prompts, 30)) == want
+        assert tokens_of(graphs.generate(prompts[:1], 30)) == want[:1]
+
+
+@SLOW
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_route_gives_the_same_tokens(recipe, dtype):
@@ -49,6 +71,7 @@ def test_every_route_gives_the_same_tokens(recipe, dtype):
     assert static == want
 
 
+@SLOW
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["smollm2-135m", "llama-2-7b"])
 def test_routes_agree_on_published_shapes(name, dtype):
@@ -70,6 +93,7 @@ def test_routes_agree_on_published_shapes(name, dtype):
     assert bool((gap < 0.05 * logits.std()).all())
 
 
+@SLOW
 def test_memory_is_the_same_after_a_thousand_requests():
     model, held = packed_model().cuda(), []
     engine = Engine(model, max_length=64)

@@ -1,6 +1,7 @@
 """The Triton kernels and the dispatch on a CUDA device, against the reference on the CPU.
 
-All need a GPU; `python -m benchmarks.gpu_suite` runs them.
+All need a GPU; `python -m benchmarks.gpu_suite` runs them. What is compiled takes seconds a variant: those
+that try every one are marked slow.
 """
 
 import pytest
@@ -9,6 +10,7 @@ from numerics import UNIT, assert_close
 from test_gpu import cuda, linear
 from test_ops import linear_inputs
 from test_simt_gemv import assert_rounding, expected, matrix
+from watch import LONG, SLOW
 
 from w2a4 import dispatch, ops, quantizers, reference
 from w2a4.errors import BackendError
@@ -36,9 +38,19 @@ def both(bits, args, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("bits", [2, 4])
+def test_a_tile(bits):
+    assert_tile(4, 128, -1, bits)
+
+
+@SLOW
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("group,act_group", [(128, -1), (32, 384), (-1, -1), (64, 32), (96, -1)])
 @pytest.mark.parametrize("tile", range(6))
 def test_every_tile(tile, group, act_group, bits):
+    assert_tile(tile, group, act_group, bits)
+
+
+def assert_tile(tile, group, act_group, bits):
     from w2a4.triton_kernels import tiles
 
     assert len(tiles.TILES) == 6
@@ -48,14 +60,14 @@ def test_every_tile(tile, group, act_group, bits):
             assert_close(*both(bits, linear_inputs(bits, tokens, out, 1152, group, act_group, bias)))
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", [pytest.param(2, marks=SLOW), 4])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=SLOW), torch.float16, torch.bfloat16])
 def test_output_dtypes(bits, dtype):
     assert_close(*both(bits, linear_inputs(bits, 70, 130, 256, 64, bias=dtype), dtype))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("out,features", [(4096, 4096), (1024, 14336)])
+@pytest.mark.parametrize("out,features", [(4096, 4096), pytest.param(1024, 14336, marks=SLOW)])
 def test_large_gemms(bits, out, features):
     assert_close(*both(bits, linear_inputs(bits, 65, out, features, 128), torch.bfloat16))
 
@@ -105,7 +117,8 @@ def test_without_the_extension_triton_serves_every_number_of_tokens(monkeypatch)
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@LONG
+@pytest.mark.parametrize("bits", [2, pytest.param(4, marks=SLOW)])
 def test_compiled_with_inductor(bits):
     args = (*[a.cuda() if isinstance(a, torch.Tensor) else a for a in linear_inputs(bits, 40, 64, 256, 64)],)
     op = getattr(ops, f"linear_w{bits}a4")
@@ -145,7 +158,7 @@ QUANTIZERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [*(pytest.param(d, marks=SLOW) for d in FLOATS[:2]), torch.bfloat16])
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_quantizers_are_those_of_pytorch(name, dtype, monkeypatch):
     function, shape, others = QUANTIZERS[name]

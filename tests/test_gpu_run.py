@@ -265,6 +265,26 @@ def test_kernels_stand_beside_their_bytes():
     assert found[3]["bound_us"] is None and found[3]["times_bound"] is None
 
 
+def test_the_sanitizer_sees_our_kernels_alone():
+    stage = plan.sanitizer("racecheck", 50)
+    command = stage.command
+    assert command[:3] == ("compute-sanitizer", "--tool", "racecheck")
+    assert command[command.index("--kernel-name") + 1] == "kns=w2a44cuda"
+    assert command[-4:] == ("benchmarks.smoke", "--device", "cuda", "--launches")
+    assert stage.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # As a compiler mangles the namespace that every kernel is in.
+    bodies = [path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cuh")]
+    kernels = [text for text in bodies if "__global__" in text]
+    assert kernels and all("namespace w2a4::cuda {" in text for text in kernels)
+    profiled = [name for name in plan.PROFILED if any(f"{name}_kernel(" in text for text in kernels)]
+    assert profiled == list(plan.PROFILED), "ncu would wait for a kernel that there is not"
+
+
+def test_the_tests_for_a_gpu_are_found():
+    assert set(plan.gpu_tests()) == {f"tests/test_gpu{name}.py" for name in
+                                     ("", "_engine", "_gemm", "_kv4", "_training")}  # fmt: skip
+
+
 # what is told
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from packed import calibration
 from test_training import Letters, Writer, llama, small_recipe, stream
+from watch import LONG, SLOW
 
 import w2a4
 from w2a4.training import generations, run
@@ -26,7 +27,7 @@ def close(got, want):
     return torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.98
 
 
-@pytest.mark.parametrize("recipe", ["w4a4kv4", "w2a4kv4"])
+@pytest.mark.parametrize("recipe", [pytest.param("w4a4kv4", marks=SLOW), "w2a4kv4"])
 def test_layers_visit_the_gpu(recipe):
     ids = calibration()
     models = []
@@ -39,7 +40,8 @@ def test_layers_visit_the_gpu(recipe):
     assert close(logits(models[1].to(CUDA), ids[:2]), logits(models[0], ids[:2]))
 
 
-@pytest.mark.parametrize("route", ["end_to_end", "block"])
+@LONG
+@pytest.mark.parametrize("route", ["end_to_end", pytest.param("block", marks=SLOW)])
 def test_training(route, tmp_path):
     recipe = small_recipe(route=route, steps=20, init="lloyd")
     models = [

@@ -1,5 +1,7 @@
 """The CUDA kernels of `hadamard` and of the ops that end in `quantize_a4`, run on a CPU lane by lane."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import simt
@@ -16,7 +18,9 @@ CLIP = torch.tensor([0.9])
 EPS = 1e-5
 SMALL, LARGE = 99 << 10, 227 << 10  # bytes of shared memory a block may have: sm_86, sm_90
 
-pytest.importorskip("pybind11")
+#: A mark, since tests on a GPU take this module's helpers where nothing can be compiled.
+NEEDS_PYBIND11 = pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="needs pybind11")
+pytestmark = NEEDS_PYBIND11
 
 
 def numpy_of(x):

@@ -6,7 +6,7 @@ import simt
 import torch
 from numerics import UNIT, assert_close
 from op_arguments import FLOATS, HAD12
-from test_simt_hadamard import NAMES, SMALL, guarded, numpy_of, signs_of
+from test_simt_hadamard import NAMES, NEEDS_PYBIND11, SMALL, guarded, numpy_of, signs_of
 
 from w2a4 import reference
 from w2a4.packing import unpack
@@ -18,7 +18,7 @@ CHUNK, GROUP = 256, 16
 #: Rounding to these, relatively, and the step of subnormal numbers.
 ROUNDING = {F32: (0, 1e-44), HALF: (2.0**-11, 2.0**-25), BF16: (2.0**-8, 1e-40), F64: (0, 0)}
 
-pytest.importorskip("pybind11")
+pytestmark = NEEDS_PYBIND11
 
 
 def caches(batch, heads, capacity, head_dim):

@@ -1,8 +1,6 @@
 """Run by test_triton_interpreter.py with TRITON_INTERPRET=1: the Triton kernels against the reference."""
 
 import operator
-import sys
-from pathlib import Path
 
 import click
 import pytest
@@ -12,13 +10,10 @@ from op_arguments import replaced
 from test_ops import linear_inputs
 from w2a4.triton_kernels import fake_quant, gemm, language, ldp, tiles  # noqa: F401  (registers their ops)
 
+from benchmarks import bench_gemm
+from benchmarks.shapes import LinearShape
 from w2a4 import dispatch, ops, quantizers, reference
 from w2a4.errors import BackendError
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
-
-from benchmarks import bench_gemm  # noqa: E402
-from benchmarks.shapes import LinearShape  # noqa: E402
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -31,6 +31,7 @@ from benchmarks import (
     peers,
     timeline,
 )
+from benchmarks.faults import FAULT, device_fault
 from benchmarks.files import append_line
 from benchmarks.harness import Case, Options, Subject, copy_row, measure, metadata
 from benchmarks.random_llama import packed_llama
@@ -39,8 +40,6 @@ from benchmarks.targets import GEMV_RATIOS
 from w2a4.evaluate import perplexity
 from w2a4.training.run import train as run_training
 
-#: Exit code of the process after a fault that spoils its CUDA context: the caller starts another one.
-FAULT = 3
 #: Tokens of the prompts that a GEMM is for.
 PROMPT = 2048
 TINY = Model(128, 256, 4, 2, 32, 2, 512)
@@ -85,13 +84,10 @@ def describe(error: BaseException) -> str:
 
 
 def leave_if_poisoned(run: Run, error: BaseException) -> None:
-    """End the process if no CUDA call can succeed any more."""
-    if run.device != "cuda":
-        return
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        run.emit(status="died", why=describe(error))
+    """End the process if no CUDA call can succeed any more; another one does what is left."""
+    fault = device_fault()
+    if fault:
+        run.emit(status="died", why=f"{describe(error)}; {fault}")
         sys.stdout.flush()
         os._exit(FAULT)
 

@@ -13,7 +13,11 @@ REHEARSED = ("tests/test_packing.py", "tests/test_hadamard.py")
 #: Workers of the tests.
 WORKERS = 8
 #: Kernels that ncu looks at, one launch of each.
-PROFILED = ("gemv_bmma", "gemv_imma", "attention_kv4", "hadamard", "quantize", "linear_w8")
+PROFILED = ("gemv_bmma", "gemv_imma", "attention_kv4", "hadamard", "rope_append_kv4", "linear_w8")
+#: In the mangled name of every kernel of csrc/cuda, all of which are in w2a4::cuda.
+OURS = "w2a44cuda"
+#: A launch of each variant of them on little data.
+LAUNCHES = python("-m", "benchmarks.smoke", "--device", "cuda", "--launches")
 
 
 def stages(out: Path, carried: Carried | None, gpu_arch: int | None, device: str) -> list[Stage]:
@@ -31,7 +35,8 @@ def stages(out: Path, carried: Carried | None, gpu_arch: int | None, device: str
         Stage("humming", 30, needs=("gpu", "humming", "nvcc")),
         Stage("gemlite", 30, needs=("gpu", "gemlite")),
         tests(results, cpu),
-        *(sanitizer(tool, results, seconds) for tool, seconds in (("memcheck", 50), ("racecheck", 50))),
+        sanitizer("memcheck", 60),
+        sanitizer("racecheck", 60),
         Stage("train", 100),
         Stage("step", 60),
         profile(out),
@@ -55,17 +60,32 @@ def pytest(results: Path | str) -> tuple[str, ...]:
 
 def tests(results: str, cpu: bool) -> Stage:
     """Those for a GPU, side by side; on a CPU a few others, so that the way is tried."""
-    marks, files = ("not slow", REHEARSED) if cpu else ("gpu and not slow", ("tests",))
+    marks, files = ("not slow", REHEARSED) if cpu else ("gpu and not slow", gpu_tests())
     chosen = ("-m", marks, "-n", str(2 if cpu else WORKERS), *(str(ROOT / name) for name in files))
     return Stage("tests", 170, (*pytest(results), *chosen), needs=("xdist",))
 
 
-def sanitizer(tool: str, results: str, seconds: int) -> Stage:
-    """compute-sanitizer over one launch of each of our kernels."""
-    command, environment = ("true",), {}
-    return Stage(tool, seconds, command, environment, ("gpu", "compute-sanitizer"))
+def gpu_tests() -> tuple[str, ...]:
+    """Files with tests for a GPU: each worker reads all that it is given."""
+    return tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu*.py")
+                        if "mark.gpu" in path.read_text("utf-8")))  # fmt: skip
+
+
+def sanitizer(tool: str, seconds: int) -> Stage:
+    """compute-sanitizer's memcheck, racecheck, … over one launch of each variant of our kernels.
+
+    Only ours are instrumented. Each tensor is an allocation of its own, or an access beyond one would hit
+    what torch's allocator keeps around it and go unnoticed.
+    """
+    check = ("compute-sanitizer", "--tool", tool, "--kernel-name", f"kns={OURS}", "--error-exitcode", "1",
+             "--print-limit", "20")  # fmt: skip
+    return Stage(tool, seconds, (*check, *LAUNCHES), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                 ("gpu", "compute-sanitizer"))  # fmt: skip
 
 
 def profile(out: Path) -> Stage:
-    """Counters of one launch of each of a few kernels."""
-    return Stage("ncu", 45, ("true",), needs=("gpu", "ncu"))
+    """Counters of the first launch of each kernel; the report comes back as `kernels.ncu-rep`."""
+    which = ("--kernel-id", f"::regex:{'|'.join(PROFILED)}:1", "--launch-count", str(2 * len(PROFILED)))
+    counters = ("ncu", "--set", "full", "--clock-control", "none", *which)
+    report = ("--force-overwrite", "--export", str(out / "kernels"))
+    return Stage("ncu", 60, (*counters, *report, *LAUNCHES), needs=("gpu", "ncu"))
