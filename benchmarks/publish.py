@@ -1,4 +1,4 @@
-"""Markdown tables and plots of what `gpu_suite`, `bench_gemv`, `bench_engine` and others measured.
+"""Markdown tables and plots of what `gpu_run`, `bench_gemv`, `bench_engine` and others measured.
 
     python -m benchmarks.publish FILE ... --plots DIR
 
@@ -17,6 +17,8 @@ import click
 from tabulate import tabulate
 
 from benchmarks.accuracy_plots import check_matplotlib, draw_all
+from benchmarks.files import read_lines
+from benchmarks.gpu.summary import rows_of
 
 Row = dict[str, Any]
 
@@ -26,7 +28,10 @@ def load(files: tuple[Path, ...]) -> list[Row]:
     rows = []
     for file in files:
         try:
-            rows += json.loads(file.read_text(encoding="utf-8"))["rows"]
+            if file.suffix == ".jsonl":
+                rows += rows_of(read_lines(file)[0])
+            else:
+                rows += json.loads(file.read_text(encoding="utf-8"))["rows"]
         except (OSError, ValueError, KeyError, TypeError):
             raise click.ClickException(f"{file} holds no rows of a benchmark") from None
     return [row for row in rows if row.get("correct") and row.get("us")]

@@ -1,6 +1,6 @@
 """The CUDA kernels on a CUDA device: against the reference on the CPU, and against csrc/simt bit for bit.
 
-All need a GPU; `python -m benchmarks.gpu_suite` runs them. Those that compile a lot, here the emulator that
+All need a GPU; `python -m benchmarks.gpu_run run` runs them. Those that compile a lot, here the emulator that
 gives the bits, are marked slow, and one of each kind is not.
 """
 

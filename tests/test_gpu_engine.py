@@ -1,6 +1,6 @@
 """The engine on a CUDA device: eager, as CUDA graphs, and beside `generate` with and without torch.compile.
 
-All need a GPU; `python -m benchmarks.gpu_suite` runs them. Compiling a model takes half a minute, so
+All need a GPU; `python -m benchmarks.gpu_run run` runs them. Compiling a model takes half a minute, so
 tests that do are marked slow.
 """
 

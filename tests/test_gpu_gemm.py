@@ -1,6 +1,6 @@
 """The Triton kernels and the dispatch on a CUDA device, against the reference on the CPU.
 
-All need a GPU; `python -m benchmarks.gpu_suite` runs them. What is compiled takes seconds a variant: those
+All need a GPU; `python -m benchmarks.gpu_run run` runs them. What is compiled takes seconds a variant: those
 that try every one are marked slow.
 """
 

@@ -1,6 +1,6 @@
 """Quantising, training and writing text on a CUDA device: the same code as on a CPU, elsewhere.
 
-All need a GPU; `python -m benchmarks.gpu_suite` runs them.
+All need a GPU; `python -m benchmarks.gpu_run run` runs them.
 """
 
 import pytest

@@ -37,6 +37,22 @@ def test_tables_hold_what_was_measured(tmp_path):
     assert ["llama-2-7b", "4096", "1", "200", "50", "4", "3", "15"] in cells
 
 
+def test_lines_of_a_run_are_read_too(tmp_path):
+    """Ours alone stands there first, and then with its peer."""
+    file = tmp_path / "results.jsonl"
+    alone = row(peer=None, peer_us=None, ratio=None)
+    lines = [
+        {"stage": "gemv", "status": "ok"},
+        alone,
+        row(),
+        alone | {"shape": "8x8"},
+        {"test": "a", "outcome": "passed"},
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    shown = CliRunner().invoke(publish.main, [str(file)]).output
+    assert shown.count("4096x4096") == 1 and "cublas.float16" in shown and shown.count("8x8") == 1
+
+
 def test_plots_are_drawn_of_what_there_is(tmp_path):
     pytest.importorskip("matplotlib")
     shown = run(tmp_path, [row(), row(op="linear_w4a4", peer="other")], "--plots", tmp_path / "a")

@@ -18,13 +18,17 @@ MOST = 3
 
 
 def rows_of(lines: list[Line]) -> list[Line]:
-    """Measurements among the lines, as in the benchmarks' JSON; of what was repeated, the last."""
+    """Measurements among the lines, as in the benchmarks' JSON.
+
+    Of what was repeated the last one counts, and ours alone only where no peer came to stand beside it.
+    """
     found: dict[tuple, Line] = {}
     for line in lines:
         if "op" in line and "us" in line and "bytes" in line:
-            key = ("op", "shape", "tokens", "dtype", "cache", "peer", "context")
-            found[tuple(line.get(name) for name in key)] = line
-    return list(found.values())
+            case = tuple(line.get(name) for name in ("op", "shape", "tokens", "dtype", "cache", "context"))
+            found[*case, line.get("peer")] = line
+    beside = {tuple(case) for *case, peer in found if peer is not None}
+    return [line for (*case, peer), line in found.items() if peer is not None or tuple(case) not in beside]
 
 
 def statuses(lines: list[Line]) -> dict[str, Line]:
