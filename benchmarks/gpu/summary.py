@@ -26,7 +26,7 @@ def rows_of(lines: list[Line]) -> list[Line]:
     for line in lines:
         if "op" in line and "us" in line and "bytes" in line:
             case = tuple(line.get(name) for name in ("op", "shape", "tokens", "dtype", "cache", "context"))
-            found[*case, line.get("peer")] = line
+            found[(*case, line.get("peer"))] = line
     beside = {tuple(case) for *case, peer in found if peer is not None}
     return [line for (*case, peer), line in found.items() if peer is not None or tuple(case) not in beside]
 
