@@ -161,13 +161,15 @@ def again(out, carry, device, budget, before, shapes, timeline, first, second) -
               show_default=True, help="Of the GPU, may be repeated.")  # fmt: skip
 @click.option("--text", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Text that is trained on; else the built-in one.")  # fmt: skip
+@click.option("--second", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Another wheel of w2a4, to compare with in `again`.")  # fmt: skip
 @click.option("--train", "model", type=click.Path(exists=True, path_type=Path),
               help="A .gguf file or a directory: make the parts for `train` instead.")  # fmt: skip
 @click.option("--held-out", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="With --train: text to judge by, beside the built-in one.")  # fmt: skip
 @click.option("--tokens", default=8_000_000, type=click.IntRange(1), show_default=True,
               help="With --train: tokens of text, at most.")  # fmt: skip
-def pack(out: Path, archs: tuple[str, ...], text, model: Path | None, held_out, tokens: int) -> None:
+def pack(out: Path, archs: tuple[str, ...], text, second, model: Path | None, held_out, tokens: int) -> None:
     """Make the folder that travels: the wheel, the peers, a small model, text."""
     from benchmarks.gpu import pack as packing
     from w2a4.errors import W2A4Error
@@ -177,7 +179,7 @@ def pack(out: Path, archs: tuple[str, ...], text, model: Path | None, held_out, 
         raise click.ClickException("--train needs text to train on: give --text, which may be repeated")
     try:
         if model is None:
-            packed = packing.pack(out, for_archs, text)
+            packed = packing.pack(out, for_archs, text, second)
         else:
             packed = packing.pack_training(out, for_archs, model, text, held_out, tokens)
     except W2A4Error as error:

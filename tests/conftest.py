@@ -10,8 +10,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# `benchmarks` is found in the source tree, but a w2a4 that is installed elsewhere wins over the tree's own,
-# which has no kernels unless it was built in place. In front of all lies what `python -m pytest` put there.
+# `benchmarks` is the source tree's, whatever else is installed under that name, but a w2a4 that is installed
+# wins over the tree's own, which has no kernels unless it was built in place.
+sys.path.insert(0, str(ROOT))
+import benchmarks  # noqa: E402, F401
+
 sys.path[:] = [*(entry for entry in sys.path if Path(entry).resolve() != ROOT), str(ROOT)]
 
 import watch  # noqa: E402

@@ -32,6 +32,8 @@ PEERS = {"humming": ["humming-kernels"], "gemlite": ["gemlite"]}
 #: Their wheels are for this.
 TAGS = ("--python-version", "3.12", "--implementation", "cp", "--platform", "manylinux_2_28_x86_64",
         "--platform", "manylinux2014_x86_64")  # fmt: skip
+#: Folder of a second wheel, whose name may be that of the first.
+SECOND = "second"
 #: Where the parts of `train` come together.
 TOGETHER = "/tmp/w2a4-parts"
 #: Characters of text that a small model trains on, and that it is evaluated on.
@@ -46,8 +48,13 @@ class Packed:
     commands: list[str]
 
 
-def pack(out: Path, archs: list[int], text: tuple[Path, ...], seed: int = 0) -> Packed:
+def pack(
+    out: Path, archs: list[int], text: tuple[Path, ...], second: Path | None = None, seed: int = 0
+) -> Packed:
     """Make the folder for `run` and `again`.
+
+    Args:
+        second: another wheel of w2a4, to compare with in `again`.
 
     Raises:
         click.ClickException: nvcc is missing, a wheel does not build, or the folder is too large to travel.
@@ -60,11 +67,14 @@ def pack(out: Path, archs: list[int], text: tuple[Path, ...], seed: int = 0) -> 
         shutil.move(mma_rate.build(f"sm_{arch}", out), out / f"mma_rate_sm_{arch}")
     peers = {name: fetch(out, packages) for name, packages in PEERS.items()}
     small_model(out, text, seed)
+    if second is not None:
+        (out / SECOND).mkdir()
+        shutil.copy(second, out / SECOND)
     facts = {"wheel": wheel, "peers": {name: found for name, found in peers.items() if found}, "archs": archs,
              "commit": commit(), "date": now()}  # fmt: skip
     write_json(out / MANIFEST, facts)
     check_size(out)
-    return Packed([out], [run_command(out), again_command(out)])
+    return Packed([out], [run_command(out), again_command(out, wheel, second)])
 
 
 def pack_training(
@@ -240,10 +250,12 @@ def run_command(out: Path, rest: str = "") -> str:
     return checked(f'python3 -m benchmarks.gpu_run run --carry {relative(out)} --out "$OUT"{rest}')
 
 
-def again_command(out: Path) -> str:
+def again_command(out: Path, wheel: str, second: Path | None) -> str:
+    where = relative(out)
+    wheels = f" --a {where}/{wheel} --b {where}/{SECOND}/{second.name}" if second else ""
     return checked(
-        f'python3 -m benchmarks.gpu_run again --carry {relative(out)} --out "$OUT" --from RESULTS.jsonl '
-        "--tune 4096x4096 --timeline"
+        f'python3 -m benchmarks.gpu_run again --carry {where} --out "$OUT" --from {where}/results.jsonl '
+        f"--tune 4096x4096 --timeline{wheels}"
     )
 
 
@@ -265,6 +277,8 @@ def told(packed: Packed) -> str:
     for i, command in enumerate(packed.commands):
         folder = packed.folders[min(i, len(packed.folders) - 1)]
         lines.append(f"carry {relative(folder)} and run: {command}")
+        if " again " in command:
+            lines.append(f"  (copy the results.jsonl that came back to {relative(folder)} first)")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,9 @@ class Keep(TrainerCallback):
             self.emit(op="loss", step=state.global_step, loss=logs["loss"])
 
     def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = (
+            False  # the large ones, of which only the last would matter, and it would not travel
+        )
         if time.monotonic() - self.last > EVERY:
             bytes = small.write(self.model, self.recipe, state.global_step, self.out)
             self.emit(op="checkpoint", step=state.global_step, bytes=bytes)
@@ -83,6 +87,7 @@ def train(
     """
     end = time.monotonic() + seconds
     emit = partial(_emit, out / "results.jsonl")
+    work = Path(tempfile.mkdtemp(prefix="w2a4-training-"))  # what lies in `out` comes back
     held_out = json.loads((carry / HELD_OUT).read_text(encoding="utf-8"))
     model, tokenizer = w2a4.load_model(
         str(carry / "model.gguf" if (carry / "model.gguf").exists() else carry / "model")
@@ -98,7 +103,7 @@ def train(
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     teacher = teacher.to(torch.bfloat16) if device == "cuda" else teacher
     if own_tokens:
-        text = write_generations(teacher, tokenizer, tokens, own_tokens, out / "own.jsonl", progress=False)
+        text = write_generations(teacher, tokenizer, tokens, own_tokens, work / "own.jsonl", progress=False)
         tokens, _ = data.token_stream(tokenizer, text)
         emit(op="own text", tokens=len(tokens))
     calibration = spread(tokens, recipe.calib_samples, recipe.calib_seqlen)
@@ -111,7 +116,7 @@ def train(
         )
     training = recipe.override(**{"training.minutes": left}).training
     windows = Windows(tokens, training.seqlen, training.steps * training.batch_size, recipe.rotation.seed)
-    args = training_arguments(training, out / "work", 1, 0, False, torch.device(device))
+    args = training_arguments(training, work, 1, 0, False, torch.device(device))
     args.save_strategy = "no"
     trainer = QATTrainer(model.train(), teacher, training, args, train_dataset=windows)
     trainer.add_callback(Keep(model, recipe, out, emit))

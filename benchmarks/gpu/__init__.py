@@ -1,0 +1,1 @@
+"""What `benchmarks.gpu_run` is made of."""
