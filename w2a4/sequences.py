@@ -44,6 +44,7 @@ class PackedSequences:
         self.begin(rows)
         if graphs and not self._dynamic_rope() and self.length >= sink_tokens_of(model):
             self.graphs = StepGraphs(self._step, [self.starts], len(rows), capacity)
+            self.tables = _rotation_tables(parts, self.decoder.norm.weight)
 
     def fits(self, model: Any, rows: list[Tensor]) -> bool:
         """Whether `begin` will do for these rows: nothing lies elsewhere than when graphs were captured."""
@@ -181,6 +182,17 @@ class StepGraphs:
                 "Engine(model, cuda_graphs=False)"
             ) from error
         return graph, logits
+
+
+def _rotation_tables(parts: list[Any], like: Tensor) -> list[tuple[Tensor | None, ...]]:
+    """What online rotations of these layers read, for hidden states like this tensor."""
+    rotations = {
+        rotation
+        for part in parts
+        for rotation in (part.attn.kv_settings.rotation, part.o_proj.rotation, part.down_proj.rotation)
+        if rotation is not None
+    }
+    return [rotation.tables(like.device, like.dtype) for rotation in rotations]
 
 
 def _places(model: Any) -> list[int]:
