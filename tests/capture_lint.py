@@ -1,7 +1,7 @@
 """What CUDA graph capture would refuse, or freeze, in a step that runs on the CPU.
 
-A graph replays kernels with the arguments of its capture. So a step must not wait for what a tensor holds, take
-sizes from it, or copy between host and device (`CaptureLint`), and must find every tensor it did not
+A graph replays kernels with the arguments of its capture. So a step must not wait for what a tensor holds,
+take sizes from it, or copy between host and device (`CaptureLint`), and must find every tensor it did not
 make itself where it was, and pass the same numbers, the next time (`trace`).
 """
 
@@ -35,7 +35,9 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 
 
 class CaptureLint(TorchDispatchMode):
-    """Collects in `found` what a capture would not survive, each with the line that does it; `ran` are ops of w2a4.
+    """Collects in `found` what a capture would not survive, each with the line that does it.
+
+    `ran` are the ops of w2a4 that ran.
 
     `with CaptureLint() as lint: step()`
     """
@@ -55,10 +57,10 @@ class CaptureLint(TorchDispatchMode):
         self._functions.__exit__(*error)
 
     def add(self, what: str) -> None:
-        frames = [
+        ours = [
             f for f in traceback.extract_stack() if f.filename != __file__ and "/torch/" not in f.filename
         ]
-        self.found.append(f"{what} ({frames[-1].filename}:{frames[-1].lineno})")
+        self.found.append(f"{what} ({ours[-1].filename}:{ours[-1].lineno})")
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op._schema.name.removeprefix("aten::")
@@ -109,8 +111,8 @@ def _is_cpu(value: Any) -> bool:
 class Trace(TorchDispatchMode):
     """Ops in their order, as a graph would keep them, in `ops`.
 
-    Each has its numbers, and of its tensors shape, strides and the address, if they were there before; of one that
-    the step made, which result it was. `read` are the storages that were there before.
+    Each has its numbers, and of its tensors shape, strides and the address, if they were there before; of one
+    that the step made, which result it was. `read` are the storages that were there before.
     """
 
     def __init__(self) -> None:

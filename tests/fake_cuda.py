@@ -47,11 +47,8 @@ class _WithoutCuda(TorchFunctionMode):
         if function is Tensor.copy_:
             return aten.copy_(*args)
         if function is Tensor.contiguous:
-            return (
-                args[0]
-                if args[0].is_contiguous()
-                else aten.clone(args[0], memory_format=torch.contiguous_format)
-            )
+            copy = aten.clone(args[0], memory_format=torch.contiguous_format)
+            return args[0] if args[0].is_contiguous() else copy
         out = function(*args, **(kwargs or {}))
         if function is torch.tensor:
             out.constant = None  # or it would be computed with, on the device that is not there
