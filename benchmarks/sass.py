@@ -169,7 +169,7 @@ def main_loop(body: list[Instruction], opcode: str = "", shortest: bool = False)
 
     Args:
         opcode: which tensor-core instructions count, e.g. "BMMA"; all of them by default.
-        shortest: of several with as many, e.g. of whole tiles and of those at an edge; by default the longest.
+        shortest: of several with as many, as of whole tiles and of those at an edge; else the longest.
     """
     candidates = loops(body)
     with_mma = [loop for loop in candidates if _count_mma(loop, opcode)]

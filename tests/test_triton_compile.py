@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -167,3 +168,38 @@ def test_ops_choose_by_the_number_of_tokens_on_a_device_that_is_not_there(compil
         quantizers.fake_quant_a4(empty(3, 64, dtype=torch.bfloat16), clip, 32)
     few = "linear_w2a4" if compiled else "gemm_w2a4"
     assert ran.names == [few, few, "gemm_w2a4", "fake_quant_rows"]
+
+
+def a_loop(**changes) -> tuple[triton_loops.Loop, triton_loops.Case]:
+    """A loop with the counts of the newest triton that has any, but for these changes."""
+    case = triton_loops.gemm_case(2, 128, TILES[-1])
+    instructions, barriers, blocks = triton_loops.COUNTS["3.9.0"][case.name][1]
+    loop = triton_loops.Loop(case.name, 90, instructions, barriers, 256, {"IGMMA": 4}, {}, 0, 196, blocks)
+    return replace(loop, **changes), case
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"instructions": 440}, "takes 440 instructions a step, 415 before"),
+        ({"barriers": 6}, "has 6 barriers a step, 5 before"),
+        ({"blocks": 0}, "leaves room for 0 blocks, 1 before"),
+        ({"promotion": 320}, "takes 320 instructions to move 64 sums on"),
+        ({"mma": {}}, "has none of ['IGMMA'] in the loop"),
+        ({"mma": {"IGMMA": 4, "HMMA": 2}}, "has ['HMMA', 'IGMMA'] in the loop, expected ['IGMMA']"),
+        ({"slow": {"I2F": 2}}, "has I2F in the loop"),
+        ({"slow": {"MUFU": 1}}, "has MUFU in the loop"),
+        ({"local": 2}, "accesses local memory 2 times in the loop"),
+    ],
+)
+def test_a_worse_loop_is_found(changes, message):
+    assert triton_loops.breaches(*a_loop(), "3.9.0") == []
+    assert triton_loops.breaches(*a_loop(**changes), "3.9.0") == [message]
+
+
+def test_the_counts_of_another_triton_are_a_loose_bound():
+    assert triton_loops.breaches(*a_loop(instructions=600, barriers=9), "99.0") == []
+    assert len(triton_loops.breaches(*a_loop(instructions=700, barriers=20, mma={}), "99.0")) == 3
+    assert {name for counts in triton_loops.COUNTS.values() for name in counts} == {
+        case.name for case in triton_loops.cases()
+    }
