@@ -1,6 +1,7 @@
 """A step of decoding can be captured as a CUDA graph: what there is to see of that without a GPU."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,14 @@ def test_what_a_graph_reads_is_kept(recipe, one_by_one):
     online._cached_tables.cache_clear()
     gc.collect()
     assert [name for name, storage in captured.read.values() if storage.expired()] == []
+
+
+def test_rotations_that_do_nothing_have_no_tables():
+    linears = [SimpleNamespace(rotation=rotation) for rotation in (None, online.OnlineRotation("none", 32))]
+    attn = SimpleNamespace(kv_settings=SimpleNamespace(rotation=online.OnlineRotation("random", 4)))
+    part = SimpleNamespace(attn=attn, o_proj=linears[0], down_proj=linears[1])
+    ((matrix, had_k),) = sequences._rotation_tables([part, part], torch.zeros(2))
+    assert matrix.shape == (4, 4) and had_k is None
 
 
 X, MASK = torch.arange(4.0), torch.tensor([True, False, True, False])

@@ -190,7 +190,7 @@ def _rotation_tables(parts: list[Any], like: Tensor) -> list[tuple[Tensor | None
         rotation
         for part in parts
         for rotation in (part.attn.kv_settings.rotation, part.o_proj.rotation, part.down_proj.rotation)
-        if rotation is not None
+        if rotation is not None and rotation.kind != "none"
     }
     return [rotation.tables(like.device, like.dtype) for rotation in rotations]
 
