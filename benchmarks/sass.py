@@ -162,13 +162,14 @@ def _reaching(origin: int, head: int, before: list[list[int]]) -> set[int]:
     return inside
 
 
-def main_loop(body: list[Instruction], opcode: str = "") -> list[Instruction]:
+def main_loop(body: list[Instruction], opcode: str = "", shortest: bool = False) -> list[Instruction]:
     """The innermost loop with the most tensor-core instructions, or with the most loads if there are none.
 
     Innermost: no smaller loop in it has a tensor-core instruction too. Empty if the kernel has no loop.
 
     Args:
         opcode: which tensor-core instructions count, e.g. "BMMA"; all of them by default.
+        shortest: of several with as many, as of whole tiles and of those at an edge; else the longest.
     """
     candidates = loops(body)
     with_mma = [loop for loop in candidates if _count_mma(loop, opcode)]
@@ -178,7 +179,8 @@ def main_loop(body: list[Instruction], opcode: str = "") -> list[Instruction]:
                    for other in with_mma)
     ]  # fmt: skip
     if inner:
-        return max(inner, key=lambda loop: (_count_mma(loop, opcode), len(loop)))
+        sign = -1 if shortest else 1
+        return max(inner, key=lambda loop: (_count_mma(loop, opcode), sign * len(loop)))
     return max(candidates, key=lambda loop: sum(i.load_bytes for i in loop), default=[])
 
 

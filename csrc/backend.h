@@ -12,10 +12,14 @@
 namespace w2a4 {
 namespace kernels = cuda;
 
-// Makes the device of `t` the current one while an op runs.
+// Makes the device of `t` torch's current one while an op runs. `index` goes into the parameters,
+// for the launcher: which device torch has set is nothing that it could ask the CUDA runtime.
 class OnDeviceOf {
  public:
-  explicit OnDeviceOf(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {}
+  explicit OnDeviceOf(const torch::stable::Tensor& t)
+      : index(t.get_device_index()), guard_(index) {}
+
+  const int index;
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
@@ -29,6 +33,8 @@ namespace kernels = cpu;
 
 struct OnDeviceOf {
   explicit OnDeviceOf(const torch::stable::Tensor&) {}
+
+  static constexpr int index = -1;
 };
 }  // namespace w2a4
 #endif

@@ -79,6 +79,7 @@ Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Ten
   p.act_group = act_group;
   p.block = std::min(group_size, act_group);
   p.weight_bits = weight_bits;
+  p.device = device.index;
   kernels::linear_a4(p);
   return y;
 }
@@ -127,6 +128,7 @@ std::tuple<Tensor, Tensor> quantize(QuantizeA4Params& p, const Tensor& x) {
   Tensor scale = empty(x, with_last(x, p.features / p.group_size), kF32);
   p.codes = static_cast<uint8_t*>(codes.data_ptr());
   p.scale = static_cast<float*>(scale.data_ptr());
+  p.device = device.index;
   kernels::quantize_a4(p);
   return {codes, scale};
 }
@@ -151,6 +153,7 @@ Tensor hadamard(const Tensor& x, const std::optional<Tensor>& had_k, int64_t blo
   p.block_size = block_size;
   p.k = k;
   p.transpose = transpose;
+  p.device = device.index;
   kernels::hadamard(p);
   return y;
 }

@@ -66,6 +66,7 @@ std::tuple<Tensor, Tensor> quantize_kv4(const Tensor& x, double clip) {
   p.codes = check.strided(codes, "codes");
   p.params = check.strided(params, "params");
   const OnDeviceOf device(x);
+  p.device = device.index;
   kernels::quantize_kv4(p);
   return {codes, params};
 }
@@ -83,6 +84,7 @@ void append_kv4(const Tensor& x, const Tensor& codes, const Tensor& params, int6
   p.start = start;
   p.starts = check_starts(check, starts, p.batch, "start", start);
   const OnDeviceOf device(x);
+  p.device = device.index;
   kernels::quantize_kv4(p);
 }
 
@@ -145,6 +147,7 @@ Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
   p.starts = check_starts(check, starts, p.batch, "start", start);
   p.clip = static_cast<float>(clip);
   const OnDeviceOf device(qkv);
+  p.device = device.index;
   kernels::rope_append_kv4(p);
   return q;
 }
@@ -216,6 +219,7 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
   p.scaling = static_cast<float>(scaling);
   const OnDeviceOf device(q);
   std::optional<Tensor> workspace;
+  p.device = device.index;
   if (const int64_t floats = kernels::attention_kv4_workspace(p)) {
     workspace = empty(q, {floats}, kF32);
     p.workspace = static_cast<float*>(workspace->data_ptr());

@@ -37,6 +37,7 @@ Tensor linear_w8(const Tensor& x, const Tensor& weight, const Tensor& scale,
   p.out_features = out_features;
   p.in_features = in_features;
   const OnDeviceOf device(x);
+  p.device = device.index;
   kernels::linear_w8(p);
   return y;
 }

@@ -1,5 +1,6 @@
 // Parameters of each op: what passes the checks is put in one of these, and kernels read nothing
-// else. Every pointer carries its shape. Bit layouts are drawn in w2a4/packing.py.
+// else. Every pointer carries its shape. Bit layouts are drawn in w2a4/packing.py. `device` is the
+// index of the CUDA device that all tensors are on, from which launchers take it; -1 is the CPU.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -19,6 +20,7 @@ struct HadamardParams {
   int64_t block_size;  // k * 2**m, divides n
   int64_t k;
   bool transpose;
+  int device = -1;
 };
 
 // quantize_a4, and the stages that may come before it: each is done in float32, in the order they
@@ -42,6 +44,7 @@ struct QuantizeA4Params {
   const int8_t* had_k = nullptr;  // [k, k] of +-1, or null for k = 1
   int64_t k = 1;
   int64_t block_size = 1;  // k * 2**m, divides features: x becomes x @ H; 1: no Hadamard
+  int device = -1;
 };
 
 struct LinearA4Params {
@@ -58,6 +61,7 @@ struct LinearA4Params {
   int64_t act_group;
   int64_t block;  // the smaller of the two: inputs of one exact integer sum
   int weight_bits;
+  int device = -1;
 };
 
 struct LinearW8Params {
@@ -68,6 +72,7 @@ struct LinearW8Params {
   void* y;                // [tokens, out], of dtype
   ScalarType dtype, bias_dtype;
   int64_t tokens, out_features, in_features;
+  int device = -1;
 };
 
 // snap, and backward where grad is given: y, or grad_w and grad_soft, is written.
@@ -109,6 +114,7 @@ struct QuantizeKV4Params {
   int64_t start;          // token of codes and params that x's first token is written to
   const int64_t* starts;  // [batch]: instead of start, which is the most of them; or null
   float clip;
+  int device = -1;
 };
 
 // Queries, keys and values of new tokens on their way to attention: queries and keys are turned by
@@ -126,6 +132,7 @@ struct RopeAppendKV4Params {
   int64_t start;
   const int64_t* starts;  // as in QuantizeKV4Params
   float clip;
+  int device = -1;
 };
 
 struct AttentionKV4Params {
@@ -144,6 +151,7 @@ struct AttentionKV4Params {
   int64_t sinks;          // the first keys, read from k_sink and v_sink
   bool causal;
   float scaling;
+  int device = -1;
 };
 
 // Columns of a weight matrix, which are rows here, rounded one after another.

@@ -343,6 +343,13 @@ def test_loops_are_natural_and_the_innermost_with_an_mma_counts():
     assert sass.slow_instructions(inner) == ["MUFU.RCP"]
 
 
+def test_of_loops_with_as_many_mma_the_longest_or_the_shortest_is_meant():
+    mma = "IMMA.16832.S8.S8 R4, R8.ROW, R20.COL, R4"
+    instructions = listing("NOP", mma, "@P0 BRA 0x20", mma, "NOP", "@P0 BRA 0x40", "EXIT")
+    assert [i.address for i in sass.main_loop(instructions)] == [0x40, 0x50, 0x60]
+    assert [i.address for i in sass.main_loop(instructions, shortest=True)] == [0x20, 0x30]
+
+
 def test_loads_that_are_used_one_iteration_later():
     loop = listing(
         "IMMA.16832.S8.S8 R4, R8.ROW, R20.COL, R4",

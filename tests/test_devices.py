@@ -1,12 +1,16 @@
 """Which device a name means, and memory held."""
 
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from w2a4 import devices
+from w2a4 import devices, sequences
 from w2a4.devices import pick_device
 from w2a4.errors import W2A4Error
 
@@ -67,3 +71,95 @@ def test_peak_memory_is_of_this_process_alone():
     assert devices.peak_memory_mb() > grown.nbytes / 1e6
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 20 < float(child.stdout) < devices.peak_memory_mb() - 0.5 * grown.nbytes / 1e6
+
+
+class Recorder:
+    """In place of torch's streams and graphs on a machine with two GPUs: which device each went to."""
+
+    def __init__(self, monkeypatch):
+        self.current, self.calls = 0, []
+        for name in ("Stream", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, self.maker(name))
+        monkeypatch.setattr(torch.cuda, "current_stream", self.current_stream)
+        monkeypatch.setattr(torch.cuda, "device", self.on)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: self.on(stream.index))
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+
+    def index(self, device) -> int:
+        device = torch.device("cuda", device) if isinstance(device, int) else device
+        return self.current if device is None or device.index is None else device.index
+
+    def maker(self, name):
+        def make(device=None):
+            made = SimpleNamespace(index=self.index(device), wait_stream=self.wait)
+            made.replay = lambda: self.calls.append(("replay", self.current))
+            self.calls.append((name, made.index))
+            return made
+
+        return make
+
+    def wait(self, stream):
+        self.calls.append(("wait", stream.index))
+
+    def current_stream(self, device=None):
+        return SimpleNamespace(index=self.index(device), wait_stream=self.wait)
+
+    @contextmanager
+    def on(self, device):
+        before, self.current = self.current, self.index(device)
+        yield
+        self.current = before
+
+    @contextmanager
+    def graph(self, graph, pool, stream):
+        self.calls.append(("capture", stream.index))
+        with self.on(stream.index):
+            yield
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_graphs_are_of_the_device_of_the_model(index, monkeypatch):
+    """Whichever is current: torch's streams, and the graph that is captured on one, are of that otherwise."""
+    record, steps = Recorder(monkeypatch), []
+
+    def step(tokens, bound):
+        steps.append((record.current, tokens.tolist(), bound))
+        return tokens + 1
+
+    graphs = sequences.StepGraphs(step, [torch.zeros(2)], batch=2, capacity=512)
+    graphs.device = torch.device("cuda", index)
+    assert graphs.run(torch.tensor([5, 6]), 9).tolist() == [6, 7]
+    assert steps == [(index, [5, 6], 256)] * 2, "once outside, once in the capture"
+    kinds = [kind for kind, _ in record.calls]
+    assert {where for _, where in record.calls} == {index} and record.current == 0
+    assert kinds == ["Stream", "wait", "wait", "CUDAGraph", "capture", "replay"]
+    graphs.run(torch.tensor([7, 8]), 10)
+    assert record.calls[6:] == [("replay", index)] and len(steps) == 2
+
+
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+def test_every_launcher_takes_its_device_from_a_tensor():
+    """What the CUDA runtime takes for the current device is asked nowhere but where it is set."""
+    ops = re.findall(r"(\w+)\(const \w+Params& p\);", (CSRC / "cuda/kernels.h").read_text())
+    assert len(ops) == 8
+    entries = "".join(path.read_text() for path in CSRC.glob("entry_*.cpp"))
+    for op in ops:
+        calls = re.findall(rf"[^\n]*\n[^\n]*kernels::{op}\(p\)", entries)
+        assert calls, op
+    for name in ("entry_a4.cpp", "entry_kv4.cpp", "entry_w8.cpp"):
+        body = (CSRC / name).read_text()
+        guards = re.findall(r"const OnDeviceOf device\(\w+\);", body)
+        assert len(guards) == body.count("p.device = device.index;") > 0, name
+        # The device is in the parameters before a kernel sees them.
+        for before in re.split(r"const OnDeviceOf device\(\w+\);", body)[1:]:
+            assert before.index("p.device = device.index;") < before.index("kernels::"), name
+    for path in CSRC.glob("cuda/*.cu"):
+        text = path.read_text()
+        assert re.search(r"use_device\((plan\.args\.)?p\.device\)", text), path.name
+        launches = re.findall(r"\blaunch<[^;]*?>\(([^;]*);", text)
+        assert launches and all(re.match(r'(name|"\w+"), device,', launch) for launch in launches), path.name
+    asked = {path.name for path in CSRC.rglob("*.*") if "cudaGetDevice(" in path.read_text()}
+    assert asked == {"runtime.cpp"}

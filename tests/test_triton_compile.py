@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,14 +17,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from triton_machine_code import compile_kernel
-from w2a4.triton_kernels import attention, fake_quant, ldp
-from w2a4.triton_kernels.gemm import gemm_a4_kernel
-from w2a4.triton_kernels.tiles import TILES, fit_k
+from w2a4.triton_kernels import fake_quant, ldp
+from w2a4.triton_kernels.tiles import TILES
 
+from benchmarks import sass, triton_loops
+from benchmarks.triton_loops import ARCHS
 from w2a4 import dispatch, ops, quantizers
-
-ARCHS = [80, 90, 100]
 
 
 @pytest.fixture(autouse=True)
@@ -38,25 +37,19 @@ CASES += [(90, group, tile) for group in (32, 4096) for tile in TILES[2::3]]
 
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("arch,group,tile", CASES)
-def test_gemm_machine_code(arch, group, tile, bits, tmp_path):
-    tile = fit_k(tile, group)
-    types = dict.fromkeys(["a_ptr", "weight_ptr"], "*u8") | dict.fromkeys(["tokens", "out_features"], "i32")
-    types |= dict(a_scale_ptr="*fp32", scale_ptr="*fp16", bias_ptr="*bf16", y_ptr="*bf16")
-    types |= dict(levels_ptr="*i32" if bits == 2 else "*fp16")
-    constants = dict(BITS=bits, IN=4096, GROUP=group, ACT_GROUP=4096, BLOCK=group, HAS_BIAS=bits == 2)
-    constants |= dict(BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k)
-    code = compile_kernel(gemm_a4_kernel, arch, types, constants, tile.warps, tile.stages, tmp_path / "cubin")
-    assert code.stack == 0 and not {"LDL", "STL"} & set(code.opcodes)
-    # wgmma and tcgen05 take 64 rows at least. IMMA, IGMMA and UTCIMMA are what ptxas makes of them; which
-    # of them sm_100 gets depends on the version of Triton.
-    expected = {"IMMA"} if arch == 80 or tile.m < 64 else {"IGMMA"} if arch == 90 else {"IMMA", "UTCIMMA"}
-    assert expected & set(code.opcodes)
-    assert not {"HMMA", "DMMA", "HGMMA"} & set(code.opcodes)
+def test_gemm_machine_code(arch, group, tile, bits):
+    case = triton_loops.gemm_case(bits, group, tile)
+    code = triton_loops.compile_case(case, arch)
+    assert code.stack == 0 and not {"LDL", "STL"} & code.opcodes
+    assert triton_loops.tensor_cores(case, arch) & code.opcodes
+    assert not {"HMMA", "DMMA", "HGMMA"} & code.opcodes
     assert "LDGSTS" in code.opcodes  # loads run ahead of the products
     if bits == 4:  # without bias: scaled sums are rounded before they are added
-        assert not {"FFMA", "FFMA2"} & set(code.opcodes)
+        assert not {"FFMA", "FFMA2"} & code.opcodes
     else:
         assert_packs_lie_in_rows(code.ttgir)
+    if group == 128:
+        assert triton_loops.breaches(triton_loops.examine(case, arch, code), case) == []
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -69,7 +62,7 @@ def test_gemm_machine_code(arch, group, tile, bits, tmp_path):
     + [(fake_quant.fake_quant_kv4_backward_kernel, 128, {})],
     ids=lambda value: getattr(value, "__name__", value if isinstance(value, int) else ""),
 )
-def test_fake_quant_machine_code(kernel, size, constants, arch, tmp_path):
+def test_fake_quant_machine_code(kernel, size, constants, arch):
     chunk = min(triton.next_power_of_2(size), 4096)
     floats = {name for name in kernel.arg_names if name.split("_")[0] in ("clip", "soft", "levels")}
     floats |= {"grad_clip_ptr", "grad_soft_ptr"}
@@ -77,37 +70,23 @@ def test_fake_quant_machine_code(kernel, size, constants, arch, tmp_path):
     types = {name: "*fp32" if name in floats else "*bf16" for name in pointers}
     types |= {name: "i32" for name in ("rows", "groups") if name in kernel.arg_names}
     constants = constants | dict(SIZE=size, CHUNK=chunk, ROWS=4096 // chunk)
-    code = compile_kernel(kernel, arch, types, constants, 4, 3, tmp_path / "cubin")
-    assert code.stack == 0 and not {"LDL", "STL"} & set(code.opcodes)
+    code = triton_loops.compile_case(triton_loops.Case("", kernel, types, constants, 4, 3), arch)
+    assert code.stack == 0 and not {"LDL", "STL"} & code.opcodes
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", triton_loops.HEAD_DIMS)
 @pytest.mark.parametrize("plain", [True, False])
-def test_attention_machine_code(arch, head_dim, plain, tmp_path):
-    kernel = attention.attention_kv4_prefill_kernel
-    element = "*fp16" if plain else "*bf16"
-    types = dict.fromkeys(["q_ptr", "out_ptr", "k_sink_ptr", "v_sink_ptr"], element) | {"factor": "fp32"}
-    types |= dict.fromkeys(["k_codes_ptr", "v_codes_ptr", "mask_ptr"], "*u8") | {"starts_ptr": "*i64"}
-    types |= dict.fromkeys(["k_params_ptr", "v_params_ptr"], "*fp16")
-    integers = (
-        "tokens length capacity sinks sink_tokens q_batch q_head q_token mask_batch mask_head mask_query"
-    )
-    types |= dict.fromkeys(integers.split(), "i32")
-    block_m, block_n = attention.tile_of(head_dim, plain)
-    constants = dict(DIM=head_dim, HALF=max(16, triton.next_power_of_2(head_dim // 2)), REPEAT=4)
-    constants |= dict(CAUSAL=plain, HAS_MASK=not plain, HAS_SINKS=not plain, HAS_STARTS=not plain)
-    constants |= dict(BLOCK_M=block_m, BLOCK_N=block_n)
-    code = compile_kernel(
-        kernel, arch, types, constants, attention.WARPS, attention.STAGES, tmp_path / "cubin"
-    )
+def test_attention_machine_code(arch, head_dim, plain):
+    case = triton_loops.attention_case(head_dim, plain)
+    code = triton_loops.compile_case(case, arch)
     # One register too few, outside of the loop over keys.
     most = 8 if (arch, head_dim, plain) == (100, 256, False) else 0
-    assert code.stack <= most and sum(op in ("LDL", "STL") for op in code.opcodes) <= most // 4
-    expected = {"HMMA"} if arch == 80 else {"HGMMA"} if arch == 90 else {"HMMA", "UTCHMMA"}
-    assert expected & set(code.opcodes)
+    assert code.stack <= most and sass.local_accesses(code.body) <= most // 4
+    assert triton_loops.tensor_cores(case, arch) & code.opcodes
     assert "LDGSTS" in code.opcodes  # loads run ahead of the products
-    assert "I2F" not in code.opcodes and "I2FP" not in code.opcodes  # codes become floats by prmt
+    assert not {"I2F", "I2FP"} & code.opcodes  # codes become floats by prmt
+    assert triton_loops.breaches(triton_loops.examine(case, arch, code), case) == []
 
 
 def assert_packs_lie_in_rows(ttgir: str) -> None:
@@ -189,3 +168,38 @@ def test_ops_choose_by_the_number_of_tokens_on_a_device_that_is_not_there(compil
         quantizers.fake_quant_a4(empty(3, 64, dtype=torch.bfloat16), clip, 32)
     few = "linear_w2a4" if compiled else "gemm_w2a4"
     assert ran.names == [few, few, "gemm_w2a4", "fake_quant_rows"]
+
+
+def a_loop(**changes) -> tuple[triton_loops.Loop, triton_loops.Case]:
+    """A loop with the counts of the newest triton that has any, but for these changes."""
+    case = triton_loops.gemm_case(2, 128, TILES[-1])
+    instructions, barriers, blocks = triton_loops.COUNTS["3.9.0"][case.name][1]
+    loop = triton_loops.Loop(case.name, 90, instructions, barriers, 256, {"IGMMA": 4}, {}, 0, 196, blocks)
+    return replace(loop, **changes), case
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"instructions": 440}, "takes 440 instructions a step, 415 before"),
+        ({"barriers": 6}, "has 6 barriers a step, 5 before"),
+        ({"blocks": 0}, "leaves room for 0 blocks, 1 before"),
+        ({"promotion": 320}, "takes 320 instructions to move 64 sums on"),
+        ({"mma": {}}, "has none of ['IGMMA'] in the loop"),
+        ({"mma": {"IGMMA": 4, "HMMA": 2}}, "has ['HMMA', 'IGMMA'] in the loop, expected ['IGMMA']"),
+        ({"slow": {"I2F": 2}}, "has I2F in the loop"),
+        ({"slow": {"MUFU": 1}}, "has MUFU in the loop"),
+        ({"local": 2}, "accesses local memory 2 times in the loop"),
+    ],
+)
+def test_a_worse_loop_is_found(changes, message):
+    assert triton_loops.breaches(*a_loop(), "3.9.0") == []
+    assert triton_loops.breaches(*a_loop(**changes), "3.9.0") == [message]
+
+
+def test_the_counts_of_another_triton_are_a_loose_bound():
+    assert triton_loops.breaches(*a_loop(instructions=600, barriers=9), "99.0") == []
+    assert len(triton_loops.breaches(*a_loop(instructions=700, barriers=20, mma={}), "99.0")) == 3
+    assert {name for counts in triton_loops.COUNTS.values() for name in counts} == {
+        case.name for case in triton_loops.cases()
+    }

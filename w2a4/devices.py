@@ -1,10 +1,11 @@
-"""Where a model computes: the device that a user names, and the most memory it has held."""
+"""Where a model computes: the device a user names, the current one, and the most memory it has held."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -35,6 +36,11 @@ def pick_device(name: str | None = None) -> torch.device:
     if index >= count:
         raise W2A4Error(f"device {name!r}: torch {torch.__version__} sees {count} GPUs here; give another")
     return torch.device("cuda", index)
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA device the current one: its streams are then those that torch means."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def peak_memory_mb(device: torch.device | None = None) -> float:

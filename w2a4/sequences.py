@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
+from . import devices
 from .errors import W2A4Error
 from .integrations.arguments import CACHE, cache_name
 from .integrations.fused import LayerOp, decoder_layer, fused_parts, layer_op
@@ -44,6 +45,7 @@ class PackedSequences:
         self.begin(rows)
         if graphs and not self._dynamic_rope() and self.length >= sink_tokens_of(model):
             self.graphs = StepGraphs(self._step, [self.starts], len(rows), capacity)
+            self.tables = _rotation_tables(parts, self.decoder.norm.weight)
 
     def fits(self, model: Any, rows: list[Tensor]) -> bool:
         """Whether `begin` will do for these rows: nothing lies elsewhere than when graphs were captured."""
@@ -128,7 +130,7 @@ class StepGraphs:
 
     Args:
         step: `(tokens int64 [batch], bound) -> logits`.
-        counters: what a step advances, on the device.
+        counters: what a step advances, on the device of the model, which need not be the current one.
         batch: sequences.
         capacity: the largest bound.
     """
@@ -139,37 +141,40 @@ class StepGraphs:
         self, step: Callable[[Tensor, int], Tensor], counters: list[Tensor], batch: int, capacity: int
     ):
         self.step, self.counters, self.capacity = step, counters, capacity
-        self.tokens = torch.empty(batch, dtype=torch.long, device=counters[0].device)
+        self.device = counters[0].device
+        self.tokens = torch.empty(batch, dtype=torch.long, device=self.device)
         self.captured: dict[int, tuple[Any, Tensor]] = {}
         self.pool: Any = None
 
     def run(self, tokens: Tensor, length: int) -> Tensor:
         """Logits of the step after which the longest sequence has `length` tokens, valid until the next."""
         bound = min(self.capacity, max(self.LEAST, 1 << (length - 1).bit_length()))
-        self.tokens.copy_(tokens)
-        if bound not in self.captured:
-            self.captured[bound] = self.capture(bound)
-        graph, logits = self.captured[bound]
-        graph.replay()
+        with devices.current(self.device):
+            self.tokens.copy_(tokens)
+            if bound not in self.captured:
+                self.captured[bound] = self.capture(bound)
+            graph, logits = self.captured[bound]
+            graph.replay()
         return logits
 
     def capture(self, bound: int) -> tuple[Any, Tensor]:
-        """A graph of the step, which is not run, and its logits."""
+        """A graph of the step, which is not run, and its logits; the device of the model is current."""
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         before = [counter.clone() for counter in self.counters]
         # Once outside: kernels are loaded and libraries get their workspaces then. It writes what the
         # replay will write.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.step(self.tokens, bound)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
         for counter, value in zip(self.counters, before, strict=True):
             counter.copy_(value)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # Left to itself, torch captures on a stream of the device that was current at its first capture.
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream):
                 logits = self.step(self.tokens, bound)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
@@ -178,6 +183,17 @@ class StepGraphs:
                 "Engine(model, cuda_graphs=False)"
             ) from error
         return graph, logits
+
+
+def _rotation_tables(parts: list[Any], like: Tensor) -> list[tuple[Tensor | None, ...]]:
+    """What online rotations of these layers read, for hidden states like this tensor."""
+    rotations = {
+        rotation
+        for part in parts
+        for rotation in (part.attn.kv_settings.rotation, part.o_proj.rotation, part.down_proj.rotation)
+        if rotation is not None and rotation.kind != "none"
+    }
+    return [rotation.tables(like.device, like.dtype) for rotation in rotations]
 
 
 def _places(model: Any) -> list[int]:

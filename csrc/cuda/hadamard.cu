@@ -7,12 +7,12 @@ namespace w2a4::cuda {
 
 void hadamard(const HadamardParams& p) {
   if (p.rows == 0 || p.n == 0) return;
-  const Device& device = current_device();
+  const Device& device = use_device(p.device);
   const Transform t = plan_hadamard(p, device.processors, device.shared);
   const size_t shared = t.table_bytes + t.work_bytes;
   const unsigned blocks = transform_blocks(t, device.processors, shared, device.shared);
   with_hadamard_kernel(p.dtype, t, [&](auto kernel) {
-    launch<decltype(kernel)::value>("hadamard", dim3(blocks), t.warps * 32, shared,
+    launch<decltype(kernel)::value>("hadamard", device, dim3(blocks), t.warps * 32, shared,
                                     HadamardArgs{p, t});
   });
 }

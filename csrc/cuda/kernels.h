@@ -1,5 +1,5 @@
 // CUDA kernels, one launcher an op. Arguments have passed the checks; launches are asynchronous, on
-// torch's current stream of the current device.
+// torch's current stream of the device that the parameters name.
 #pragma once
 
 #include "../params.h"

@@ -8,8 +8,9 @@ namespace {
 
 template <class Args>
 void launch_heads(const char* name, const HeadsPlan<Args>& plan) {
+  const Device& device = use_device(plan.args.p.device);
   with_kv4_kernel(plan.args, [&](auto kernel) {
-    launch<decltype(kernel)::value>(name, dim3(plan.blocks), kHeadWarps * 32, plan.shared,
+    launch<decltype(kernel)::value>(name, device, dim3(plan.blocks), kHeadWarps * 32, plan.shared,
                                     plan.args);
   });
 }

@@ -7,7 +7,7 @@ namespace w2a4::cuda {
 
 void linear_w8(const LinearW8Params& p) {
   if (p.tokens == 0 || p.out_features == 0) return;
-  const Device& device = current_device();
+  const Device& device = use_device(p.device);
   const LinearW8Plan plan = plan_linear_w8(p, device.processors, device.shared);
   // Tokens beyond what a grid takes go into further launches.
   constexpr int64_t kMostBlocksY = 65535;
@@ -20,8 +20,8 @@ void linear_w8(const LinearW8Params& p) {
     args.p.tokens = p.tokens - tokens;
     const auto blocks = static_cast<unsigned>(std::min(kMostBlocksY, plan.blocks_y - first));
     with_linear_w8_kernel(plan, [&](auto kernel) {
-      launch<decltype(kernel)::value>("linear_w8", dim3(plan.blocks_x, blocks), kW8Warps * 32,
-                                      plan.shared, args);
+      launch<decltype(kernel)::value>("linear_w8", device, dim3(plan.blocks_x, blocks),
+                                      kW8Warps * 32, plan.shared, args);
     });
   }
 }

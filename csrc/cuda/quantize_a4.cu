@@ -7,11 +7,11 @@ namespace w2a4::cuda {
 
 void quantize_a4(const QuantizeA4Params& p) {
   if (p.tokens == 0) return;
-  const Device& device = current_device();
+  const Device& device = use_device(p.device);
   const QuantizePlan plan = plan_quantize(p, device.processors, device.shared);
   with_quantize_kernel(plan.args, [&](auto kernel) {
-    launch<decltype(kernel)::value>("quantize_a4", dim3(plan.blocks), plan.threads, plan.shared,
-                                    plan.args);
+    launch<decltype(kernel)::value>("quantize_a4", device, dim3(plan.blocks), plan.threads,
+                                    plan.shared, plan.args);
   });
 }
 

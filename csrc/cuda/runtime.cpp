@@ -24,8 +24,6 @@ GetStream find_get_stream() {
   return reinterpret_cast<GetStream>(symbol);
 }
 
-constexpr int kMostDevices = 64;
-
 Device query(int index) {
   Device d{index, 0, 0, 0};
   int major = 0, minor = 0;
@@ -47,20 +45,23 @@ void check(cudaError_t status, const char* what) {
                            cudaGetErrorString(status));
 }
 
-const Device& current_device() {
+const Device& use_device(int index) {
   static Device devices[kMostDevices];
   static std::once_flag known[kMostDevices];
-  int index = 0;
-  check(cudaGetDevice(&index), "device query");
-  if (index >= kMostDevices) throw std::runtime_error("w2a4: more than 64 CUDA devices");
+  if (index < 0 || index >= kMostDevices)
+    throw std::runtime_error("w2a4: there is no CUDA device " + std::to_string(index) +
+                             " for w2a4; it takes devices 0 to 63");
+  int current = -1;
+  check(cudaGetDevice(&current), "device query");
+  if (current != index) check(cudaSetDevice(index), "device change");
   std::call_once(known[index], [&] { devices[index] = query(index); });
   return devices[index];
 }
 
-cudaStream_t current_stream() {
+cudaStream_t current_stream(const Device& device) {
   static const GetStream get_stream = find_get_stream();
   void* stream = nullptr;
-  if (get_stream(current_device().index, &stream) != 0)
+  if (get_stream(device.index, &stream) != 0)
     throw std::runtime_error("w2a4: torch did not give its current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }

@@ -8,6 +8,8 @@
 
 namespace w2a4::cuda {
 
+constexpr int kMostDevices = 64;
+
 struct Device {
   int index;
   int arch;        // 10 * major + minor, e.g. 90
@@ -15,24 +17,29 @@ struct Device {
   int shared;      // bytes of shared memory that a block may ask for
 };
 
-// The current device, which an entry point has set to that of its arguments.
-const Device& current_device();
+// The device of this index, which is then the one that launches go to. This library's CUDA runtime
+// is linked statically, and what torch's runtime has set need not be known to it. Nothing is set
+// back here: both runtimes share the thread's context, and the entry point's guard gives torch's
+// back.
+const Device& use_device(int index);
 
-// torch's current stream of the current device. Every kernel runs there.
-cudaStream_t current_stream();
+// torch's current stream of a device. Every kernel runs there.
+cudaStream_t current_stream(const Device& device);
 
 // Throws std::runtime_error if `status` is an error.
 void check(cudaError_t status, const char* what);
 
 #ifdef __CUDACC__
-// Runs kKernel(p) on the current stream, with `shared` bytes of dynamic shared memory.
+// Runs kKernel(p) on the current stream of `device`, from use_device, with `shared` bytes of
+// dynamic shared memory.
 template <auto kKernel, class Params>
-void launch(const char* name, dim3 grid, unsigned threads, size_t shared, const Params& p) {
+void launch(const char* name, const Device& device, dim3 grid, unsigned threads, size_t shared,
+            const Params& p) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   // More than 48 KB must be asked for, once a device. Bit i: asked for on device i.
   static std::atomic<uint64_t> asked{0};
-  const Device& device = current_device();
-  const uint64_t bit = uint64_t{1} << device.index % 64;
+  static_assert(kMostDevices <= 64, "a bit a device");
+  const uint64_t bit = uint64_t{1} << device.index;
   if (!(asked.load(std::memory_order_relaxed) & bit)) {
     check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared),
           name);
@@ -43,7 +50,7 @@ void launch(const char* name, dim3 grid, unsigned threads, size_t shared, const 
           name);
     asked.fetch_or(bit, std::memory_order_relaxed);
   }
-  kKernel<<<grid, threads, shared, current_stream()>>>(p);
+  kKernel<<<grid, threads, shared, current_stream(device)>>>(p);
   check(cudaGetLastError(), name);
 }
 #endif

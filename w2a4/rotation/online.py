@@ -99,6 +99,10 @@ class OnlineRotation:
         """The K part of the Hadamard kinds, as the ops take it."""
         return _had_k(self.k, device)
 
+    def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """What `apply` and `quantize` read. Their cache may drop it, so a CUDA graph has to keep it."""
+        return _tables(self, device, dtype)
+
     @staticmethod
     def for_ops(rotation: OnlineRotation | None, device: torch.device) -> tuple[Tensor | None, int] | None:
         """had_k and block_size by which the fused ops do a rotation; None if they cannot."""

@@ -1,0 +1,293 @@
+"""Compiles the Triton kernels' main loops and counts what a step of one takes. Needs triton, no GPU.
+
+    python -m benchmarks.triton_loops [--arch 90] [--json FILE]
+
+A step is a pass of the loop: so many inputs of a GEMM's tile as share their scales, or a tile of keys. Counts
+are held tightly to those of `COUNTS` that were taken with the triton that is installed, and loosely where
+there are none, since each version schedules otherwise. `tests/test_triton_compile.py` checks all of them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import triton
+from tabulate import tabulate
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from w2a4.triton_kernels import attention
+from w2a4.triton_kernels.gemm import gemm_a4_kernel
+from w2a4.triton_kernels.tiles import TILES, Tile, fit_k
+
+from benchmarks import residency, sass, sass_gate
+from benchmarks.files import commit, now, write_json
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+ARCHS = (80, 90, 100)
+HEAD_DIMS = (64, 80, 128, 256)
+
+#: Loops may take so many times the instructions, and so many barriers more, with the triton of the counts
+#: and with another one.
+SLACK, LOOSE = (1.03, 0), (1.5, 6)
+
+
+class Case(NamedTuple):
+    """A kernel as it is launched; what is not named in `types` is a constant."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+class Compiled(NamedTuple):
+    """Layouts (TTGIR) and PTX as text, the machine code, and what a thread and a block take."""
+
+    ttgir: str
+    ptx: str
+    body: list[sass.Instruction]
+    registers: int
+    stack: int  # bytes, where spills go
+    shared: int  # bytes
+
+    @property
+    def opcodes(self) -> set[str]:
+        """Without modifiers."""
+        return {i.opcode.split(".")[0] for i in self.body}
+
+
+def compile_case(case: Case, arch: int) -> Compiled:
+    """For sm_`arch`, pointers aligned to 16 bytes."""
+    signature = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
+    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=aligned)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        resources, text = (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    (body,) = sass.parse_sass(text).values()
+    registers, stack = (int(re.search(rf"{name}:(\d+)", resources).group(1)) for name in ("REG", "STACK"))
+    ttgir, ptx = compiled.asm["ttgir"], compiled.asm["ptx"]
+    return Compiled(ttgir, ptx, body, registers, stack, compiled.metadata.shared)
+
+
+def gemm_case(bits: int, group: int, tile: Tile) -> Case:
+    """A GEMM on 4096 inputs with one token scale; with a bias where weights have 2 bits."""
+    tile = fit_k(tile, group)
+    types = dict.fromkeys(["a_ptr", "weight_ptr"], "*u8") | dict.fromkeys(["tokens", "out_features"], "i32")
+    types |= dict(a_scale_ptr="*fp32", scale_ptr="*fp16", bias_ptr="*bf16", y_ptr="*bf16")
+    types |= dict(levels_ptr="*i32" if bits == 2 else "*fp16")
+    constants = dict(BITS=bits, IN=4096, GROUP=group, ACT_GROUP=4096, BLOCK=group, HAS_BIAS=bits == 2)
+    constants |= dict(BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k)
+    name = f"gemm_w{bits}a4 {tile.m}x{tile.n}"
+    return Case(name, gemm_a4_kernel, types, constants, tile.warps, tile.stages)
+
+
+def attention_case(head_dim: int, plain: bool) -> Case:
+    """A prompt's attention, causal on float16; else with mask, sinks and starts, on bfloat16."""
+    element = "*fp16" if plain else "*bf16"
+    types = dict.fromkeys(["q_ptr", "out_ptr", "k_sink_ptr", "v_sink_ptr"], element) | {"factor": "fp32"}
+    types |= dict.fromkeys(["k_codes_ptr", "v_codes_ptr", "mask_ptr"], "*u8") | {"starts_ptr": "*i64"}
+    types |= dict.fromkeys(["k_params_ptr", "v_params_ptr"], "*fp16")
+    integers = (
+        "tokens length capacity sinks sink_tokens q_batch q_head q_token mask_batch mask_head mask_query"
+    )
+    types |= dict.fromkeys(integers.split(), "i32")
+    block_m, block_n = attention.tile_of(head_dim, plain)
+    constants = dict(DIM=head_dim, HALF=max(16, triton.next_power_of_2(head_dim // 2)), REPEAT=4)
+    constants |= dict(CAUSAL=plain, HAS_MASK=not plain, HAS_SINKS=not plain, HAS_STARTS=not plain)
+    constants |= dict(BLOCK_M=block_m, BLOCK_N=block_n)
+    name = f"attention_kv4_prefill {head_dim}{'' if plain else ' mask'}"
+    kernel = attention.attention_kv4_prefill_kernel
+    return Case(name, kernel, types, constants, attention.WARPS, attention.STAGES)
+
+
+def cases() -> Iterator[Case]:
+    """Those that `COUNTS` has."""
+    yield from (gemm_case(bits, 128, tile) for bits in (2, 4) for tile in TILES)
+    yield from (attention_case(head_dim, plain) for head_dim in HEAD_DIMS for plain in (True, False))
+
+
+@dataclass
+class Loop:
+    """A main loop.
+
+    Attributes:
+        instructions: of them `barriers` for the block, and `promotion` that move exact sums on to floats.
+        mma: tensor-core instructions, by the name without modifiers.
+        slow: divisions, calls, FP64, and conversions at a quarter of the rate or less.
+        local: accesses of local memory.
+        blocks: that a multiprocessor holds.
+    """
+
+    case: str
+    arch: int
+    instructions: int
+    barriers: int
+    promotion: int
+    mma: dict[str, int]
+    slow: dict[str, int]
+    local: int
+    registers: int
+    blocks: int
+
+
+def examine(case: Case, arch: int, compiled: Compiled) -> Loop:
+    loop = sass.main_loop(compiled.body, shortest=True)
+    counts = Counter(i.opcode.split(".")[0] for i in loop)
+    # sm_100 has the registers and the shared memory of sm_90.
+    device = residency.DEVICES.get(arch, residency.DEVICES[90])
+    blocks = residency.blocks_resident(device, compiled.registers, 32 * case.warps, compiled.shared)
+    promotion = sum(counts[name] for name in ("FMUL", "FMUL2", "I2F", "I2FP", "FADD", "FADD2", "FFMA"))
+    mma = {name: counts[name] for name in {i.opcode.split(".")[0] for i in loop if i.is_mma}}
+    slow = Counter(opcode.split(".")[0] for opcode in sass.slow_instructions(loop))
+    return Loop(
+        case.name, arch, len(loop), counts["BAR"], promotion if "gemm" in case.name else 0, mma, dict(slow),
+        sass.local_accesses(loop), compiled.registers, blocks,
+    )  # fmt: skip
+
+
+#: Instructions and barriers of a step, and blocks a multiprocessor holds, on sm_80, sm_90 and sm_100, by the
+#: triton that compiled.
+Counts = dict[str, tuple[tuple[int, int, int], ...]]
+COUNTS: dict[str, Counts] = {
+    "3.6.0": {
+        "gemm_w2a4 16x64": ((158, 2, 6), (157, 2, 7), (154, 2, 7)),
+        "gemm_w2a4 32x64": ((227, 2, 4), (227, 2, 4), (218, 2, 4)),
+        "gemm_w2a4 64x64": ((403, 2, 4), (282, 4, 4), (393, 2, 4)),
+        "gemm_w2a4 64x128": ((585, 2, 2), (454, 4, 2), (552, 2, 2)),
+        "gemm_w2a4 128x64": ((599, 4, 2), (445, 6, 2), (571, 4, 2)),
+        "gemm_w2a4 128x128": ((725, 2, 1), (413, 4, 1), (695, 2, 1)),
+        "gemm_w4a4 16x64": ((143, 2, 7), (145, 2, 8), (143, 2, 8)),
+        "gemm_w4a4 32x64": ((212, 2, 5), (214, 2, 5), (199, 2, 4)),
+        "gemm_w4a4 64x64": ((354, 2, 3), (270, 4, 4), (341, 2, 3)),
+        "gemm_w4a4 64x128": ((556, 2, 2), (444, 4, 2), (522, 2, 2)),
+        "gemm_w4a4 128x64": ((552, 4, 2), (438, 6, 2), (523, 4, 2)),
+        "gemm_w4a4 128x128": ((621, 2, 1), (400, 4, 1), (590, 2, 1)),
+        "attention_kv4_prefill 64": ((1381, 2, 1), (625, 6, 1), (1037, 11, 1)),
+        "attention_kv4_prefill 64 mask": ((2336, 11, 1), (1410, 16, 1), (1677, 35, 1)),
+        "attention_kv4_prefill 80": ((1102, 2, 1), (463, 6, 1), (715, 11, 1)),
+        "attention_kv4_prefill 80 mask": ((1687, 5, 1), (922, 12, 1), (803, 16, 1)),
+        "attention_kv4_prefill 128": ((1092, 2, 1), (458, 6, 1), (712, 11, 1)),
+        "attention_kv4_prefill 128 mask": ((1670, 5, 1), (914, 12, 1), (798, 16, 1)),
+        "attention_kv4_prefill 256": ((1226, 8, 1), (594, 6, 1), (669, 15, 1)),
+        "attention_kv4_prefill 256 mask": ((1516, 12, 1), (1039, 14, 1), (927, 15, 1)),
+    },
+    "3.9.0": {
+        "gemm_w2a4 16x64": ((201, 2, 7), (198, 2, 7), (192, 2, 7)),
+        "gemm_w2a4 32x64": ((266, 2, 4), (261, 2, 4), (255, 2, 4)),
+        "gemm_w2a4 64x64": ((553, 2, 4), (284, 4, 4), (332, 8, 4)),
+        "gemm_w2a4 64x128": ((659, 2, 2), (454, 4, 2), (485, 8, 2)),
+        "gemm_w2a4 128x64": ((749, 4, 2), (444, 6, 2), (476, 8, 2)),
+        "gemm_w2a4 128x128": ((1012, 2, 1), (415, 5, 1), (446, 8, 1)),
+        "gemm_w4a4 16x64": ((143, 2, 7), (147, 2, 8), (141, 2, 8)),
+        "gemm_w4a4 32x64": ((212, 2, 5), (209, 2, 5), (205, 2, 5)),
+        "gemm_w4a4 64x64": ((353, 2, 3), (274, 4, 4), (316, 8, 4)),
+        "gemm_w4a4 64x128": ((554, 2, 2), (445, 4, 2), (468, 8, 2)),
+        "gemm_w4a4 128x64": ((552, 4, 2), (437, 6, 2), (463, 8, 2)),
+        "gemm_w4a4 128x128": ((621, 2, 1), (404, 5, 1), (427, 8, 1)),
+        "attention_kv4_prefill 64": ((1373, 2, 1), (729, 8, 1), (882, 12, 1)),
+        "attention_kv4_prefill 64 mask": ((2213, 15, 1), (1354, 18, 1), (1409, 36, 1)),
+        "attention_kv4_prefill 80": ((1102, 2, 1), (511, 8, 1), (608, 12, 1)),
+        "attention_kv4_prefill 80 mask": ((1596, 5, 1), (919, 12, 1), (764, 17, 1)),
+        "attention_kv4_prefill 128": ((1098, 2, 1), (507, 8, 1), (606, 12, 1)),
+        "attention_kv4_prefill 128 mask": ((1597, 5, 1), (908, 12, 1), (763, 17, 1)),
+        "attention_kv4_prefill 256": ((1264, 10, 1), (651, 8, 1), (550, 13, 2)),
+        "attention_kv4_prefill 256 mask": ((1494, 12, 1), (1033, 16, 1), (863, 16, 1)),
+    },
+}
+
+
+def breaches(loop: Loop, case: Case, version: str = triton.__version__) -> list[str]:
+    """What is worse than in `COUNTS`, or must not be in any loop."""
+    tight = version in COUNTS
+    factor, more = SLACK if tight else LOOSE
+    known = [COUNTS[version]] if tight else list(COUNTS.values())
+    counts = [own[case.name][ARCHS.index(loop.arch)] for own in known]
+    instructions, barriers = (max(count[n] for count in counts) for n in (0, 1))
+    blocks = min(count[2] for count in counts) if tight else 1
+    # Of every sum that a thread holds: to a float, times both scales, and added.
+    sums = case.constants["BLOCK_M"] * case.constants.get("BLOCK_N", 1) // (32 * case.warps)
+    conversions = sums if loop.arch < 90 and "gemm" in case.name else 0  # there is no I2FP on sm_80
+    slow = {name: n for name, n in loop.slow.items() if name != "I2F" or n > conversions}
+    expected = tensor_cores(case, loop.arch)
+    rules = (
+        (loop.instructions > instructions * factor,
+         f"takes {loop.instructions} instructions a step, {instructions} before"),
+        (loop.barriers > barriers + more, f"has {loop.barriers} barriers a step, {barriers} before"),
+        (loop.blocks < blocks, f"leaves room for {loop.blocks} blocks, {blocks} before"),
+        (loop.promotion > 4 * sums and "gemm" in case.name,
+         f"takes {loop.promotion} instructions to move {sums} sums on"),
+        (not expected & set(loop.mma), f"has none of {sorted(expected)} in the loop"),
+        (set(loop.mma) - expected, f"has {sorted(loop.mma)} in the loop, expected {sorted(expected)}"),
+        (slow, f"has {', '.join(sorted(slow))} in the loop"),
+        (loop.local, f"accesses local memory {loop.local} times in the loop"),
+    )  # fmt: skip
+    return [text for broken, text in rules if broken]
+
+
+def tensor_cores(case: Case, arch: int) -> set[str]:
+    """What ptxas makes of the dots. Which of two sm_100 gets depends on the version of Triton.
+
+    wgmma and tcgen05 take 64 rows at least, of int8 or 16-bit floats.
+    """
+    kind = "I" if "gemm" in case.name else "H"
+    if arch == 80 or case.constants["BLOCK_M"] < 64:
+        return {f"{kind}MMA"}
+    return {f"{kind}GMMA"} if arch == 90 else {f"{kind}MMA", f"UTC{kind}MMA"}
+
+
+def table(found: list[tuple[Loop, list[str]]]) -> str:
+    head = ("kernel", "sm", "instructions", "of them promotion", "BAR", "tensor cores", "slow", "registers",
+            "blocks/SM", "")  # fmt: skip
+    lines = [
+        (loop.case, loop.arch, loop.instructions, loop.promotion or "", loop.barriers, _counted(loop.mma),
+         _counted(loop.slow), loop.registers, loop.blocks, "BREACH" if wrong else "ok")
+        for loop, wrong in found
+    ]  # fmt: skip
+    return tabulate(lines, head)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+
+
+@click.command(help="\b\n" + __doc__)
+@click.option("--arch", "archs", default="90", show_default=True, callback=sass_gate.parse_archs)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Result file.")
+def main(archs, json_file):
+    if unknown := set(archs) - set(ARCHS):
+        raise click.ClickException(f"no counts are known of sm_{min(unknown)}; give any of {list(ARCHS)}")
+    todo = [(case, arch) for arch in archs for case in cases()]
+    found = []
+    for case, arch in tqdm(todo, unit="kernel", disable=not sys.stderr.isatty()):
+        loop = examine(case, arch, compile_case(case, arch))
+        found.append((loop, breaches(loop, case)))
+    if json_file is not None:
+        meta = {"triton": triton.__version__, "commit": commit(), "date": now()}
+        write_json(json_file, {"meta": meta, "loops": [asdict(loop) for loop, _ in found]})
+    print(f"triton {triton.__version__}, counts of {', '.join(COUNTS)}\n{table(found)}")
+    if wrong := [f"{loop.case} on sm_{loop.arch} {text}" for loop, texts in found for text in texts]:
+        print("\n" + "\n".join(wrong))
+        raise click.ClickException(f"{len(wrong)} breaches")
+
+
+if __name__ == "__main__":
+    main()
