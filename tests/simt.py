@@ -19,6 +19,7 @@ FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fvisibility
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 #: Of the kernel bodies only, and not of the linker: csrc/simt/races.cpp answers what they call.
 WATCH = ["-fsanitize=thread"]
+CAN_WATCH = sys.platform == "linux"  # where the linker says where a module begins
 
 
 def build(kind: str = "plain") -> Path:
@@ -40,7 +41,7 @@ def build(kind: str = "plain") -> Path:
     torch_include = Path(torch.__file__).parent / "include"
     includes = [sysconfig.get_path("include"), pybind11.get_include(), str(torch_include)]
     command = [compiler, *flags, *(f"-isystem{folder}" for folder in includes)]
-    digest = hashlib.sha256(" ".join([kind, *command]).encode())
+    digest = hashlib.sha256(" ".join([kind, *WATCH, *command]).encode())
     for path in sorted(headers):
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "simt" / digest.hexdigest()[:16]

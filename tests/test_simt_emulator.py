@@ -41,6 +41,7 @@ def run(name, right):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not simt.CAN_WATCH, reason="races.cpp needs Linux")
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted(name):
     """The mistake is found in any order of lanes and blocks, and where it stands; nothing else is."""

@@ -12,6 +12,7 @@ import simt
 import simt_sanitized as kernels
 
 pytest.importorskip("pybind11")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not simt.CAN_WATCH, reason="races.cpp needs Linux")]
 
 SMALL, LARGE = kernels.SMALL, kernels.LARGE
 OUTSIDE = np.array([-3, 2**62], np.int64)
@@ -102,7 +103,6 @@ def barriers_of(kernel):
     return met
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_no_race(kernel):
     assert barriers_of(kernel).keys() <= BARRIERS.keys()
@@ -119,7 +119,6 @@ def finds_race(kernel, site, case):
     return False
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("site", BARRIERS)
 def test_every_barrier_is_met_and_missed(site):
     """The kernels without it have a race, and it is found."""
