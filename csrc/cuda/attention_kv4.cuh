@@ -356,7 +356,7 @@ struct Attention {
       });
       if (place.sinks) sync_block();  // weights of sinks have been read
     }
-    cp_async_wait<0>();
+    cp_async_wait<0>();  // for copies of the chunk behind the last, which has no keys
     for_each_result([&](int n, int row, int element) {
       store_output(args, task.batch, head_of(args, task, row), token_of(args, task, row), element,
                    total(n));

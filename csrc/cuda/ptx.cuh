@@ -157,11 +157,11 @@ W2A4_DEVICE void cp_async_commit() {
 
 // Waits until at most kPending of this lane's committed groups are under way.
 template <int kPending>
-W2A4_DEVICE void cp_async_wait() {
+W2A4_DEVICE void cp_async_wait(W2A4_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #else
-  simt::block->wait_copies(kPending);
+  simt::block->wait_copies(kPending, site);
 #endif
 }
 

@@ -266,8 +266,15 @@ void Block::commit_copies() {
   running().copies.emplace_back();
 }
 
-void Block::wait_copies(int but_the_last) {
+static bool is_left_out(Site site) {
   races::Pause pause;
+  return !left_out.empty() && site.text() == left_out;
+}
+
+void Block::wait_copies(int but_the_last, Site site) {
+  if (is_left_out(site)) return;
+  races::Pause pause;
+  barriers_met.insert(site.text());
   auto& groups = running().copies;
   while (static_cast<int>(groups.size()) - 1 > but_the_last) {
     for (const Copy& c : groups.front()) {
@@ -282,11 +289,6 @@ void Block::wait_copies(int but_the_last) {
 void stop_misaligned(size_t bytes) {
   races::Pause pause;
   block->stop("an access of " + std::to_string(bytes) + " bytes that is not aligned");
-}
-
-static bool is_left_out(Site site) {
-  races::Pause pause;
-  return !left_out.empty() && site.text() == left_out;
 }
 
 void sync_warp(Site site) {

@@ -93,7 +93,7 @@ class Block {
             void (*compute)(Meeting&), void* out, size_t out_bytes, int index);
   void copy_async(void* to, const void* from, int bytes, int from_bytes);
   void commit_copies();
-  void wait_copies(int but_the_last);
+  void wait_copies(int but_the_last, Site site);
   [[noreturn]] void stop(const std::string& why);
 
  private:
@@ -119,8 +119,8 @@ class Block {
 extern Block* block;  // that runs now
 extern Dim3 thread_index, block_index, block_size, grid_size;
 
-// Barriers of the block or warp that lanes have met at, "file:line"; and the one that is left out,
-// for tests that prove that it is missed.
+// Barriers of the block or warp that lanes have met at, and waits for copies, "file:line"; and the
+// one that is left out, for tests that prove that it is missed.
 extern std::set<std::string> barriers_met;
 extern std::string left_out;
 
