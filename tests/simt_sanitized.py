@@ -34,21 +34,23 @@ def signs(k):
     return None if k == 1 else random.choice(np.array([-1, 1], np.int8), (k, k))
 
 
-def transform(module, k, power, dtype, shared):
-    x = random.standard_normal((3, 2 * k * power)).astype(dtype)
+def transform(module, k, power, dtype, shared, processors=2, offset=0):
+    n = 2 * k * power
+    x = random.standard_normal(3 * n + offset).astype(dtype)[offset:].reshape(3, n)
     y = np.empty_like(x)
     for transpose in (False, True):
-        module.hadamard(x, y, np.dtype(dtype).name, signs(k), k * power, transpose, 2, shared, 0)
+        module.hadamard(x, y, np.dtype(dtype).name, signs(k), k * power, transpose, processors, shared, 0)
         assert np.isfinite(y).all()
 
 
-def quantize(module, features, groups, k, block, dtype, up=False, eps=None, shared=SMALL):
+def quantize(module, features, groups, k, block, dtype, up=False, eps=None, shared=SMALL, processors=2):
     x = random.standard_normal((3, features)).astype(dtype)
     codes, scale = np.empty((3, -(-features // 2)), np.uint8), np.empty((3, groups), np.float32)
     other = x[::-1].copy() if up else None
     module.quantize_a4(
         x, np.full(1, 0.9, np.float32), codes, scale, np.dtype(dtype).name, other, eps,
-        None if eps is None else np.ones(features, np.float32), "float32", signs(k), block, 2, shared, 0,
+        None if eps is None else np.ones(features, np.float32), "float32", signs(k), block, processors,
+        shared, 0,
     )  # fmt: skip
     assert np.isfinite(scale).all()
 
@@ -80,13 +82,13 @@ def rope_append(module, head_dim, k, block, dtype, start, starts=None):
     )  # fmt: skip
 
 
-def attention(module, repeat, tokens, head_dim, length, split, sinks=0, starts=None):
-    q = random.standard_normal((2, 2 * repeat, tokens, head_dim)).astype(np.float16)
-    codes = [random.integers(0, 256, (2, 2, length, head_dim // 2), np.uint8) for _ in "kv"]
-    params = [np.full((2, 2, length, 2), 0x3000, np.uint16) for _ in "kv"]
-    sink = [random.standard_normal((2, 2, sinks, head_dim)).astype(np.float32) for _ in "kv"]
+def attention(module, repeat, tokens, head_dim, length, split, sinks=0, starts=None, batch=2, heads=2):
+    q = random.standard_normal((batch, heads * repeat, tokens, head_dim)).astype(np.float16)
+    codes = [random.integers(0, 256, (batch, heads, length, head_dim // 2), np.uint8) for _ in "kv"]
+    params = [np.full((batch, heads, length, 2), 0x3000, np.uint16) for _ in "kv"]
+    sink = [random.standard_normal((batch, heads, sinks, head_dim)).astype(np.float32) for _ in "kv"]
     mask = np.ones((1, 1, tokens, length), bool)
-    y = np.full((2, tokens, 2 * repeat, head_dim), np.nan, np.float16)
+    y = np.full((batch, tokens, heads * repeat, head_dim), np.nan, np.float16)
     room = np.empty(q.size // head_dim * -(-length // 256) * (head_dim + 2), np.float32) if split else None
     module.attention_kv4(
         q, "float16", codes[0], params[0], codes[1], params[1], length, mask, True, 0.1,

@@ -219,7 +219,7 @@ def test_with_sanitizers():
         "PATH": "/usr/bin:/bin",
     }
     done = subprocess.run(
-        [sys.executable, str(script), str(build(sanitize=True))],
+        [sys.executable, str(script), str(build("sanitized"))],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -22,11 +22,11 @@ namespace w2a4::cuda {
 
 // Columns 2j, 2j + 1 of two rows of a product, exact: lane 4g + j gets what all four digits of row
 // g + 8 * (j % 2) add up to; of the tile's two query rows it is row j / 2.
-W2A4_DEVICE float join_digits(const int32_t (&c)[4]) {
+W2A4_DEVICE float join_digits(const int32_t (&c)[4] W2A4_SITE) {
   const bool odd = threadIdx.x & 1;
   const float above = fma_rn(exact_float(c[1]), 256.0f, exact_float(c[0]));
   const float below = fma_rn(exact_float(c[3]), 256.0f, exact_float(c[2]));
-  const float mine = odd ? below : above, other = shfl_xor(odd ? above : below, 1);
+  const float mine = odd ? below : above, other = shfl_xor(odd ? above : below, 1 W2A4_SAME_SITE);
   return fma_rn(odd ? mine : other, 65536.0f, odd ? other : mine);
 }
 
@@ -356,7 +356,7 @@ struct Attention {
       });
       if (place.sinks) sync_block();  // weights of sinks have been read
     }
-    cp_async_wait<0>();
+    cp_async_wait<0>();  // for copies of the chunk behind the last, which has no keys
     for_each_result([&](int n, int row, int element) {
       store_output(args, task.batch, head_of(args, task, row), token_of(args, task, row), element,
                    total(n));

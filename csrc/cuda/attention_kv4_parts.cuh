@@ -204,10 +204,6 @@ W2A4_DEVICE int score_key(int lane, int half) {
   return 16 * half + lane / 4 + lane % 2 * 8;
 }
 
-W2A4_DEVICE uint32_t read_u32(const unsigned char* p) {
-  return *reinterpret_cast<const uint32_t*>(p);
-}
-
 W2A4_DEVICE uint32_t block_max(const uint32_t* of_warps) {
   const U32x4 a = read_u32x4(of_warps), b = read_u32x4(of_warps + 4);
   return larger(larger(larger(a.x, a.y), larger(a.z, a.w)),
@@ -217,19 +213,20 @@ W2A4_DEVICE uint32_t block_max(const uint32_t* of_warps) {
 // kCount sums over the warp at once: v[0] becomes the one whose number is returned. Each is added
 // up by halves, in the same order whatever kCount is.
 template <int kCount, int kMask = 1, int kSize>
-W2A4_DEVICE int warp_sums(float (&v)[kSize]) {
+W2A4_DEVICE int warp_sums(float (&v)[kSize] W2A4_SITE) {
   if constexpr (kCount == 1) {
     W2A4_UNROLL
-    for (int mask = kMask; mask < 32; mask *= 2) v[0] = add_rn(v[0], shfl_xor(v[0], mask));
+    for (int mask = kMask; mask < 32; mask *= 2)
+      v[0] = add_rn(v[0], shfl_xor(v[0], mask W2A4_SAME_SITE));
     return 0;
   } else {
     const bool upper = threadIdx.x & kMask;
     W2A4_UNROLL
     for (int i = 0; i < kCount / 2; ++i) {
       const float a = v[i], b = v[i + kCount / 2];
-      v[i] = add_rn(upper ? b : a, shfl_xor(upper ? a : b, kMask));
+      v[i] = add_rn(upper ? b : a, shfl_xor(upper ? a : b, kMask W2A4_SAME_SITE));
     }
-    return (upper ? kCount / 2 : 0) + warp_sums<kCount / 2, 2 * kMask>(v);
+    return (upper ? kCount / 2 : 0) + warp_sums<kCount / 2, 2 * kMask>(v W2A4_SAME_SITE);
   }
 }
 

@@ -22,8 +22,9 @@ struct Float16 {
     return halves_from_floats(low, high);
   }
   static constexpr uint32_t kOnes = 0x3c003c00;
-  static W2A4_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    mma_f16_16x8x16(d, a, b);
+  static W2A4_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4],
+                              const uint32_t (&b)[2] W2A4_SITE) {
+    mma_f16_16x8x16(d, a, b W2A4_SAME_SITE);
   }
 };
 
@@ -34,8 +35,9 @@ struct BFloat16 {
     return bfloat16s_from_floats(low, high);
   }
   static constexpr uint32_t kOnes = 0x3f803f80;
-  static W2A4_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    mma_bf16_16x8x16(d, a, b);
+  static W2A4_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4],
+                              const uint32_t (&b)[2] W2A4_SITE) {
+    mma_bf16_16x8x16(d, a, b W2A4_SAME_SITE);
   }
 };
 

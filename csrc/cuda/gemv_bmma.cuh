@@ -136,8 +136,8 @@ struct Bmma {
   W2A4_DEVICE void store_entries(unsigned char* table) {
     W2A4_UNROLL
     for (int e = 0; e < kUnitsInChunk / 2; ++e)
-      reinterpret_cast<U32x2*>(table)[e * 32 + lane] = {
-          entries[e].x, as_bits(float_from_half(static_cast<uint16_t>(entries[e].y)))};
+      store_u32x2(table + (e * 32 + lane) * 8,
+                  {entries[e].x, as_bits(float_from_half(static_cast<uint16_t>(entries[e].y)))});
   }
 
   // Bit-planes of this warp's chunks, and how many bits are set in each unit of them. Four lanes in
@@ -197,28 +197,28 @@ struct Bmma {
     uint32_t low[4], high[4], both[4];
     W2A4_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const U32x4 codes = *reinterpret_cast<const U32x4*>(
-          slot + weight_offset(g, (step * 4 + q) * 16) + half * 8 * kRowBytes);
+      const U32x4 codes =
+          read_u32x4(slot + weight_offset(g, (step * 4 + q) * 16) + half * 8 * kRowBytes);
       split_planes(codes.x, codes.y, low[half], high[half]);
       split_planes(codes.z, codes.w, low[half + 2], high[half + 2]);
     }
     W2A4_UNROLL
     for (int i = 0; i < 4; ++i) both[i] = low[i] & high[i];
 
-    const auto* entry = reinterpret_cast<const U32x2*>(table) + (step * 2 + q / 2) * kRows + g;
-    const U32x2 entry0 = entry[0], entry1 = entry[8];
+    const unsigned char* entry = table + ((step * 2 + q / 2) * kRows + g) * 8;
+    const U32x2 entry0 = read_u32x2(entry), entry1 = read_u32x2(entry + 8 * 8);
     const float scale = as_float(q & 1 ? entry1.y : entry0.y);
     const int32_t weight0 = q & 1 ? 4 : 1, weight1 = q & 1 ? -8 : 2;
     const int32_t zero[4] = {0, 0, 0, 0};
     W2A4_UNROLL
     for (int t = 0; t < kTokens; ++t) {
-      const U32x2 word = *reinterpret_cast<const U32x2*>(bits + t * kPlaneBytes + step * 128);
+      const U32x2 word = read_u32x2(bits + t * kPlaneBytes + step * 128);
       const uint32_t b[2] = {word.x, word.y};
       int32_t n_low[4], n_high[4], n_both[4];
       mma_b1_16x8x256(n_low, low, b, zero);
       mma_b1_16x8x256(n_high, high, b, zero);
       mma_b1_16x8x256(n_both, both, b, zero);
-      const U32x2 all = *reinterpret_cast<const U32x2*>(any + t * kCountBytes + step * 32);
+      const U32x2 all = read_u32x2(any + t * kCountBytes + step * 32);
       const int32_t sum0 = sum_planes(n_low, n_high, n_both, all, entry0.x, 0, weight0, weight1);
       const int32_t sum1 = sum_planes(n_low, n_high, n_both, all, entry1.x, 1, weight0, weight1);
       // The even lane of a pair keeps row g, the odd one row g + 8.

@@ -225,7 +225,7 @@ struct Imma {
       const unsigned char* at =
           weights + weight_offset(row, unit * kUnitBytes + q * (kUnitBytes / 4));
       if constexpr (kBits == 2) {
-        const U32x2 codes = *reinterpret_cast<const U32x2*>(at);
+        const U32x2 codes = read_u32x2(at);
         const uint32_t table = levels[(unit * kGroups + q * kGroups / 4) * kRows + row].x;
         W2A4_UNROLL
         for (int word = 0; word < 2; ++word) {
@@ -237,7 +237,7 @@ struct Imma {
           a[2 * word + 1][2 + half] = prmt(table, table, odd >> 16);
         }
       } else {
-        const U32x4 codes = *reinterpret_cast<const U32x4*>(at);
+        const U32x4 codes = read_u32x4(at);
         const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
         W2A4_UNROLL
         for (int word = 0; word < 4; ++word) {
@@ -269,8 +269,8 @@ struct Imma {
   W2A4_DEVICE void compute(uint32_t first_unit, const unsigned char* slot, const U32x2* levels) {
     W2A4_UNROLL
     for (int unit = 0; unit < kUnits; ++unit) {
-      const U32x4 x = *reinterpret_cast<const U32x4*>(
-          slot + kActivations + activation_offset(g, unit * kUnit / 2 + q * 16));
+      const U32x4 x =
+          read_u32x4(slot + kActivations + activation_offset(g, unit * kUnit / 2 + q * 16));
       const uint32_t words[4] = {x.x, x.y, x.z, x.w};
       uint32_t b[4][2];
       W2A4_UNROLL

@@ -97,9 +97,9 @@ W2A4_DEVICE float* lane_floats(unsigned char* work) {
 template <Mix kMix, class In>
 W2A4_DEVICE void transform(const Transform& t, const unsigned char* signs, unsigned char* work,
                            const Unit& unit, const Task& task, const In& in, Values& y) {
-  // 32 floats of this lane, where there is a slow path. Warps may not have left the region yet.
+  // 32 floats of this lane, where there is a slow path. It ends in for_each_number, whose barrier
+  // stands behind all that others have read there.
   float* mine = lane_floats(work);
-  if (t.scratch) sync_block();
   if constexpr (kMix == Mix::kNone) {
     load_rows(t, unit, task, in, mine, y[0]);
   } else if constexpr (In::kTerms == 1) {

@@ -39,7 +39,6 @@ struct Transform {
   bool word_signs;  // rows of had_k can be read by aligned words
   bool vector;      // runs of 8 columns are contiguous, whole and aligned to 16 bytes
   bool whole;       // and lie in one group, of a unit of at most 65536 unless it is the only one
-  bool scratch;     // some path is slow and goes through the warps' exchange regions
   bool swizzle;     // what is staged is permuted, to spread over banks
   int tiles;        // 16 rows each, of a task
   int chunks;       // of a unit
@@ -154,8 +153,9 @@ inline Transform plan_transform(const TransformCall& c) {
   const int tiles = static_cast<int>(divide_up(t.rows, 16));
   t.table_bytes = mixed ? 64 * tiles * tiles : 0;
   t.whole = c.group_size == t.unit || (c.group_size % 8 == 0 && t.unit <= 65536);
-  t.scratch = !t.vector || !t.whole || (!mixed && c.prepares);
-  t.work_bytes = t.log_c || t.scratch ? t.warps * kExchange : 0;
+  // Some path is slow and goes through the warps' exchange regions.
+  const bool scratch = !t.vector || !t.whole || (!mixed && c.prepares);
+  t.work_bytes = t.log_c || scratch ? t.warps * kExchange : 0;
   const size_t taken = t.table_bytes + c.other_shared;
   const int staging = 6 * t.unit;
   const bool staged = mixed && c.terms == 3 && t.vector && t.tasks > t.chunks && t.slices == 1 &&

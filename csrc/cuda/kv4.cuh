@@ -70,7 +70,8 @@ W2A4_DEVICE void quantize_head(const Head<kRounds>& x, int head_dim, float clip,
       least = larger(least, ~ordered_bits(x[r][i]));
     }
   });
-  const float high = from_ordered_bits(warp_max(most)), low = from_ordered_bits(~warp_max(least));
+  const float high = from_ordered_bits(warp_max(most));
+  const float low = from_ordered_bits(~warp_max(least));
   const float middle = mul_rn(add_rn(low, high), 0.5f);
   const float half = mul_rn(mul_rn(add_rn(high, -low), 0.5f), clip);
   const uint16_t scale_bits = half_from_float(quotient_rn<15>(add_rn(half, half)));

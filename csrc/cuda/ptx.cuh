@@ -10,6 +10,9 @@
 #define W2A4_HOST __host__
 #define W2A4_UNROLL _Pragma("unroll")
 #define W2A4_NO_UNROLL _Pragma("unroll 1")
+#define W2A4_SITE_ONLY
+#define W2A4_SITE
+#define W2A4_SAME_SITE
 #else
 #include <cmath>
 
@@ -39,19 +42,19 @@ W2A4_DEVICE unsigned char* shared_memory() {  // dynamic, aligned to 16 bytes
 #endif
 }
 
-W2A4_DEVICE void sync_block() {
+W2A4_DEVICE void sync_block(W2A4_SITE_ONLY) {
 #ifdef __CUDACC__
   __syncthreads();
 #else
-  simt::sync_block();
+  simt::sync_block(site);
 #endif
 }
 
-W2A4_DEVICE void sync_warp() {
+W2A4_DEVICE void sync_warp(W2A4_SITE_ONLY) {
 #ifdef __CUDACC__
   __syncwarp();
 #else
-  simt::sync_warp();
+  simt::sync_warp(site);
 #endif
 }
 
@@ -68,12 +71,12 @@ inline void shuffle(const Shuffle* in, uint32_t* out) {
 #endif
 
 // The value of the lane whose number differs by `mask`.
-W2A4_DEVICE uint32_t shfl_xor(uint32_t value, int mask) {
+W2A4_DEVICE uint32_t shfl_xor(uint32_t value, int mask W2A4_SITE) {
 #ifdef __CUDACC__
   return __shfl_xor_sync(0xffffffffu, value, mask);
 #else
   return simt::warp_collective<twin::Shuffle, uint32_t, twin::shuffle>(
-      "shfl_xor", {value, simt::lane() ^ mask});
+      "shfl_xor", site, {value, simt::lane() ^ mask});
 #endif
 }
 
@@ -84,22 +87,17 @@ inline void max_u32(const uint32_t* in, uint32_t* out) {
   for (int i = 0; i < 32; ++i) most = in[i] > most ? in[i] : most;
   for (int i = 0; i < 32; ++i) out[i] = most;
 }
-// What a vector access needs; hardware stops the kernel.
-inline void check_aligned(const void* p, int bytes) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes)
-    simt::block->stop("an access of " + std::to_string(bytes) + " bytes that is not aligned");
-}
 }  // namespace twin
 #endif
 
 // The largest value of the warp's lanes.
-W2A4_DEVICE uint32_t warp_max(uint32_t value) {
+W2A4_DEVICE uint32_t warp_max(uint32_t value W2A4_SITE) {
 #ifdef __CUDACC__
   uint32_t most;
   asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(most) : "r"(value));
   return most;
 #else
-  return simt::warp_collective<uint32_t, uint32_t, twin::max_u32>("warp_max", value);
+  return simt::warp_collective<uint32_t, uint32_t, twin::max_u32>("warp_max", site, value);
 #endif
 }
 
@@ -108,7 +106,7 @@ W2A4_DEVICE void atomic_max(uint32_t* p, uint32_t value) {
 #ifdef __CUDACC__
   atomicMax(p, value);
 #else
-  if (value > *p) *p = value;
+  simt::atomic_max(p, value);
 #endif
 }
 // ---- memory
@@ -159,11 +157,11 @@ W2A4_DEVICE void cp_async_commit() {
 
 // Waits until at most kPending of this lane's committed groups are under way.
 template <int kPending>
-W2A4_DEVICE void cp_async_wait() {
+W2A4_DEVICE void cp_async_wait(W2A4_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #else
-  simt::block->wait_copies(kPending);
+  simt::block->wait_copies(kPending, site);
 #endif
 }
 
@@ -172,18 +170,14 @@ W2A4_DEVICE uint32_t load_u32(const void* p) {
 #ifdef __CUDACC__
   return __ldg(static_cast<const uint32_t*>(p));
 #else
-  uint32_t x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
+  return simt::load_constant<uint32_t>(p);
 #endif
 }
 W2A4_DEVICE uint16_t load_u16(const void* p) {
 #ifdef __CUDACC__
   return __ldg(static_cast<const uint16_t*>(p));
 #else
-  uint16_t x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
+  return simt::load_constant<uint16_t>(p);
 #endif
 }
 W2A4_DEVICE U32x4 load_u32x4(const void* p) {
@@ -191,9 +185,7 @@ W2A4_DEVICE U32x4 load_u32x4(const void* p) {
   const uint4 v = __ldg(static_cast<const uint4*>(p));
   return {v.x, v.y, v.z, v.w};
 #else
-  U32x4 x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
+  return simt::load_constant<U32x4>(p);
 #endif
 }
 // x, which the compiler takes for new: loads that depend on it stay below the mma above.
@@ -209,23 +201,24 @@ W2A4_DEVICE U32x2 load_u32x2(const void* p) {  // as load_u32x4
   const uint2 v = __ldg(static_cast<const uint2*>(p));
   return {v.x, v.y};
 #else
-  twin::check_aligned(p, 8);
-  U32x2 x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
+  return simt::load_constant<U32x2>(p);
 #endif
 }
 
 // Reads what this kernel may have written.
+W2A4_DEVICE uint32_t read_u32(const void* p) {
+#ifdef __CUDACC__
+  return *static_cast<const uint32_t*>(p);
+#else
+  return simt::load<uint32_t>(p);
+#endif
+}
 W2A4_DEVICE U32x4 read_u32x4(const void* p) {
 #ifdef __CUDACC__
   const uint4 v = *static_cast<const uint4*>(p);
   return {v.x, v.y, v.z, v.w};
 #else
-  twin::check_aligned(p, 16);
-  U32x4 x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
+  return simt::load<U32x4>(p);
 #endif
 }
 W2A4_DEVICE U32x2 read_u32x2(const void* p) {
@@ -233,10 +226,7 @@ W2A4_DEVICE U32x2 read_u32x2(const void* p) {
   const uint2 v = *static_cast<const uint2*>(p);
   return {v.x, v.y};
 #else
-  twin::check_aligned(p, 8);
-  U32x2 x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
+  return simt::load<U32x2>(p);
 #endif
 }
 
@@ -244,24 +234,21 @@ W2A4_DEVICE void store_u32x4(void* p, const U32x4& x) {
 #ifdef __CUDACC__
   *static_cast<uint4*>(p) = make_uint4(x.x, x.y, x.z, x.w);
 #else
-  twin::check_aligned(p, 16);
-  std::memcpy(p, &x, sizeof(x));
+  simt::store(p, x);
 #endif
 }
 W2A4_DEVICE void store_u32x2(void* p, const U32x2& x) {
 #ifdef __CUDACC__
   *static_cast<uint2*>(p) = make_uint2(x.x, x.y);
 #else
-  twin::check_aligned(p, 8);
-  std::memcpy(p, &x, sizeof(x));
+  simt::store(p, x);
 #endif
 }
 W2A4_DEVICE void store_u32(void* p, uint32_t x) {
 #ifdef __CUDACC__
   *static_cast<uint32_t*>(p) = x;
 #else
-  twin::check_aligned(p, 4);
-  std::memcpy(p, &x, sizeof(x));
+  simt::store(p, x);
 #endif
 }
 

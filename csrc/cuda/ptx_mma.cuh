@@ -54,10 +54,10 @@ inline void mma_s8(const Fragments<int32_t>* in, Sums<int32_t>* out) {
 
 // One lane's part of `multiply`, which sees the fragments of all 32.
 template <class Sum, void (*multiply)(const Fragments<Sum>*, Sums<Sum>*)>
-void warp_mma(const char* name, Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-              const Sum (&c)[4]) {
+void warp_mma(const char* name, simt::Site site, Sum (&d)[4], const uint32_t (&a)[4],
+              const uint32_t (&b)[2], const Sum (&c)[4]) {
   const Fragments<Sum> mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}};
-  const auto sums = simt::warp_collective<Fragments<Sum>, Sums<Sum>, multiply>(name, mine);
+  const auto sums = simt::warp_collective<Fragments<Sum>, Sums<Sum>, multiply>(name, site, mine);
   for (int i = 0; i < 4; ++i) d[i] = sums.d[i];
 }
 }  // namespace twin
@@ -65,29 +65,31 @@ void warp_mma(const char* name, Sum (&d)[4], const uint32_t (&a)[4], const uint3
 
 // d = a & b, counted, + c: 16 rows x 256 bits times 256 bits x 8 columns.
 W2A4_DEVICE void mma_b1_16x8x256(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                 const int32_t (&c)[4]) {
+                                 const int32_t (&c)[4] W2A4_SITE) {
 #ifdef __CUDACC__
-  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+  asm volatile(
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
         "r"(c[2]), "r"(c[3]));
 #else
-  twin::warp_mma<int32_t, twin::mma_b1>("mma_b1", d, a, b, c);
+  twin::warp_mma<int32_t, twin::mma_b1>("mma_b1", site, d, a, b, c);
 #endif
 }
 
 // d = a * b + c on signed bytes: 16 rows x 32 times 32 x 8 columns.
 W2A4_DEVICE void mma_s8_16x8x32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                const int32_t (&c)[4]) {
+                                const int32_t (&c)[4] W2A4_SITE) {
 #ifdef __CUDACC__
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
         "r"(c[2]), "r"(c[3]));
 #else
-  twin::warp_mma<int32_t, twin::mma_s8>("mma_s8", d, a, b, c);
+  twin::warp_mma<int32_t, twin::mma_s8>("mma_s8", site, d, a, b, c);
 #endif
 }
 
@@ -120,7 +122,8 @@ void mma_16bit(const Fragments<float>* in, Sums<float>* out) {
 #endif
 
 // d += a * b on float16, summed in float32: 16 rows x 16 times 16 x 8 columns.
-W2A4_DEVICE void mma_f16_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+W2A4_DEVICE void mma_f16_16x8x16(float (&d)[4], const uint32_t (&a)[4],
+                                 const uint32_t (&b)[2] W2A4_SITE) {
 #ifdef __CUDACC__
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -128,12 +131,13 @@ W2A4_DEVICE void mma_f16_16x8x16(float (&d)[4], const uint32_t (&a)[4], const ui
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  twin::warp_mma<float, twin::mma_16bit<float_from_half> >("mma_f16", d, a, b, d);
+  twin::warp_mma<float, twin::mma_16bit<float_from_half> >("mma_f16", site, d, a, b, d);
 #endif
 }
 
 // The same on bfloat16.
-W2A4_DEVICE void mma_bf16_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+W2A4_DEVICE void mma_bf16_16x8x16(float (&d)[4], const uint32_t (&a)[4],
+                                  const uint32_t (&b)[2] W2A4_SITE) {
 #ifdef __CUDACC__
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -141,62 +145,65 @@ W2A4_DEVICE void mma_bf16_16x8x16(float (&d)[4], const uint32_t (&a)[4], const u
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  twin::warp_mma<float, twin::mma_16bit<float_from_bfloat16> >("mma_bf16", d, a, b, d);
+  twin::warp_mma<float, twin::mma_16bit<float_from_bfloat16> >("mma_bf16", site, d, a, b, d);
 #endif
 }
 
 #ifndef __CUDACC__
 namespace twin {
-struct Words {
-  uint32_t w[4];
-};
 struct RowPointer {
   const unsigned char* p;
 };
-// Matrix m has 8 rows of 16 bytes, at the pointers of lanes 8m .. 8m + 7.
-inline void load_rows(const RowPointer* in, Words* out) {
+template <int kCount>
+struct RowPointers {
+  RowPointer rows[kCount];
+};
+// Matrix m has 8 rows of 16 bytes, at the pointers of lanes 8m .. 8m + 7. A lane gets those of the
+// rows that it has a share of, and reads it itself, since nothing orders it with what other lanes
+// do next.
+inline void rows_of(const RowPointer* in, RowPointers<4>* out) {
   for (int lane = 0; lane < 32; ++lane)
-    for (int m = 0; m < 4; ++m)
-      std::memcpy(&out[lane].w[m], in[8 * m + lane / 4].p + 4 * (lane % 4), 4);
+    for (int m = 0; m < 4; ++m) out[lane].rows[m] = in[8 * m + lane / 4];
 }
-inline void load_columns(const RowPointer* in, Words* out) {
+inline void row_pairs_of(const RowPointer* in, RowPointers<8>* out) {
   for (int lane = 0; lane < 32; ++lane)
-    for (int m = 0; m < 4; ++m)
-      for (int half = 0; half < 2; ++half)
-        std::memcpy(reinterpret_cast<unsigned char*>(&out[lane].w[m]) + 2 * half,
-                    in[8 * m + lane % 4 * 2 + half].p + lane / 4 * 2, 2);
+    for (int i = 0; i < 8; ++i) out[lane].rows[i] = in[8 * (i / 2) + lane % 4 * 2 + i % 2];
 }
 }  // namespace twin
 #endif
 
 // Four matrices of 8 rows x 16 bytes from shared memory; lane 8m + r names row r of matrix m, which
 // is aligned to 16 bytes. Lane 4g + j gets bytes 4j .. 4j + 3 of row g of matrix m in w[m].
-W2A4_DEVICE void ldmatrix_x4(uint32_t (&w)[4], const unsigned char* row) {
+W2A4_DEVICE void ldmatrix_x4(uint32_t (&w)[4], const unsigned char* row W2A4_SITE) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
                : "memory");
 #else
-  twin::check_aligned(row, 16);
-  const auto words =
-      simt::warp_collective<twin::RowPointer, twin::Words, twin::load_rows>("ldmatrix", {row});
-  for (int m = 0; m < 4; ++m) w[m] = words.w[m];
+  simt::check_aligned(row, 16);
+  const auto mine = simt::warp_collective<twin::RowPointer, twin::RowPointers<4>, twin::rows_of>(
+      "ldmatrix", site, {row});
+  for (int m = 0; m < 4; ++m) w[m] = simt::load<uint32_t>(mine.rows[m].p + simt::lane() % 4 * 4);
 #endif
 }
 
 // The same transposed by pairs of bytes: bytes 2g, 2g + 1 of row 2j, then of row 2j + 1.
-W2A4_DEVICE void ldmatrix_x4_trans(uint32_t (&w)[4], const unsigned char* row) {
+W2A4_DEVICE void ldmatrix_x4_trans(uint32_t (&w)[4], const unsigned char* row W2A4_SITE) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
                : "memory");
 #else
-  twin::check_aligned(row, 16);
-  const auto words = simt::warp_collective<twin::RowPointer, twin::Words, twin::load_columns>(
-      "ldmatrix_trans", {row});
-  for (int m = 0; m < 4; ++m) w[m] = words.w[m];
+  simt::check_aligned(row, 16);
+  const auto mine =
+      simt::warp_collective<twin::RowPointer, twin::RowPointers<8>, twin::row_pairs_of>(
+          "ldmatrix_trans", site, {row});
+  const auto pair = [&](int i) {
+    return uint32_t{simt::load<uint16_t>(mine.rows[i].p + simt::lane() / 4 * 2)};
+  };
+  for (int m = 0; m < 4; ++m) w[m] = pair(2 * m) | pair(2 * m + 1) << 16;
 #endif
 }
 

@@ -25,8 +25,8 @@ W2A4_DEVICE uint32_t as_bits(float x) {
 #endif
 }
 
-W2A4_DEVICE float shfl_xor(float value, int mask) {
-  return as_float(shfl_xor(as_bits(value), mask));
+W2A4_DEVICE float shfl_xor(float value, int mask W2A4_SITE) {
+  return as_float(shfl_xor(as_bits(value), mask W2A4_SAME_SITE));
 }
 
 // a * b + c, rounded once.

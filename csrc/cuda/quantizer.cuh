@@ -60,8 +60,9 @@ W2A4_DEVICE float from_ordered_bits(uint32_t u) {
 }
 
 // The sum over the warp, by halves, the same bits in every lane.
-W2A4_DEVICE float warp_sum(float value) {
-  for (int mask = 1; mask < 32; mask *= 2) value = add_rn(value, shfl_xor(value, mask));
+W2A4_DEVICE float warp_sum(float value W2A4_SITE) {
+  for (int mask = 1; mask < 32; mask *= 2)
+    value = add_rn(value, shfl_xor(value, mask W2A4_SAME_SITE));
   return value;
 }
 

@@ -21,8 +21,12 @@ namespace w2a4::simt {
 
 Block* block = nullptr;
 Dim3 thread_index, block_index, block_size, grid_size;
+std::set<std::string> barriers_met;
+std::string left_out;
 
 namespace {
+
+constexpr size_t kMostBlocks = 4;  // that are under way at once
 
 constexpr size_t kStack = 128 << 10;  // bytes a fiber
 
@@ -94,6 +98,7 @@ struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
   std::vector<std::vector<Copy>> copies{1};  // committed groups, then the open one
   void* fake_stack = nullptr;
+  races::Calls calls;
 
   explicit Fiber(void (*entry)()) {
     if (spare_stacks.empty()) {
@@ -116,8 +121,11 @@ void fiber_main() {
 #ifdef W2A4_ASAN
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
 #endif
-  (*block->kernel_)();
-  Fiber& self = *block->fibers_[block->current_];
+  {
+    races::Watch kernel;
+    block->kernel_();
+  }
+  Fiber& self = block->running();
   for (const auto& group : self.copies)
     if (!group.empty())
       block->stop("a lane ended with copies by cp.async that it never waited for");
@@ -128,10 +136,14 @@ void fiber_main() {
   switch_context(self.context, scheduler);
 }
 
-Block::Block(unsigned threads, size_t shared_bytes, std::mt19937& random)
-    : random_(random),
+Block::Block(Dim3 index, unsigned threads, size_t shared_bytes, std::mt19937& random,
+             const std::function<void()>& kernel)
+    : index_(index),
+      random_(random),
       shared_(new unsigned char[shared_bytes]),
-      warps_((threads + kLanes - 1) / kLanes) {
+      shared_bytes_(shared_bytes),
+      warps_((threads + kLanes - 1) / kLanes),
+      kernel_(kernel) {
   for (size_t i = 0; i < shared_bytes; ++i) shared_[i] = static_cast<unsigned char>(random_());
   if (threads % kLanes) throw std::runtime_error("simt: threads must be a multiple of 32");
   for (Meeting& warp : warps_) warp.expected = kLanes;
@@ -143,31 +155,36 @@ Block::Block(unsigned threads, size_t shared_bytes, std::mt19937& random)
   }
 }
 
-Block::~Block() = default;
+Block::~Block() {
+  races::forget(shared_.get(), shared_bytes_);  // other memory may lie there next
+}
 
-void Block::run(const std::function<void()>& kernel) {
-  block = this;
-  kernel_ = &kernel;
-  while (error_.empty() && !ready_.empty()) {
+bool Block::step() {
+  if (error_.empty() && !ready_.empty()) {
     std::swap(ready_[random_() % ready_.size()], ready_.back());
     const int next = ready_.back();
     ready_.pop_back();
+    block = this;
+    block_index = index_;
     resume(next);
+    block = nullptr;
+    return true;
   }
-  block = nullptr;
   if (error_.empty() && done_ < fibers_.size()) {
     error_ = "lanes wait for others that have ended, at";
     for (const Meeting& m : warps_)
-      if (m.arrived) error_ += std::string(" ") + m.name;
-    if (block_.arrived) error_ += std::string(" ") + block_.name;
+      if (m.arrived) error_ += std::string(" ") + m.name + " (" + m.site.text() + ")";
+    if (block_.arrived) error_ += std::string(" ") + block_.name + " (" + block_.site.text() + ")";
   }
-  if (!error_.empty()) throw std::runtime_error("simt: " + error_);
+  return false;
 }
 
 void Block::resume(int fiber) {
   current_ = fiber;
   thread_index.x = static_cast<unsigned>(fiber);
   Fiber& f = *fibers_[fiber];
+  races::resume({f.stack.get(), kStack, grid_place(), thread_index.x, &block_.barriers,
+                 &warp_meeting().barriers, &f.calls});
 #ifdef W2A4_ASAN
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, f.stack.get(), kStack);
@@ -179,7 +196,7 @@ void Block::resume(int fiber) {
 }
 
 void Block::yield() {
-  Fiber& f = *fibers_[current_];
+  Fiber& f = running();
 #ifdef W2A4_ASAN
   __sanitizer_start_switch_fiber(&f.fake_stack, scheduler_stack, scheduler_stack_size);
 #endif
@@ -191,24 +208,34 @@ void Block::yield() {
 
 void Block::stop(const std::string& why) {
   error_ = why + ", thread " + std::to_string(thread_index.x) + " of block " +
-           std::to_string(block_index.x);
+           std::to_string(grid_place());
   yield();
   __builtin_unreachable();  // the scheduler does not resume it
+}
+
+uint32_t Block::grid_place() const {
+  return index_.x + grid_size.x * (index_.y + grid_size.y * index_.z);
 }
 
 Meeting& Block::warp_meeting() {
   return warps_[thread_index.x / kLanes];
 }
 
-void Block::meet(Meeting& where, const char* name, const void* in, size_t in_bytes,
+void Block::meet(Meeting& where, const char* name, Site site, const void* in, size_t in_bytes,
                  void (*compute)(Meeting&), void* out, size_t out_bytes, int index) {
-  if (where.arrived && std::strcmp(where.name, name) != 0)
-    stop(std::string("lanes of one warp meet at ") + where.name + " and " + name);
+  races::Pause pause;
+  if (where.arrived && !(std::strcmp(where.name, name) == 0 && where.site == site))
+    stop(std::string("lanes of one ") + (&where == &block_ ? "block" : "warp") + " meet at " +
+         where.name + " (" + where.site.text() + ") and " + name + " (" + site.text() + ")");
   where.name = name;
+  where.site = site;
   if (in_bytes) std::memcpy(&where.in[index * kSlot], in, in_bytes);
   const uint64_t generation = where.generation;
   if (++where.arrived == where.expected) {
-    if (compute) compute(where);
+    if (compute)
+      compute(where);
+    else
+      ++where.barriers, barriers_met.insert(site.text());
     where.arrived = 0;
     ++where.generation;
     const int first = &where == &block_ ? 0 : static_cast<int>(&where - warps_.data()) * kLanes;
@@ -223,29 +250,63 @@ void Block::meet(Meeting& where, const char* name, const void* in, size_t in_byt
 }
 
 void Block::copy_async(void* to, const void* from, int bytes, int from_bytes) {
+  races::Pause pause;
   auto address = reinterpret_cast<uintptr_t>(to);
   if (address % bytes || (from_bytes && reinterpret_cast<uintptr_t>(from) % bytes))
     stop("cp.async of " + std::to_string(bytes) + " bytes that are not aligned");
+  races::copy_starts(to, bytes, from, from_bytes, __builtin_return_address(0));
   for (int i = 0; i < bytes; ++i)
     static_cast<unsigned char*>(to)[i] = static_cast<unsigned char>(random_());
-  fibers_[current_]->copies.back().push_back({static_cast<unsigned char*>(to),
-                                              static_cast<const unsigned char*>(from), bytes,
-                                              from_bytes});
+  running().copies.back().push_back({static_cast<unsigned char*>(to),
+                                     static_cast<const unsigned char*>(from), bytes, from_bytes});
 }
 
 void Block::commit_copies() {
-  fibers_[current_]->copies.emplace_back();
+  races::Pause pause;
+  running().copies.emplace_back();
 }
 
-void Block::wait_copies(int but_the_last) {
-  auto& groups = fibers_[current_]->copies;
+static bool is_left_out(Site site) {
+  races::Pause pause;
+  return !left_out.empty() && site.text() == left_out;
+}
+
+void Block::wait_copies(int but_the_last, Site site) {
+  if (is_left_out(site)) return;
+  races::Pause pause;
+  barriers_met.insert(site.text());
+  auto& groups = running().copies;
   while (static_cast<int>(groups.size()) - 1 > but_the_last) {
     for (const Copy& c : groups.front()) {
+      races::copy_lands(c.to, c.bytes, c.from, c.from_bytes, __builtin_return_address(0));
       std::memset(c.to, 0, c.bytes);
       if (c.from_bytes) std::memcpy(c.to, c.from, c.from_bytes);
     }
     groups.erase(groups.begin());
   }
+}
+
+void stop_misaligned(size_t bytes) {
+  races::Pause pause;
+  block->stop("an access of " + std::to_string(bytes) + " bytes that is not aligned");
+}
+
+void sync_warp(Site site) {
+  if (is_left_out(site)) return;
+  block->meet(block->warp_meeting(), "sync_warp", site, nullptr, 0, nullptr, nullptr, 0, lane());
+}
+
+void sync_block(Site site) {
+  if (is_left_out(site)) return;
+  block->meet(block->block_meeting(), "sync_block", site, nullptr, 0, nullptr, nullptr, 0,
+              static_cast<int>(thread_index.x));
+}
+
+void atomic_max(uint32_t* p, uint32_t value) {
+  races::Pause pause;
+  check_aligned(p, sizeof(*p));
+  races::atomic(p, sizeof(*p), __builtin_return_address(0));
+  if (value > *p) *p = value;
 }
 
 void launch(Dim3 grid, unsigned threads, size_t shared_bytes, unsigned seed,
@@ -256,9 +317,21 @@ void launch(Dim3 grid, unsigned threads, size_t shared_bytes, unsigned seed,
   std::shuffle(order.begin(), order.end(), random);
   grid_size = grid;
   block_size = {threads, 1, 1};
-  for (unsigned i : order) {
-    block_index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-    Block(threads, shared_bytes, random).run(kernel);
+  races::start_grid();
+  const size_t together = 1 + random() % kMostBlocks;
+  std::vector<std::unique_ptr<Block>> blocks;  // that are under way
+  for (size_t next = 0; next < order.size() || !blocks.empty();) {
+    if (blocks.size() < together && next < order.size()) {
+      const unsigned i = order[next++];
+      const Dim3 index{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+      blocks.push_back(std::make_unique<Block>(index, threads, shared_bytes, random, kernel));
+    }
+    auto& one = blocks[random() % blocks.size()];
+    if (one->step()) continue;
+    if (!one->error().empty())
+      throw std::runtime_error("simt: " + one->error() + races::where_it_was());
+    std::swap(one, blocks.back());
+    blocks.pop_back();
   }
 }
 
