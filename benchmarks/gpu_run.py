@@ -205,6 +205,7 @@ def train(
         chosen = [word for setting in settings for word in ("--set", setting)]
         where = ("--carry", folder, "--out", str(session.results.parent), "--device", device)
         limits = ("--seconds", f"{session.left() - 10:.0f}", "--own-text", str(own_tokens))
+        limits += ("--seqlen", str(seqlen))
         command = python("-m", "benchmarks.gpu_run", "training", *where, *limits, *chosen)
         session.run([Stage("training", int(session.left()), command)])
     lines, _ = read_lines(session.results)
@@ -217,13 +218,14 @@ def train(
 @device_option
 @click.option("--seconds", type=float)
 @click.option("--own-text", "own_tokens", type=int)
+@click.option("--seqlen", type=int)
 @click.option("--set", "settings", multiple=True)
-def training(out, carry, device, seconds, own_tokens, settings) -> None:
+def training(out, carry, device, seconds, own_tokens, seqlen, settings) -> None:
     """The process that trains; `train` starts it."""
     from benchmarks.gpu import training as trains
     from w2a4.options import parse_settings
 
-    trains.train(carry, out, device, seconds, own_tokens, parse_settings(settings))
+    trains.train(carry, out, device, seconds, own_tokens, seqlen, parse_settings(settings))
 
 
 @main.command()

@@ -19,7 +19,7 @@ if [ ! -x "$work/bare/bin/python" ]; then
     tqdm pyyaml click tabulate pytest pytest-xdist pytest-timeout pytest-benchmark hypothesis setuptools wheel
 fi
 bare=$work/bare/bin/python
-"$bare" - <<'PY'
+"$bare" -P - <<'PY'
 import importlib.util, sys
 import torch, transformers, triton
 print("bare:", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__, "transformers",
@@ -53,7 +53,7 @@ done
 kill -9 "$victim"
 pkill -9 -f "gpu_run shared .*$work/out-killed" || true
 wait "$victim" 2>/dev/null || true
-"$bare" - "$work/out-killed/results.jsonl" <<'PY'
+"$bare" -P - "$work/out-killed/results.jsonl" <<'PY'
 import json, sys
 lines = [json.loads(line) for line in open(sys.argv[1])]
 ended = {line["stage"]: line["status"] for line in lines if "status" in line}
@@ -70,13 +70,13 @@ echo "== train"
 rm -rf "$work/parts" "$work/together"
 chmod u+w "$work/tree"
 cd "$root"
-printf 'A river carries what the rain leaves. %.0s' $(seq 4000) >"$work/text.txt"
-"$packer" -m benchmarks.gpu_run pack --out "$work/parts" --train "$work/carried/model" --text "$work/text.txt" --tokens 100000
+"$packer" -m benchmarks.gpu_run pack --out "$work/parts" --train "$work/carried/model" \
+  --text "$work/carried/train.txt" --held-out "$work/carried/held_out.txt" --tokens 200000
 mkdir "$work/together"
 cp "$work"/parts/part*/* "$work/together/"
 cd "$work/tree"
-"$bare" -m benchmarks.gpu_run train --device cpu --carry "$work/together" --out "$work/out-train" --budget 4 \
-  --set training.seqlen=128 --set training.batch_size=2 --set calib_samples=4 --set calib_seqlen=128 --set training.lr=1e-4
+"$bare" -m benchmarks.gpu_run train --device cpu --carry "$work/together" --out "$work/out-train" --budget 3 --seqlen 256 \
+  --set training.seqlen=128 --set training.batch_size=4 --set calib_samples=4 --set calib_seqlen=128
 cd "$root"
 "$packer" -m benchmarks.gpu_run restore "$work/carried/model" --from "$work/out-train" --out "$work/out-restored"
 ls -la "$work/out" "$work/out-train" "$work/out-restored"

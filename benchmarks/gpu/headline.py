@@ -200,7 +200,7 @@ def train(run: Run) -> None:
     """A minute of training the carried small model to W2A4KV4, judged on text that it was not trained on."""
     if run.carry is None:
         raise FileNotFoundError("the small model and its text are in the folder that --carry names")
-    model, tokenizer = w2a4.load_model(str(run.carry / "model"))
+    model, tokenizer = w2a4.load_model(str(run.carry / "model"), dtype=torch.float32)
     text = {name: (run.carry / f"{name}.txt").read_text(encoding="utf-8") for name in ("train", "held_out")}
     score = partial(perplexity, model.to(run.device), tokenizer, [text["held_out"]], seqlen=256,
                     windows=2 if run.small else 64, progress=False)  # fmt: skip

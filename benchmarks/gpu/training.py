@@ -77,24 +77,31 @@ class Keep(TrainerCallback):
 
 
 def train(
-    carry: Path, out: Path, device: str, seconds: float, own_tokens: int, settings: dict[str, Any]
+    carry: Path,
+    out: Path,
+    device: str,
+    seconds: float,
+    own_tokens: int,
+    seqlen: int,
+    settings: dict[str, Any],
 ) -> None:
     """All of it, within so many seconds.
 
     Args:
         own_tokens: train on so many tokens that the teacher writes itself; 0 is on the carried ones.
+        seqlen: tokens of a window that perplexity is measured on.
         settings: fields of the recipe `w2a4kv4-rcp`.
     """
     end = time.monotonic() + seconds
     emit = partial(_emit, out / "results.jsonl")
     work = Path(tempfile.mkdtemp(prefix="w2a4-training-"))  # what lies in `out` comes back
     held_out = json.loads((carry / HELD_OUT).read_text(encoding="utf-8"))
-    model, tokenizer = w2a4.load_model(
-        str(carry / "model.gguf" if (carry / "model.gguf").exists() else carry / "model")
-    )
+    file = carry / "model.gguf"
+    source = file if file.exists() else carry / "model"
+    model, tokenizer = w2a4.load_model(str(source), dtype=torch.float32)  # latent weights, under autocast
     model.to(device)
     tokens = load_file(carry / TOKENS)["tokens"].long()
-    judge = partial(_judge, tokenizer, held_out, emit, 2 if device == "cpu" else 16)
+    judge = partial(_judge, tokenizer, held_out, emit, seqlen, 2 if device == "cpu" else 16)
     judge(model, "full precision")
     recipe = w2a4.Recipe.load("w2a4kv4-rcp").override(
         **{"training.micro_batch": -1, "training.gradient_checkpointing": False, "training.steps": 1_000_000}
@@ -131,12 +138,14 @@ def train(
     emit(op="writes", prompt=PROMPT, text=written["text"], tokens_per_second=written["tokens_per_second"])
 
 
-def _judge(tokenizer: Any, held_out: dict[str, str], emit: Any, windows: int, model: Any, state: str) -> None:
+def _judge(
+    tokenizer: Any, held_out: dict[str, str], emit: Any, seqlen: int, windows: int, model: Any, state: str
+) -> None:
     """Emit perplexities on every held-out text."""
-    seqlen = min(2048, model.config.max_position_embeddings)
     for name, text in held_out.items():
         found = perplexity(model, tokenizer, [text], seqlen, windows, progress=False)
-        emit(op="perplexity", state=state, text=name, perplexity=found["perplexity"], tokens=found["tokens"])
+        told = {key: found[key] for key in ("perplexity", "tokens", "seqlen")}
+        emit(op="perplexity", state=state, text=name, **told)
 
 
 def _emit(results: Path, **entry: Any) -> None:
