@@ -194,10 +194,10 @@ def pack(out: Path, archs: tuple[str, ...], text, second, model: Path | None, he
 @budget_option(BUDGET)
 @click.option("--own-text", "own_tokens", default=0, type=click.IntRange(0), metavar="TOKENS",
               help="Train on what the teacher writes itself, so many tokens.")  # fmt: skip
+@click.option("--seqlen", default=2048, type=click.IntRange(2), show_default=True,
+              help="Tokens of a window that perplexity is measured on.")  # fmt: skip
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A recipe field.")
-def train(
-    out: Path, carry: Path, device: str, budget: float, own_tokens: int, settings: tuple[str, ...]
-) -> None:
+def train(out, carry, device, budget, own_tokens: int, seqlen: int, settings: tuple[str, ...]) -> None:
     """A carried model to W2A4KV4 in bf16, with small checkpoints, and perplexities on texts it never saw."""
     with tempfile.TemporaryDirectory(prefix="w2a4-carried-") as folder:
         payload.join(carry, Path(folder))
