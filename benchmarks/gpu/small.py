@@ -69,7 +69,7 @@ def restore(source: str, folder: Path, out: Path) -> int:
         raise w2a4.W2A4Error(
             f"{folder} holds {names}, not all {NAME.format('N')} of one step; fetch them again"
         )
-    model, tokenizer = w2a4.load_model(source)
+    model, tokenizer = w2a4.load_model(source, dtype=torch.float32)  # as it was trained
     # Which text calibrates does not matter: what it decides is replaced.
     quick = start_recipe(recipe).override(weight_method="rtn", act_clip=0.9, calib_samples=1, calib_seqlen=16)
     w2a4.quantize(model, tokenizer, quick, progress=False)
