@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <optional>
@@ -29,7 +30,7 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   const std::vector<int64_t> strides = contiguous_strides(shape);
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       like.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(),
@@ -42,7 +43,7 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
 inline Tensor view_of(const Tensor& t, const std::vector<int64_t>& shape, int64_t offset = 0) {
   const std::vector<int64_t> strides = contiguous_strides(shape);
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
       t.get(), static_cast<int64_t>(shape.size()), shape.data(), strides.data(), offset, &handle));
   return Tensor(handle);
 }
