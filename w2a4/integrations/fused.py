@@ -90,7 +90,7 @@ def fuse(layers: nn.ModuleList) -> None:
 
 
 class Place:
-    """A number by which a layer is found again: a compiled graph takes it for a constant, on torch 2.11 too."""
+    """A number by which a layer is found again: a constant for compiled graphs, on torch 2.11 too."""
 
     layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
