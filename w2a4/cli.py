@@ -19,7 +19,7 @@ from typing import Any
 import click
 from safetensors import SafetensorError
 
-from . import options
+from . import directories, files, options
 from .errors import TrainingError, W2A4Error
 
 
@@ -109,7 +109,7 @@ def quantize(
     whole = score is not None or parsed.rotation.to_learn
     loaded, tokenizer = pipeline.load_model(model, device=chosen if whole else "cpu")
     before = score and score(loaded, tokenizer)
-    partial = out.parent / f".{out.name}.partial" if resume else None
+    partial = files.beside(out, "partial") if resume else None
     made = pipeline.quantize(loaded, tokenizer, parsed, calibration=calib, resume=partial, device=chosen)
     made.source = report.source_name(model)
     if score is not None:
@@ -176,7 +176,7 @@ def train(
     chosen = devices.pick_device(device)
     loaded, tokenizer = pipeline.load_model(model, device=chosen if score is not None else "cpu")
     before = score and score(loaded, tokenizer)
-    work = out.parent / f".{out.name}.training"
+    work = files.beside(out, "training")
     try:
         train(loaded, tokenizer, parsed, work, calib, device=chosen, score=score)
     except TrainingError:
@@ -407,17 +407,13 @@ def demo(
     """
     from . import demo as steps
 
-    if not overwrite and out.exists():
+    if not overwrite:
         _refuse_existing(out, "or replace an earlier demo with --overwrite")
     _write(json_file, {"rows": steps.run(out, model, windows, seqlen)})
 
 
 def _refuse_existing(out: Path, advice: str = "or remove it first") -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        what = "exists and is not empty" if out.is_dir() else "is a file"
-        raise W2A4Error(f"--out {str(out)!r} {what}; choose another directory, {advice}")
+    directories.check_out_dir(out, f"give another --out, {advice}")
 
 
 def _scorer(text: str | None, windows: int | None) -> Callable[..., dict[str, Any]] | None:
@@ -468,7 +464,7 @@ def _lines() -> Iterator[str]:
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        from .report import write_json
+        from .files import write_json
 
         write_json(path, result)
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from .errors import RecipeError
+from .files import write_atomically
 
 RotationKind = Literal["none", "hadamard", "random_hadamard", "random", "learned"]
 OnlineKind = Literal["none", "hadamard", "random_hadamard", "random"]
@@ -291,7 +292,7 @@ class Recipe:
         return _from_dict(cls, data)
 
     def to_yaml(self, path: str | Path) -> None:
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:

@@ -18,8 +18,9 @@ from .calibrate import STAGES, LayerQuantizer, Streams
 from .config import Recipe, RotationConfig, resolve_group_size
 from .data import TextSource, calibration_ids
 from .devices import peak_memory_mb
+from .directories import atomic_directory, check_out_dir
 from .errors import CheckpointError, RotationError, W2A4Error
-from .integrations.checkpoint import atomic_directory
+from .integrations.generation import check_generation
 from .integrations.hf import (
     W2A4Config,
     check_original,
@@ -220,6 +221,9 @@ def quantize(
     started = time.perf_counter()
     _check_quantizable(model, recipe)
     ids, described = calibration_ids(tokenizer, calibration, recipe, model.config.vocab_size)
+    # Before anything is rotated: the last bits of a rotation may depend on the number of threads.
+    key = "" if resume is None else fingerprint(recipe.to_dict(), {}, ids, model)
+    state = Progress(None if resume is None else Path(resume), key)
     if not isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
         rotate_by_recipe(model, tokenizer, recipe, calibration, progress, resume)
     before: W2A4Config = model.config.quantization_config
@@ -232,8 +236,6 @@ def quantize(
         seed=recipe.rotation.seed,
     )
     model.eval()
-    key = fingerprint(recipe.to_dict(), before.rotation, ids, model)
-    state = Progress(Path(resume) if resume is not None else None, key)
     layers = len(model.model.layers) if recipe.weight_bits < 16 else 0
     with tqdm(
         total=layers * len(STAGED), desc=f"quantize {recipe.name}", unit="linear", disable=not progress
@@ -262,6 +264,7 @@ def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
             f"smooth={recipe.smooth}: this model is rotated already and its norms are folded, too late "
             "to smooth it; start from the original, or set smooth=0"
         )
+    check_generation(model)
     if recipe.weight_bits < 16:
         for linear in decoder_linears(model.model.layers[0]).values():
             resolve_group_size(linear.in_features, recipe.group_size)
@@ -328,10 +331,3 @@ def save(model: nn.Module, tokenizer: Any, out_dir: str | Path) -> None:
     with atomic_directory(out_dir) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-
-
-def check_out_dir(out_dir: str | Path) -> None:
-    """Raise CheckpointError if `out_dir` exists and holds something."""
-    path = Path(out_dir)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise CheckpointError(f"{str(out_dir)!r} exists already; give another --out, or remove it first")

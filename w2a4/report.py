@@ -10,7 +10,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,8 @@ import yaml
 
 from .config import Recipe
 from .errors import CheckpointError
+from .files import json_text, write_atomically
+from .files import write_json as write_json
 from .version import VERSION
 
 #: Bytes of a checkpoint by part, in the order tables print them.
@@ -98,7 +99,7 @@ class Report:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to `path` if given."""
-        text = _to_json(self.to_dict())
+        text = json_text(self.to_dict())
         if path is not None:
             write_atomically(path, text)
         return text
@@ -143,22 +144,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write JSON in one step: `path` is either as it was or complete. Infinity and NaN become null."""
-    write_atomically(path, _to_json(data))
-
-
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write text (as UTF-8) or bytes to a temporary sibling, then rename it to `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # Sizes
@@ -470,15 +455,3 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-" if value is None else str(value)
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e5 else f"{value:.1e}"
-
-
-def _to_json(data: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(data), indent=2, ensure_ascii=False, default=str) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,17 +1,14 @@
-"""Directories that are written whole or not at all, and headers that are checked before loading."""
+"""What a checkpoint must be: its headers, checked before any tensor is read."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+import os  # noqa: F401
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..directories import atomic_directory as atomic_directory
 from ..errors import CheckpointError
 
 #: Raised when the layout of tensors or of quantization_config changes incompatibly.
@@ -19,52 +16,6 @@ FORMAT_VERSION = 1
 
 #: safetensors' dtype names of the dtypes the format uses for packed tensors.
 SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
-
-
-@contextlib.contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `path` that takes its place when the block ends without an error.
-
-    Files already in `path` that the block did not write are kept. A kill leaves `path` as it was and
-    a folder `.<name>.tmp-*` beside it, which the next write to the same path removes.
-
-    Raises:
-        CheckpointError: `path` is a file.
-        OSError: the disk is full or not writable; nothing is left behind.
-    """
-    path = Path(os.path.abspath(path))
-    if path.is_file():
-        raise CheckpointError(f"{str(path)!r} is a file; give a directory to save into")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
-    temporary.chmod(0o777 & ~_umask())
-    try:
-        yield temporary
-        if path.is_dir():
-            _merge(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _merge(temporary: Path, path: Path) -> None:
-    """Move files over, config.json last: a checkpoint without it does not load as something else."""
-    names = sorted((p.name for p in temporary.iterdir()), key=lambda name: name == "config.json")
-    if "config.json" in names:
-        (path / "config.json").unlink(missing_ok=True)
-        for shard in path.glob("model*.safetensors*"):
-            shard.unlink()
-    for name in names:
-        os.replace(temporary / name, path / name)
 
 
 def check_headers(files: list[str], expected: dict[str, torch.Tensor]) -> None:

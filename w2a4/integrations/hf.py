@@ -27,8 +27,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import Recipe
 from ..errors import CheckpointError, RotationError
+from ..files import write_atomically, write_json
 from ..layers import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
-from ..report import Report, checkpoint_summary, model_card, write_json
+from ..report import Report, checkpoint_summary, model_card
 from ..rotation.fuse import RotatedLinear
 from ..rotation.online import OnlineRotation
 from ..version import VERSION
@@ -36,6 +37,7 @@ from . import attention
 from .arguments import CACHE, CACHE_NAMES, cache_of
 from .checkpoint import FORMAT_VERSION, atomic_directory, check_headers
 from .fused import fuse
+from .generation import as_it_came
 from .kv_cache import KV4Cache, KV4StaticCache
 
 METHOD = "w2a4"
@@ -268,7 +270,8 @@ class PackedModelMixin:
             raise ValueError("save first, then upload the directory: push_to_hub=True is not supported here")
         config: W2A4Config = self.config.quantization_config
         with atomic_directory(save_directory) as directory:
-            super().save_pretrained(directory, *args, **kwargs)
+            with as_it_came(self, directory):
+                super().save_pretrained(directory, *args, **kwargs)
             _record_dtype(directory / "config.json", self.dtype)
             config.parsed_recipe.to_yaml(directory / "recipe.yaml")
             report = self.w2a4_report or Report(
@@ -276,7 +279,7 @@ class PackedModelMixin:
             )
             report.sizes = checkpoint_summary(directory)["bytes"]
             report.to_json(directory / "report.json")
-            (directory / "README.md").write_text(model_card(report))
+            write_atomically(directory / "README.md", model_card(report))
 
 
 def _record_dtype(path: Path, dtype: torch.dtype) -> None:
