@@ -291,6 +291,7 @@ def random_checkpoint(path):
         vocab_size=32000, num_hidden_layers=4,
     )  # fmt: skip
     quantization = packed_model().config.quantization_config
+    quantization.rotation["online"]["r3"] = OnlineRotation("hadamard", 64, name="r3").to_dict()
     quantization.rotation["online"]["r4"] = OnlineRotation("hadamard", 4096).to_dict()
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -43,6 +43,13 @@ def test_a_fifo_is_written_to(tmp_path):
     assert json.loads(got[0]) == {"a": 1} and stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
 
 
+def test_a_fifo_that_nobody_reads(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr(files, "_PATIENCE", 0.2)
+    with pytest.raises(CheckpointError, match="nobody has read the FIFO"):
+        files.write_json(tmp_path / "fifo", {"a": 1})
+
+
 @pytest.mark.skipif(not ROOT, reason="making a device needs root")
 def test_a_device_is_written_to(tmp_path):
     device = tmp_path / "null"

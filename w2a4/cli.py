@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from . import directories, files, options
 from .errors import TrainingError, W2A4Error
+from .verify_command import verify
 
 
 class _Group(click.Group):
@@ -368,6 +369,9 @@ def info(directory: Path, json_file: Path | None) -> None:
     if (directory / "report.json").is_file():
         click.echo("\n" + report.layers_table(report.Report.from_json(directory / "report.json")))
     _write(json_file, summary)
+
+
+main.add_command(verify)
 
 
 @main.command()

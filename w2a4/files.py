@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ except ImportError:  # not a POSIX system: temporaries of killed processes stay
 
 #: What all names begin with that are w2a4's own and never a user's.
 OWN = ".w2a4-"
+
+#: Seconds that a FIFO may be without a reader.
+_PATIENCE = 10.0
 
 #: Longest name of a file, in bytes, on all common file systems; ours stay below, for suffixes.
 _NAME_MAX = 255
@@ -116,12 +120,29 @@ def _is_stream(path: str | Path) -> bool:
 
 def _append(path: str | Path, data: bytes) -> None:
     """Behind what is there: `--json /dev/stdout` shares its file with what is printed."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    descriptor = _opened(path)
     try:
         while data:
             data = data[os.write(descriptor, data) :]
     finally:
         os.close(descriptor)
+
+
+def _opened(path: str | Path) -> int:
+    """A FIFO's reader is waited for, but not for ever: there may be none."""
+    for _ in range(int(_PATIENCE / 0.05)):
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            time.sleep(0.05)
+        else:
+            os.set_blocking(descriptor, True)
+            return descriptor
+    raise CheckpointError(
+        f"nobody has read the FIFO {str(path)!r} for {_PATIENCE:g} s; start its reader first"
+    )
 
 
 # Temporaries

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import yaml
 
-from .config import RECIPES, Recipe
+from .config import RECIPES, Recipe, parse_yaml
 from .errors import RecipeError
 from .files import try_file
 
@@ -147,8 +147,8 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 def _scalar(setting: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except (yaml.YAMLError, RecursionError):
         raise RecipeError(f"--set {setting!r}: {text!r} is not a YAML value") from None
     if isinstance(value, str):
         try:

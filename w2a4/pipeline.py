@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import tempfile
 import time
@@ -19,8 +18,9 @@ from .config import Recipe, RotationConfig, resolve_group_size
 from .data import TextSource, calibration_ids
 from .devices import peak_memory_mb
 from .directories import atomic_directory, check_out_dir
-from .errors import CheckpointError, RotationError, W2A4Error
+from .errors import RotationError, W2A4Error
 from .integrations.generation import check_generation
+from .integrations.gguf_file import load_gguf
 from .integrations.hf import (
     W2A4Config,
     check_original,
@@ -29,12 +29,14 @@ from .integrations.hf import (
     kv_settings,
     prepare_layer,
 )
+from .integrations.loading import load_pretrained
 from .layers import W8Embedding, W8Linear, _PackedModule
 from .learn_rotation import learn_rotation
-from .report import Report, checkpoint_summary, source_name, versions
+from .report import Report, source_name, versions
 from .resume import Progress, fingerprint
 from .rotation import fuse
 from .smooth import smooth
+from .sources import check_source, is_gguf
 
 #: The linears of a decoder layer.
 STAGED = [name for stage in STAGES for name in stage]
@@ -66,62 +68,12 @@ def load_model(
     Raises:
         W2A4Error: nothing there, not a LLaMA, or damaged; the message says what to do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if str(source).endswith(".gguf"):
-        model, tokenizer = _load_gguf(Path(source))
+    check_source(source)
+    if is_gguf(source):
+        model, tokenizer = load_gguf(Path(source))
         return model.to(device), tokenizer
-    if Path(source).is_dir():
-        checkpoint_summary(source)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except W2A4Error:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot load {str(source)!r}: {first}") from error
-    return model.eval().to(device), tokenizer
-
-
-def _load_gguf(path: Path) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not path.is_file():
-        raise CheckpointError(f"{str(path)!r} does not exist; give the path of a .gguf file")
-    _check_gguf(path)
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # transformers refuses to save models that came from GGUF: move the weights to a fresh one.
-    config = copy.deepcopy(loaded.config)
-    for key in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(config, key):
-            delattr(config, key)
-    config.dtype = torch.float32
-    with torch.device("meta"):
-        model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict(), assign=True, strict=True)
-    model.tie_weights()
-    # Buffers that are not part of the state, such as RoPE's frequencies, are still on meta.
-    model.model.rotary_emb = loaded.model.rotary_emb
-    model.generation_config = loaded.generation_config
-    model.config._name_or_path = path.name
-    return model.eval(), AutoTokenizer.from_pretrained(**where)
-
-
-def _check_gguf(path: Path) -> None:
-    """The file is GGUF, of the llama architecture, and the reader is installed."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise CheckpointError(f"reading {path.name} needs the package gguf: pip install gguf") from None
-    try:
-        field = GGUFReader(path).get_field("general.architecture")
-        architecture = str(field.contents()) if field else "unnamed"
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{path.name} is not a GGUF file, or it is truncated: {error}") from None
-    if architecture != "llama":
-        raise CheckpointError(f"{path.name} holds architecture {architecture!r}; w2a4 reads 'llama'")
+    model, tokenizer = load_pretrained(source, dtype)
+    return model.to(device), tokenizer
 
 
 def rotate(model: nn.Module, config: RotationConfig | None = None) -> nn.Module:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import os  # noqa: F401
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from ..directories import atomic_directory as atomic_directory
+from ..directories import is_unfinished
 from ..errors import CheckpointError
+from ..report import read_config
+from .consistency import FLOATS, check_directory, is_packed
+from .digests import SMALL, compare_config, compare_digests
 
 #: Raised when the layout of tensors or of quantization_config changes incompatibly.
 FORMAT_VERSION = 1
@@ -21,12 +27,15 @@ SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16",
 def check_headers(files: list[str], expected: dict[str, torch.Tensor]) -> None:
     """Compare safetensors headers with the tensors a model expects, before any is read.
 
+    Small tensors are compared with their digests, and config.json with what it was when they were written.
+
     Args:
         files: the shards.
         expected: name to tensor, on any device (`model.state_dict()` of a meta model).
 
     Raises:
-        CheckpointError: a shard that cannot be read, a tensor missing, or of another shape or dtype.
+        CheckpointError: a shard that cannot be read, a tensor missing, too many, of another shape or dtype,
+            or not what was written.
     """
     found: dict[str, tuple[list[int], str]] = {}
     for file in files:
@@ -45,11 +54,73 @@ def check_headers(files: list[str], expected: dict[str, torch.Tensor]) -> None:
             raise CheckpointError(
                 f"{name} is missing from the checkpoint; a shard is missing or of another model"
             )
-        shape, dtype = found[name]
-        wanted = SAFETENSORS_DTYPES.get(tensor.dtype)
-        packed = tensor.dtype in (torch.uint8, torch.int8) or name.endswith((".scale", ".act_clip"))
-        if list(shape) != list(tensor.shape) or (packed and dtype != wanted):
+        _check_kind(name, *found[name], tensor)
+    unknown = sorted(set(found) - set(expected))
+    if unknown:
+        raise CheckpointError(
+            f"the checkpoint holds {unknown[0]}, which its config.json does not ask for; one of them is of "
+            "another model"
+        )
+    for file in files:
+        compare_digests(Path(file), SMALL)
+
+
+def _check_kind(name: str, shape: list[int], dtype: str, tensor: torch.Tensor) -> None:
+    wanted = SAFETENSORS_DTYPES.get(tensor.dtype)
+    packed = tensor.dtype in (torch.uint8, torch.int8) or name.endswith((".scale", ".act_clip"))
+    right = dtype == wanted if packed else dtype in FLOATS
+    if list(shape) != list(tensor.shape) or not right:
+        raise CheckpointError(
+            f"{name} is {dtype} {list(shape)}, expected {wanted or tensor.dtype} {list(tensor.shape)}; "
+            "the checkpoint is damaged or of another model"
+        )
+
+
+def check_config_beside(files: list[str]) -> None:
+    """The config.json that lies beside the shards against them; see `consistency` and `digests`."""
+    directory = Path(os.path.dirname(files[0]))
+    if is_unfinished(directory):
+        raise CheckpointError(
+            f"{str(directory)!r} was being written when its writer was killed; w2a4 verify finishes that"
+        )
+    if not (directory / "config.json").is_file():
+        return
+    config = read_config(directory)
+    if is_packed(config):
+        check_directory(directory)
+        for file in files:
+            compare_config(Path(file), config)
+
+
+def check_placement(device_map: Any) -> None:
+    """Raise CheckpointError if accelerate would keep part of a packed model on disk."""
+    places = device_map.items() if isinstance(device_map, dict) else [("the model", device_map)]
+    for name, place in places:
+        if str(place) == "disk":
             raise CheckpointError(
-                f"{name} is {dtype} {list(shape)}, expected {wanted or tensor.dtype} {list(tensor.shape)}; "
-                "the checkpoint is damaged or of another model"
+                f"device_map keeps {name or 'the model'} on disk: packed models are not offloaded "
+                "to disk; give it 'cpu' or a GPU there, or more max_memory"
             )
+
+
+@torch.no_grad()
+def check_values(model: nn.Module) -> None:
+    """Raise CheckpointError if a tensor that is not packed is not finite, or levels do not ascend."""
+    for name, value in model.named_parameters():
+        if value.device.type != "meta":
+            check_value(name, value)
+
+
+def check_value(name: str, value: torch.Tensor) -> None:
+    """The same for one tensor; scales and clips are positive besides."""
+    if value.is_floating_point():
+        positive = name.endswith((".scale", ".act_clip"))
+        for part in value.detach().reshape(-1).split(1 << 24):
+            good = torch.isfinite(part) & (part > 0) if positive else torch.isfinite(part)
+            if not bool(good.all()):
+                raise CheckpointError(
+                    f"{name} holds {float(part[~good][0])}, but its values are finite"
+                    f"{' and positive' if positive else ''}; the checkpoint is damaged"
+                )
+    elif name.endswith(".levels") and not bool((value[..., 1:] >= value[..., :-1]).all()):
+        raise CheckpointError(f"{name} does not ascend; the checkpoint is damaged or not of w2a4")
