@@ -23,7 +23,10 @@ RotationKind = Literal["none", "hadamard", "random_hadamard", "random", "learned
 OnlineKind = Literal["none", "hadamard", "random_hadamard", "random"]
 
 #: Bytes that a recipe file may have.
-MAX_RECIPE = 1 << 20
+MAX_RECIPE = 1 << 16
+
+#: Collections in collections that a recipe may hold: the parser's time grows with their square.
+_MAX_DEPTH = 20
 
 #: How values look in messages: no deeper and no longer than this.
 _SHORT = reprlib.Repr()
@@ -334,7 +337,11 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: not YAML, or with aliases.
     """
+    depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {_MAX_DEPTH} deep")
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError(f"it holds the alias *{event.anchor}; write the value out")
     return yaml.safe_load(text)
