@@ -19,7 +19,7 @@ from typing import Any
 import click
 from safetensors import SafetensorError
 
-from . import directories, files, options
+from . import directories, files, options, sources
 from .errors import TrainingError, W2A4Error
 from .verify_command import verify
 
@@ -100,6 +100,7 @@ def quantize(
 ) -> None:
     """Rotate, quantise and pack MODEL into a new directory."""
     _refuse_existing(out)
+    sources.check_source(model)
     parsed = options.parse_recipe(recipe, settings)
     from . import data, devices, pipeline, report
 
@@ -162,6 +163,7 @@ def train(
     `torchrun --nproc-per-node N -m w2a4.cli train …` shares the work between N processes.
     """
     _refuse_existing(out)
+    sources.check_source(model)
     given = {"training.data": data, "training.minutes": minutes}
     parsed = options.parse_recipe(recipe, settings).override(
         **{k: v for k, v in given.items() if v is not None}
@@ -238,6 +240,7 @@ def learn_rotation(
 
     Of the two those are learned that the recipe calls learned, or both if it calls neither so.
     """
+    sources.check_source(model)
     parsed = options.parse_recipe(recipe, settings)
     from . import data, devices, pipeline, report
     from .learn_rotation import learn_rotation
@@ -287,6 +290,7 @@ def evaluate_command(
     """Perplexity of MODEL or DIR on a text."""
     from . import data, evaluate, report
 
+    sources.check_source(model)
     data.load_text(text, "evaluation")
     loaded, tokenizer = _load(model, dtype, device)
     result = evaluate.perplexity(loaded, tokenizer, text, seqlen, windows)

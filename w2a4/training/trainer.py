@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import Training
 from ..errors import CalibrationError, TrainingError
-from ..files import write_json, write_tensors
+from ..files import write_json
 from .linear import fake_quant_linears
 from .losses import distillation_loss
 from .optimizer import parameter_groups, rate
@@ -285,7 +285,7 @@ class QATTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         state = state_dict if state_dict is not None else self.trained_state()
-        write_tensors(folder / WEIGHTS, state, {"minutes": f"{self.minutes():.3f}"})
+        save_file(state, folder / WEIGHTS, {"minutes": f"{self.minutes():.3f}"})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
