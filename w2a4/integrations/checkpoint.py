@@ -93,13 +93,20 @@ def check_config_beside(files: list[str]) -> None:
 
 
 def check_placement(device_map: Any) -> None:
-    """Raise CheckpointError if accelerate would keep part of a packed model on disk."""
-    places = device_map.items() if isinstance(device_map, dict) else [("the model", device_map)]
-    for name, place in places:
-        if str(place) == "disk":
+    """Raise CheckpointError if accelerate would offload part of a packed model.
+
+    Args:
+        device_map: device by module, as transformers was given it or has made it (`hf_device_map`).
+    """
+    if not isinstance(device_map, dict):
+        return
+    places = {name: str(place) for name, place in device_map.items()}
+    several = len(set(places.values())) > 1
+    for name, place in places.items():
+        if place == "disk" or (place == "cpu" and several):
             raise CheckpointError(
-                f"device_map keeps {name or 'the model'} on disk: packed models are not offloaded "
-                "to disk; give it 'cpu' or a GPU there, or more max_memory"
+                f"device_map keeps {name or 'the model'} on {place}: packed models are not offloaded; give "
+                "GPUs everywhere or 'cpu' everywhere, or more max_memory"
             )
 
 

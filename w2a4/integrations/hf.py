@@ -123,6 +123,7 @@ class W2A4Quantizer(HfQuantizer):
         return expected_keys
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        check_placement(getattr(model, "hf_device_map", None))
         dtype = getattr(self, "_dtype", None)
         if dtype is not None:
             model.config._pre_quantization_dtype = dtype
