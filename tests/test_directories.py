@@ -11,6 +11,8 @@ import pytest
 from w2a4 import directories
 from w2a4.directories import COMMIT, atomic_directory, check_out_dir, recover
 from w2a4.errors import CheckpointError
+from w2a4.files import beside
+from w2a4.options import new_directory
 
 OLD = {"config.json": "old", "model-00001-of-00002.safetensors": "old", "notes/mine.txt": "mine"}
 NEW = {"config.json": "new", "model.safetensors": "new"}
@@ -171,6 +173,19 @@ def test_places_that_are_refused_before_the_work(tmp_path):
     for name in ("x" * 255, "deep/er/out", "dangling"):
         check_out_dir(tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file", "loop", "used"]
+
+
+def test_out_by_a_dot_keeps_its_state_beside_and_not_inside(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert new_directory(None, None, Path(".")) == tmp_path / "here"
+    assert new_directory(None, None, Path("..")) == tmp_path
+    assert new_directory(None, None, Path("out")) == Path("out")
+    assert beside(Path("."), "partial") == tmp_path / ".here.partial"
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)  # what lies beside a volume may be lost
+    assert beside(tmp_path / "here", "partial") == tmp_path / "here" / ".w2a4-partial"
+    (tmp_path / "here" / ".w2a4-partial").mkdir()
+    check_out_dir(tmp_path / "here")
 
 
 def test_a_read_only_parent(tmp_path, monkeypatch):
