@@ -36,9 +36,8 @@ import w2a4
 from benchmarks.files import write_json
 from benchmarks.outliers import four_bit_inputs, input_shape, plant_outliers
 from w2a4.data import builtin_text
+from w2a4.directories import atomic_directory, check_out_dir
 from w2a4.evaluate import perplexity
-from w2a4.integrations.checkpoint import atomic_directory
-from w2a4.pipeline import check_out_dir
 
 #: Begins a text. Never predicted, so its being the end as well ends nothing.
 BOS = "<|endoftext|>"

@@ -15,8 +15,9 @@ from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import w2a4
+from w2a4.directories import atomic_directory
 from w2a4.errors import CheckpointError
-from w2a4.integrations.checkpoint import FORMAT_VERSION, atomic_directory
+from w2a4.integrations.checkpoint import FORMAT_VERSION
 from w2a4.integrations.hf import install, prepare_skeleton
 from w2a4.rotation.online import OnlineRotation
 
@@ -239,7 +240,7 @@ def test_an_error_while_saving_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_a_kill_while_saving_leaves_no_checkpoint(tmp_path):
     code = (
-        "import sys, time\nfrom w2a4.integrations.checkpoint import atomic_directory\n"
+        "import sys, time\nfrom w2a4.directories import atomic_directory\n"
         f"with atomic_directory({str(tmp_path / 'out')!r}) as d:\n"
         "    (d / 'config.json').write_text('{}'); print('writing', flush=True); time.sleep(60)\n"
     )
@@ -290,6 +291,7 @@ def random_checkpoint(path):
         vocab_size=32000, num_hidden_layers=4,
     )  # fmt: skip
     quantization = packed_model().config.quantization_config
+    quantization.rotation["online"]["r3"] = OnlineRotation("hadamard", 64, name="r3").to_dict()
     quantization.rotation["online"]["r4"] = OnlineRotation("hadamard", 4096).to_dict()
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -1,12 +1,15 @@
 """Recipes: defaults, overrides, YAML, and errors that quote the key and the value."""
 
 import dataclasses
+import os
+import time
 
 import pytest
 import yaml
 
 from w2a4.config import RECIPES, Recipe, RotationConfig, RotationLearning, Training, resolve_group_size
 from w2a4.errors import RecipeError
+from w2a4.options import parse_settings
 
 
 def test_named_recipes():
@@ -169,3 +172,46 @@ def test_resolve_group_size():
         RecipeError, match=r"group_size=128 does not divide in_features=576; use one of \[64, 32, -1\]"
     ):
         resolve_group_size(576, 128)
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("name: [&a [x], *a]", r"alias \*a"),
+        ("a: &a {weight_bits: 2}\nrotation:\n  <<: *a", r"alias \*a"),
+        ("name: " + "[" * 20_000, "not YAML"),
+        ("1: 2\nname: x\nfoo: y", "unknown recipe key 1"),
+        (f"name: {[['x' * 1000] * 50]}", "name=.*give a value of type str"),
+        ("# " + "x" * (2 << 20), "2097154 bytes"),
+    ],
+    ids=["alias", "merge", "deep", "keys of several types", "long value", "long file"],
+)
+def test_hostile_recipes_are_refused_at_once_and_briefly(tmp_path, text, match):
+    (tmp_path / "r.yaml").write_text(text)
+    started = time.perf_counter()
+    with pytest.raises(RecipeError, match=match) as error:
+        Recipe.load(tmp_path / "r.yaml")
+    assert time.perf_counter() - started < 1.5 and len(str(error.value)) < 2500
+
+
+def test_aliases_of_aliases_are_not_expanded(tmp_path):
+    bomb = ", ".join(["&a0 [x, x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))])
+    (tmp_path / "r.yaml").write_text(f"name: [{bomb}]")
+    with pytest.raises(RecipeError, match="alias"):
+        Recipe.load(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="not a YAML value"):
+        parse_settings([f"name=[{bomb}]"])
+    nested = ["x"] * 9
+    for _ in range(12):
+        nested = [nested] * 9
+    with pytest.raises(RecipeError) as error:
+        Recipe(name=nested)
+    assert len(str(error.value)) < 500
+
+
+def test_a_recipe_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "dir.yaml").mkdir()
+    for name in ("fifo.yaml", "dir.yaml"):
+        with pytest.raises(RecipeError, match=f"{name}.*no regular file"):
+            Recipe.load(tmp_path / name)

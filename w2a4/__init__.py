@@ -21,6 +21,7 @@ from .layers import W2A4Linear, W4A4Linear, W8Embedding, W8Linear, replace_linea
 from .pipeline import load_model, quantize, rotate, save
 from .report import Report
 from .training.prepare import convert, prepare
+from .verification import verify
 from .version import VERSION
 
 __version__ = VERSION
@@ -53,6 +54,7 @@ __all__ = [
     "replace_linears",
     "rotate",
     "save",
+    "verify",
 ]
 
 hf.register()

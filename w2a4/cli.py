@@ -19,8 +19,9 @@ from typing import Any
 import click
 from safetensors import SafetensorError
 
-from . import options
+from . import directories, files, options, sources
 from .errors import TrainingError, W2A4Error
+from .verify_command import verify
 
 
 class _Group(click.Group):
@@ -99,6 +100,7 @@ def quantize(
 ) -> None:
     """Rotate, quantise and pack MODEL into a new directory."""
     _refuse_existing(out)
+    sources.check_source(model)
     parsed = options.parse_recipe(recipe, settings)
     from . import data, devices, pipeline, report
 
@@ -109,7 +111,7 @@ def quantize(
     whole = score is not None or parsed.rotation.to_learn
     loaded, tokenizer = pipeline.load_model(model, device=chosen if whole else "cpu")
     before = score and score(loaded, tokenizer)
-    partial = out.parent / f".{out.name}.partial" if resume else None
+    partial = files.beside(out, "partial") if resume else None
     made = pipeline.quantize(loaded, tokenizer, parsed, calibration=calib, resume=partial, device=chosen)
     made.source = report.source_name(model)
     if score is not None:
@@ -161,6 +163,7 @@ def train(
     `torchrun --nproc-per-node N -m w2a4.cli train …` shares the work between N processes.
     """
     _refuse_existing(out)
+    sources.check_source(model)
     given = {"training.data": data, "training.minutes": minutes}
     parsed = options.parse_recipe(recipe, settings).override(
         **{k: v for k, v in given.items() if v is not None}
@@ -176,7 +179,7 @@ def train(
     chosen = devices.pick_device(device)
     loaded, tokenizer = pipeline.load_model(model, device=chosen if score is not None else "cpu")
     before = score and score(loaded, tokenizer)
-    work = out.parent / f".{out.name}.training"
+    work = files.beside(out, "training")
     try:
         train(loaded, tokenizer, parsed, work, calib, device=chosen, score=score)
     except TrainingError:
@@ -237,6 +240,7 @@ def learn_rotation(
 
     Of the two those are learned that the recipe calls learned, or both if it calls neither so.
     """
+    sources.check_source(model)
     parsed = options.parse_recipe(recipe, settings)
     from . import data, devices, pipeline, report
     from .learn_rotation import learn_rotation
@@ -286,6 +290,7 @@ def evaluate_command(
     """Perplexity of MODEL or DIR on a text."""
     from . import data, evaluate, report
 
+    sources.check_source(model)
     data.load_text(text, "evaluation")
     loaded, tokenizer = _load(model, dtype, device)
     result = evaluate.perplexity(loaded, tokenizer, text, seqlen, windows)
@@ -370,6 +375,9 @@ def info(directory: Path, json_file: Path | None) -> None:
     _write(json_file, summary)
 
 
+main.add_command(verify)
+
+
 @main.command()
 @click.option(
     "--out",
@@ -407,17 +415,13 @@ def demo(
     """
     from . import demo as steps
 
-    if not overwrite and out.exists():
+    if not overwrite:
         _refuse_existing(out, "or replace an earlier demo with --overwrite")
     _write(json_file, {"rows": steps.run(out, model, windows, seqlen)})
 
 
 def _refuse_existing(out: Path, advice: str = "or remove it first") -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        what = "exists and is not empty" if out.is_dir() else "is a file"
-        raise W2A4Error(f"--out {str(out)!r} {what}; choose another directory, {advice}")
+    directories.check_out_dir(out, f"give another --out, {advice}")
 
 
 def _scorer(text: str | None, windows: int | None) -> Callable[..., dict[str, Any]] | None:
@@ -468,7 +472,7 @@ def _lines() -> Iterator[str]:
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        from .report import write_json
+        from .files import write_json
 
         write_json(path, result)
 

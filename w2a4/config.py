@@ -8,6 +8,7 @@ every field can be overridden (`w2a4 quantize --set rotation.r4=none`).
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,21 @@ from typing import Any, Literal
 
 import yaml
 
-from .errors import RecipeError
+from .errors import CheckpointError, RecipeError
+from .files import read_text, write_atomically
 
 RotationKind = Literal["none", "hadamard", "random_hadamard", "random", "learned"]
 OnlineKind = Literal["none", "hadamard", "random_hadamard", "random"]
+
+#: Bytes that a recipe file may have.
+MAX_RECIPE = 1 << 16
+
+#: Collections in collections that a recipe may hold: the parser's time grows with their square.
+_MAX_DEPTH = 20
+
+#: How values look in messages: no deeper and no longer than this.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
 
 #: Group sizes `auto` tries, in this order; the first that divides `in_features` is taken.
 AUTO_GROUP_SIZES = (128, 64, 32)
@@ -291,16 +303,18 @@ class Recipe:
         return _from_dict(cls, data)
 
     def to_yaml(self, path: str | Path) -> None:
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         try:
-            data = yaml.safe_load(Path(path).read_text())
+            data = parse_yaml(read_text(path, MAX_RECIPE))
         except FileNotFoundError:
             raise RecipeError(f"recipe file {str(path)!r} does not exist") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise RecipeError(f"recipe file {str(path)!r} is not YAML: {error}") from None
+        except (OSError, CheckpointError) as error:
+            raise RecipeError(f"recipe file {str(path)!r} cannot be read: {error}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"recipe file {str(path)!r} holds {type(data).__name__}, not a mapping of keys")
         return cls.from_dict(data)
@@ -315,6 +329,27 @@ class Recipe:
         raise RecipeError(
             f"unknown recipe {str(name_or_path)!r}; named recipes: {', '.join(RECIPES)}; or give a .yaml file"
         )
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data. A few bytes of aliases of aliases stand for more than memory holds, so there are none.
+
+    Raises:
+        yaml.YAMLError: not YAML, or with aliases.
+    """
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {_MAX_DEPTH} deep")
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"it holds the alias *{event.anchor}; write the value out")
+    return yaml.safe_load(text)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut to a line whatever it holds."""
+    return _SHORT.repr(value)
 
 
 def resolve_group_size(in_features: int, group_size: int | str) -> int:
@@ -347,14 +382,16 @@ def _keys(cls: type, prefix: str = "") -> list[str]:
 
 def _from_dict(cls: type, data: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
+    if not isinstance(data, dict):
+        raise RecipeError(f"{shown(data)} is no recipe: give a mapping of {', '.join(_keys(cls))}")
+    unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)}, key=str)
     if unknown:
-        raise RecipeError(f"unknown recipe key {unknown[0]!r}; known keys: {', '.join(_keys(cls))}")
+        raise RecipeError(f"unknown recipe key {shown(unknown[0])}; known keys: {', '.join(_keys(cls))}")
     values = {}
     for key, value in data.items():
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
-                raise RecipeError(f"{key}={value!r}: give a mapping of {', '.join(_keys(hints[key]))}")
+                raise RecipeError(f"{key}={shown(value)}: give a mapping of {', '.join(_keys(hints[key]))}")
             value = _from_dict(hints[key], value)
         values[key] = value
     return cls(**values)
@@ -371,7 +408,7 @@ def _check_fields(config: Any) -> None:
         ):
             object.__setattr__(config, name, float(value))
         elif not _matches(value, hint):
-            raise RecipeError(f"{name}={value!r}: give {_describe(hint)}")
+            raise RecipeError(f"{name}={shown(value)}: give {_describe(hint)}")
 
 
 def _matches(value: Any, hint: Any) -> bool:

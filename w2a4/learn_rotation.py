@@ -28,13 +28,14 @@ from .config import Recipe, resolve_group_size
 from .data import TextSource, calibration_ids, check_token_ids, describe_text, load_text, windows
 from .devices import peak_memory_mb
 from .errors import CalibrationError, RotationError
+from .files import try_file, write_atomically, write_json
 from .fitting.lloyd import fit_levels
 from .fitting.rtn import nearest
 from .fitting.weight import QuantizedWeight
 from .integrations.attention import KVSettings, w2a4_attention
 from .integrations.hf import act_group_size, check_original
 from .quantizers import fake_quant_a4
-from .report import source_name, versions, write_atomically, write_json
+from .report import source_name, versions
 from .resume import fingerprint
 from .rotation import fuse
 from .rotation.descent import Descent, Objective
@@ -131,6 +132,7 @@ def learn_rotation(
     """
     out, recipe = Path(out), _learning_recipe(recipe)
     _check(model, recipe, out)
+    try_file(out)
     ids, described = _windows(model, tokenizer, recipe, calibration)
     fields = RECIPE_FIELDS + (SMOOTHING_FIELDS if recipe.smooth else ())
     part = {name: recipe.to_dict()[name] for name in fields}

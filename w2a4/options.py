@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import click
 import yaml
 
-from .config import RECIPES, Recipe
+from .config import RECIPES, Recipe, parse_yaml
 from .errors import RecipeError
+from .files import try_file
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -20,7 +22,14 @@ def writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path |
     """A result file must be writable before hours of work, not after."""
     if path is not None and not path.absolute().parent.is_dir():
         raise click.BadParameter(f"directory {str(path.parent)!r} does not exist")
+    if path is not None:
+        try_file(path)
     return path
+
+
+def new_directory(_: click.Context, __: click.Parameter, path: Path) -> Path:
+    """`.` and `..` by their names, since files that lie beside them are named after them."""
+    return path if path.name not in ("", "..") else Path(os.path.realpath(path))
 
 
 json_file = click.option(
@@ -46,7 +55,12 @@ new_tokens = click.option(
 
 
 out = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="New directory."
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    callback=new_directory,
+    metavar="DIR",
+    help="New directory.",
 )
 settings = click.option(
     "--set",
@@ -133,8 +147,8 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 def _scalar(setting: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except (yaml.YAMLError, RecursionError):
         raise RecipeError(f"--set {setting!r}: {text!r} is not a YAML value") from None
     if isinstance(value, str):
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import tempfile
 import time
@@ -18,8 +17,10 @@ from .calibrate import STAGES, LayerQuantizer, Streams
 from .config import Recipe, RotationConfig, resolve_group_size
 from .data import TextSource, calibration_ids
 from .devices import peak_memory_mb
-from .errors import CheckpointError, RotationError, W2A4Error
-from .integrations.checkpoint import atomic_directory
+from .directories import atomic_directory, check_out_dir
+from .errors import RotationError, W2A4Error
+from .integrations.generation import check_generation
+from .integrations.gguf_file import load_gguf
 from .integrations.hf import (
     W2A4Config,
     check_original,
@@ -28,12 +29,14 @@ from .integrations.hf import (
     kv_settings,
     prepare_layer,
 )
+from .integrations.loading import load_pretrained
 from .layers import W8Embedding, W8Linear, _PackedModule
 from .learn_rotation import learn_rotation
-from .report import Report, checkpoint_summary, source_name, versions
+from .report import Report, source_name, versions
 from .resume import Progress, fingerprint
 from .rotation import fuse
 from .smooth import smooth
+from .sources import check_source, is_gguf
 
 #: The linears of a decoder layer.
 STAGED = [name for stage in STAGES for name in stage]
@@ -65,62 +68,12 @@ def load_model(
     Raises:
         W2A4Error: nothing there, not a LLaMA, or damaged; the message says what to do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if str(source).endswith(".gguf"):
-        model, tokenizer = _load_gguf(Path(source))
+    check_source(source)
+    if is_gguf(source):
+        model, tokenizer = load_gguf(Path(source))
         return model.to(device), tokenizer
-    if Path(source).is_dir():
-        checkpoint_summary(source)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except W2A4Error:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot load {str(source)!r}: {first}") from error
-    return model.eval().to(device), tokenizer
-
-
-def _load_gguf(path: Path) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not path.is_file():
-        raise CheckpointError(f"{str(path)!r} does not exist; give the path of a .gguf file")
-    _check_gguf(path)
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # transformers refuses to save models that came from GGUF: move the weights to a fresh one.
-    config = copy.deepcopy(loaded.config)
-    for key in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(config, key):
-            delattr(config, key)
-    config.dtype = torch.float32
-    with torch.device("meta"):
-        model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict(), assign=True, strict=True)
-    model.tie_weights()
-    # Buffers that are not part of the state, such as RoPE's frequencies, are still on meta.
-    model.model.rotary_emb = loaded.model.rotary_emb
-    model.generation_config = loaded.generation_config
-    model.config._name_or_path = path.name
-    return model.eval(), AutoTokenizer.from_pretrained(**where)
-
-
-def _check_gguf(path: Path) -> None:
-    """The file is GGUF, of the llama architecture, and the reader is installed."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise CheckpointError(f"reading {path.name} needs the package gguf: pip install gguf") from None
-    try:
-        field = GGUFReader(path).get_field("general.architecture")
-        architecture = str(field.contents()) if field else "unnamed"
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{path.name} is not a GGUF file, or it is truncated: {error}") from None
-    if architecture != "llama":
-        raise CheckpointError(f"{path.name} holds architecture {architecture!r}; w2a4 reads 'llama'")
+    model, tokenizer = load_pretrained(source, dtype)
+    return model.to(device), tokenizer
 
 
 def rotate(model: nn.Module, config: RotationConfig | None = None) -> nn.Module:
@@ -220,6 +173,9 @@ def quantize(
     started = time.perf_counter()
     _check_quantizable(model, recipe)
     ids, described = calibration_ids(tokenizer, calibration, recipe, model.config.vocab_size)
+    # Before anything is rotated: the last bits of a rotation may depend on the number of threads.
+    key = "" if resume is None else fingerprint(recipe.to_dict(), {}, ids, model)
+    state = Progress(None if resume is None else Path(resume), key)
     if not isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
         rotate_by_recipe(model, tokenizer, recipe, calibration, progress, resume)
     before: W2A4Config = model.config.quantization_config
@@ -232,8 +188,6 @@ def quantize(
         seed=recipe.rotation.seed,
     )
     model.eval()
-    key = fingerprint(recipe.to_dict(), before.rotation, ids, model)
-    state = Progress(Path(resume) if resume is not None else None, key)
     layers = len(model.model.layers) if recipe.weight_bits < 16 else 0
     with tqdm(
         total=layers * len(STAGED), desc=f"quantize {recipe.name}", unit="linear", disable=not progress
@@ -262,6 +216,7 @@ def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
             f"smooth={recipe.smooth}: this model is rotated already and its norms are folded, too late "
             "to smooth it; start from the original, or set smooth=0"
         )
+    check_generation(model)
     if recipe.weight_bits < 16:
         for linear in decoder_linears(model.model.layers[0]).values():
             resolve_group_size(linear.in_features, recipe.group_size)
@@ -328,10 +283,3 @@ def save(model: nn.Module, tokenizer: Any, out_dir: str | Path) -> None:
     with atomic_directory(out_dir) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-
-
-def check_out_dir(out_dir: str | Path) -> None:
-    """Raise CheckpointError if `out_dir` exists and holds something."""
-    path = Path(out_dir)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise CheckpointError(f"{str(out_dir)!r} exists already; give another --out, or remove it first")

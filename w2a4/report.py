@@ -10,7 +10,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,10 @@ from typing import Any
 import yaml
 
 from .config import Recipe
+from .directories import recover
 from .errors import CheckpointError
+from .files import json_text, read_text, write_atomically
+from .files import write_json as write_json
 from .version import VERSION
 
 #: Bytes of a checkpoint by part, in the order tables print them.
@@ -36,6 +38,9 @@ PARTS = {
     "biases": "biases",
     "other": "other",
 }
+
+#: Largest header of a safetensors file and largest config.json, in bytes: more is not read.
+MAX_HEADER, MAX_CONFIG = 64 << 20, 1 << 20
 
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -98,7 +103,7 @@ class Report:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to `path` if given."""
-        text = _to_json(self.to_dict())
+        text = json_text(self.to_dict())
         if path is not None:
             write_atomically(path, text)
         return text
@@ -145,22 +150,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write JSON in one step: `path` is either as it was or complete. Infinity and NaN become null."""
-    write_atomically(path, _to_json(data))
-
-
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write text (as UTF-8) or bytes to a temporary sibling, then rename it to `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # Sizes
 
 
@@ -176,8 +165,8 @@ def checkpoint_summary(directory: str | Path) -> dict[str, Any]:
         CheckpointError: not a checkpoint, or a safetensors file that is missing or truncated.
     """
     directory = Path(directory)
-    config = _read_config(directory)
-    shards = _shards(directory)
+    config = read_config(directory)
+    shards = shards_of(directory)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for shard in shards:
         tensors |= safetensors_header(shard)
@@ -236,49 +225,73 @@ def measure_tensors(
 
 def safetensors_header(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name to dtype and shape of the tensors in a file, whose length is checked against its header."""
+    _, entries, _ = safetensors_metadata(path)
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+
+
+def safetensors_metadata(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], int]:
+    """Metadata of a file, name to header entry, and where its tensors begin, in bytes."""
     path = Path(path)
     advice = "copy or download it again"
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise CheckpointError(f"{str(path)!r} is no regular file; {advice}")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= size else None
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        shapes = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+            header = json.loads(file.read(length)) if length <= min(size, MAX_HEADER) else None
+        metadata = header.pop("__metadata__", None) or {}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        for entry in header.values():
+            str(entry["dtype"]), tuple(entry["shape"]), metadata.keys()
     except FileNotFoundError:
         raise CheckpointError(f"{path.name!r} is missing in {str(path.parent)!r}; {advice}") from None
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+    except CheckpointError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
         raise CheckpointError(
             f"{str(path)!r} is no safetensors file or its header is damaged; {advice}"
         ) from None
     if size != 8 + length + end:
         raise CheckpointError(f"{str(path)!r} has {size} bytes, its header says {8 + length + end}; {advice}")
-    return shapes
+    return metadata, header, 8 + length
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint; a writer of the directory that was killed is finished for first."""
+    recover(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{str(directory)!r} is no checkpoint directory: it holds no config.json")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(read_text(path, MAX_CONFIG))
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{str(path)!r} holds {type(config).__name__}, not a mapping")
     return config
 
 
-def _shards(directory: Path) -> list[Path]:
+def shards_of(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; those of other formats are told from damage."""
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
-        return [directory / "model.safetensors"]
+        whole = directory / "model.safetensors"
+        if not whole.exists() and any(directory.glob("pytorch_model*.bin")):
+            raise CheckpointError(
+                f"{str(directory)!r} holds pytorch_model.bin, not model.safetensors; load it and save it "
+                "again with save_pretrained"
+            )
+        return [whole]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+        return [directory / Path(name).name for name in names]
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{str(index)!r} is no safetensors index; copy or download it again") from None
-    return [directory / Path(name).name for name in names]
 
 
 def _part(name: str, shape: Sequence[int], packed: set[str]) -> str:
@@ -470,15 +483,3 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-" if value is None else str(value)
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e5 else f"{value:.1e}"
-
-
-def _to_json(data: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(data), indent=2, ensure_ascii=False, default=str) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

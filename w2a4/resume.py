@@ -9,26 +9,46 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .calibrate import Streams
 from .errors import CheckpointError
-from .report import write_json
+from .files import read_text, write_json, write_tensors
+
+#: Numbers hashed at once, so that a tensor on a GPU or in use need not be copied whole.
+_CHUNK = 1 << 24
+
+#: Keys of a model's config that tell where it came from, not what it computes.
+_ORIGIN = ("_name_or_path", "transformers_version", "architectures")
 
 
 def fingerprint(recipe: dict[str, Any], rotation: dict[str, Any], ids: Tensor, model: nn.Module) -> str:
-    """A hash of everything the packed layers depend on; the model stands in by two of its rows."""
-    digest = hashlib.sha256(json.dumps([recipe, rotation, list(ids.shape)], sort_keys=True).encode())
-    rows = [model.model.layers[-1].mlp.up_proj.weight[0], model.model.embed_tokens.weight[0]]
-    for tensor in (ids, *(row.detach().double() for row in rows)):
-        digest.update(tensor.cpu().numpy().tobytes())
+    """A hash of everything the packed layers depend on: every tensor of the model is part of it.
+
+    A fine-tune may differ from its base in a few matrices of one layer, so that nothing less will do.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _ORIGIN}
+    about = [recipe, rotation, config, _file_digest((recipe.get("rotation") or {}).get("learned"))]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in (("", ids), *model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        for part in tensor.detach().reshape(-1).split(_CHUNK):
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _file_digest(path: str | None) -> str | None:
+    """Of the rotations that a recipe names by their file."""
+    if path is None or not Path(path).is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Progress:
@@ -49,7 +69,7 @@ class Progress:
             return
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / "progress.json").is_file():
-            state = json.loads((directory / "progress.json").read_text())
+            state = self._state()
             if state["key"] != key:
                 raise CheckpointError(
                     f"{str(directory)!r} holds the progress of another quantisation (other model, recipe or "
@@ -64,11 +84,11 @@ class Progress:
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """State of a packed layer."""
-        return load_file(self.directory / f"layer-{index}.safetensors")
+        return self._load(f"layer-{index}.safetensors")
 
     def streams(self) -> Streams:
         """Hidden states behind the last layer done."""
-        tensors = load_file(self.directory / f"streams-{self.done - 1}.safetensors")
+        tensors = self._load(f"streams-{self.done - 1}.safetensors")
         return Streams(*(list(tensors[kind].split(1)) for kind in ("full", "quantized")))
 
     def store(self, layer: nn.Module, streams: Streams, entries: list[dict[str, Any]]) -> None:
@@ -78,11 +98,27 @@ class Progress:
             return
         index = self.done - 1
         kept = {"full": torch.cat(streams.full), "quantized": torch.cat(streams.quantized)}
-        self._save(f"layer-{index}.safetensors", {k: v.contiguous() for k, v in layer.state_dict().items()})
-        self._save(f"streams-{index}.safetensors", kept)
+        write_tensors(self.directory / f"layer-{index}.safetensors", layer.state_dict())
+        write_tensors(self.directory / f"streams-{index}.safetensors", kept)
         write_json(self.directory / "progress.json", {"key": self.key, "layers": self.entries})
-        (self.directory / f"streams-{index - 1}.safetensors").unlink(missing_ok=True)
+        for older in self.directory.glob("streams-*.safetensors"):
+            if older.name != f"streams-{index}.safetensors":
+                older.unlink()
 
-    def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        save_file(tensors, self.directory / f".{name}")
-        os.replace(self.directory / f".{name}", self.directory / name)
+    def _state(self) -> dict[str, Any]:
+        try:
+            state = json.loads(read_text(self.directory / "progress.json"))
+            return {"key": state["key"], "layers": list(state["layers"])}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._damaged("progress.json", error) from None
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self.directory / name)
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(name, error) from None
+
+    def _damaged(self, name: str, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{name} in {str(self.directory)!r} cannot be read ({error}); remove that directory and repeat"
+        )

@@ -1,18 +1,21 @@
-"""Directories that are written whole or not at all, and headers that are checked before loading."""
+"""What a checkpoint must be: its headers, checked before any tensor is read."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from ..directories import atomic_directory as atomic_directory
+from ..directories import is_unfinished
 from ..errors import CheckpointError
+from ..report import read_config
+from .consistency import FLOATS, check_directory, is_packed
+from .digests import SMALL, compare_config, compare_digests
 
 #: Raised when the layout of tensors or of quantization_config changes incompatibly.
 FORMAT_VERSION = 1
@@ -21,61 +24,18 @@ FORMAT_VERSION = 1
 SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
 
 
-@contextlib.contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `path` that takes its place when the block ends without an error.
-
-    Files already in `path` that the block did not write are kept. A kill leaves `path` as it was and
-    a folder `.<name>.tmp-*` beside it, which the next write to the same path removes.
-
-    Raises:
-        CheckpointError: `path` is a file.
-        OSError: the disk is full or not writable; nothing is left behind.
-    """
-    path = Path(os.path.abspath(path))
-    if path.is_file():
-        raise CheckpointError(f"{str(path)!r} is a file; give a directory to save into")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
-    temporary.chmod(0o777 & ~_umask())
-    try:
-        yield temporary
-        if path.is_dir():
-            _merge(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _merge(temporary: Path, path: Path) -> None:
-    """Move files over, config.json last: a checkpoint without it does not load as something else."""
-    names = sorted((p.name for p in temporary.iterdir()), key=lambda name: name == "config.json")
-    if "config.json" in names:
-        (path / "config.json").unlink(missing_ok=True)
-        for shard in path.glob("model*.safetensors*"):
-            shard.unlink()
-    for name in names:
-        os.replace(temporary / name, path / name)
-
-
 def check_headers(files: list[str], expected: dict[str, torch.Tensor]) -> None:
     """Compare safetensors headers with the tensors a model expects, before any is read.
+
+    Small tensors are compared with their digests, and config.json with what it was when they were written.
 
     Args:
         files: the shards.
         expected: name to tensor, on any device (`model.state_dict()` of a meta model).
 
     Raises:
-        CheckpointError: a shard that cannot be read, a tensor missing, or of another shape or dtype.
+        CheckpointError: a shard that cannot be read, a tensor missing, too many, of another shape or dtype,
+            or not what was written.
     """
     found: dict[str, tuple[list[int], str]] = {}
     for file in files:
@@ -94,11 +54,80 @@ def check_headers(files: list[str], expected: dict[str, torch.Tensor]) -> None:
             raise CheckpointError(
                 f"{name} is missing from the checkpoint; a shard is missing or of another model"
             )
-        shape, dtype = found[name]
-        wanted = SAFETENSORS_DTYPES.get(tensor.dtype)
-        packed = tensor.dtype in (torch.uint8, torch.int8) or name.endswith((".scale", ".act_clip"))
-        if list(shape) != list(tensor.shape) or (packed and dtype != wanted):
+        _check_kind(name, *found[name], tensor)
+    unknown = sorted(set(found) - set(expected))
+    if unknown:
+        raise CheckpointError(
+            f"the checkpoint holds {unknown[0]}, which its config.json does not ask for; one of them is of "
+            "another model"
+        )
+    for file in files:
+        compare_digests(Path(file), SMALL)
+
+
+def _check_kind(name: str, shape: list[int], dtype: str, tensor: torch.Tensor) -> None:
+    wanted = SAFETENSORS_DTYPES.get(tensor.dtype)
+    packed = tensor.dtype in (torch.uint8, torch.int8) or name.endswith((".scale", ".act_clip"))
+    right = dtype == wanted if packed else dtype in FLOATS
+    if list(shape) != list(tensor.shape) or not right:
+        raise CheckpointError(
+            f"{name} is {dtype} {list(shape)}, expected {wanted or tensor.dtype} {list(tensor.shape)}; "
+            "the checkpoint is damaged or of another model"
+        )
+
+
+def check_config_beside(files: list[str]) -> None:
+    """The config.json that lies beside the shards against them; see `consistency` and `digests`."""
+    directory = Path(os.path.dirname(files[0]))
+    if is_unfinished(directory):
+        raise CheckpointError(
+            f"{str(directory)!r} was being written when its writer was killed; w2a4 verify finishes that"
+        )
+    if not (directory / "config.json").is_file():
+        return
+    config = read_config(directory)
+    if is_packed(config):
+        check_directory(directory)
+        for file in files:
+            compare_config(Path(file), config)
+
+
+def check_placement(device_map: Any) -> None:
+    """Raise CheckpointError if accelerate would offload part of a packed model.
+
+    Args:
+        device_map: device by module, as transformers was given it or has made it (`hf_device_map`).
+    """
+    if not isinstance(device_map, dict):
+        return
+    places = {name: str(place) for name, place in device_map.items()}
+    several = len(set(places.values())) > 1
+    for name, place in places.items():
+        if place == "disk" or (place == "cpu" and several):
             raise CheckpointError(
-                f"{name} is {dtype} {list(shape)}, expected {wanted or tensor.dtype} {list(tensor.shape)}; "
-                "the checkpoint is damaged or of another model"
+                f"device_map keeps {name or 'the model'} on {place}: packed models are not offloaded; give "
+                "GPUs everywhere or 'cpu' everywhere, or more max_memory"
             )
+
+
+@torch.no_grad()
+def check_values(model: nn.Module) -> None:
+    """Raise CheckpointError if a tensor that is not packed is not finite, or levels do not ascend."""
+    for name, value in model.named_parameters():
+        if value.device.type != "meta":
+            check_value(name, value)
+
+
+def check_value(name: str, value: torch.Tensor) -> None:
+    """The same for one tensor; scales and clips are positive besides."""
+    if value.is_floating_point():
+        positive = name.endswith((".scale", ".act_clip"))
+        for part in value.detach().reshape(-1).split(1 << 24):
+            good = torch.isfinite(part) & (part > 0) if positive else torch.isfinite(part)
+            if not bool(good.all()):
+                raise CheckpointError(
+                    f"{name} holds {float(part[~good][0])}, but its values are finite"
+                    f"{' and positive' if positive else ''}; the checkpoint is damaged"
+                )
+    elif name.endswith(".levels") and not bool((value[..., 1:] >= value[..., :-1]).all()):
+        raise CheckpointError(f"{name} does not ascend; the checkpoint is damaged or not of w2a4")

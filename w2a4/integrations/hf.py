@@ -27,15 +27,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import Recipe
 from ..errors import CheckpointError, RotationError
+from ..files import write_atomically, write_json
 from ..layers import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
-from ..report import Report, checkpoint_summary, model_card, write_json
+from ..report import Report, checkpoint_summary, model_card
 from ..rotation.fuse import RotatedLinear
 from ..rotation.online import OnlineRotation
 from ..version import VERSION
 from . import attention
 from .arguments import CACHE, CACHE_NAMES, cache_of
-from .checkpoint import FORMAT_VERSION, atomic_directory, check_headers
+from .checkpoint import (
+    FORMAT_VERSION,
+    atomic_directory,
+    check_config_beside,
+    check_headers,
+    check_placement,
+    check_values,
+)
+from .digests import add_digests
 from .fused import fuse
+from .generation import as_it_came
 from .kv_cache import KV4Cache, KV4StaticCache
 
 METHOD = "w2a4"
@@ -60,7 +70,9 @@ class W2A4Config(QuantizationConfigMixin):
         w2a4_version: str | None = None,
         **kwargs: Any,
     ):
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if type(format_version) is not int or format_version < 1:
+            raise CheckpointError(f"format_version={format_version!r}: give a number from 1 on")
+        if format_version > FORMAT_VERSION:
             raise CheckpointError(
                 f"checkpoint format {format_version!r} is newer than {FORMAT_VERSION}, which "
                 f"w2a4 {VERSION} reads; upgrade w2a4"
@@ -91,7 +103,10 @@ class W2A4Quantizer(HfQuantizer):
     requires_calibration = True
     requires_parameters_quantization = False
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
+        check_placement(device_map)
+        if checkpoint_files:
+            check_config_beside(checkpoint_files)
         prepare_skeleton(model, self.quantization_config)
         if checkpoint_files:
             check_headers(checkpoint_files, model.state_dict())
@@ -108,6 +123,7 @@ class W2A4Quantizer(HfQuantizer):
         return expected_keys
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        check_placement(getattr(model, "hf_device_map", None))
         dtype = getattr(self, "_dtype", None)
         if dtype is not None:
             model.config._pre_quantization_dtype = dtype
@@ -115,6 +131,7 @@ class W2A4Quantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, _PackedModule):
                 module.validate(name)
+        check_values(model)
         install(model, self.quantization_config)
         return model
 
@@ -268,15 +285,17 @@ class PackedModelMixin:
             raise ValueError("save first, then upload the directory: push_to_hub=True is not supported here")
         config: W2A4Config = self.config.quantization_config
         with atomic_directory(save_directory) as directory:
-            super().save_pretrained(directory, *args, **kwargs)
+            with as_it_came(self, directory):
+                super().save_pretrained(directory, *args, **kwargs)
             _record_dtype(directory / "config.json", self.dtype)
+            add_digests(directory)
             config.parsed_recipe.to_yaml(directory / "recipe.yaml")
             report = self.w2a4_report or Report(
                 source=config.provenance.get("source", "unknown"), recipe=config.recipe
             )
             report.sizes = checkpoint_summary(directory)["bytes"]
             report.to_json(directory / "report.json")
-            (directory / "README.md").write_text(model_card(report))
+            write_atomically(directory / "README.md", model_card(report))
 
 
 def _record_dtype(path: Path, dtype: torch.dtype) -> None:

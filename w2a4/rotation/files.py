@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import files
 from ..errors import RotationError
 
 #: Rows of the embedding that a model is known by.
@@ -30,16 +29,7 @@ def model_mark(model: nn.Module) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """A safetensors file, whole or not at all, with JSON as its metadata `w2a4`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            {"w2a4": json.dumps(metadata)},
-        )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_tensors(path, tensors, {"w2a4": json.dumps(metadata)})
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..engine import Engine, Sampling, end_tokens, inference
+from ..files import write_atomically
 
 #: Tokens of real text that a continuation begins with, and that it has in all.
 PROMPT_TOKENS, LENGTH = 32, 512
@@ -104,5 +105,5 @@ def _read(path: Path) -> list[str]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     if lines[-1]:
-        path.write_text("\n".join([*lines[:-1], ""]), encoding="utf-8")
+        write_atomically(path, "\n".join([*lines[:-1], ""]))
     return [json.loads(line)["text"] for line in lines[:-1]]

@@ -17,7 +17,8 @@ from .. import data, pipeline
 from ..config import Recipe
 from ..devices import peak_memory_mb
 from ..errors import TrainingError
-from ..report import write_json
+from ..files import write_json
+from ..integrations.generation import check_generation
 from ..resume import fingerprint
 from . import processes
 from .block import BlockTrainer
@@ -66,6 +67,7 @@ def train(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     work = Path(work)
+    check_generation(model)
     if recipe.training.route == "block":
         if processes.world() > 1:
             raise TrainingError(f"training.route=block runs in one process; there are {processes.world()}")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import TrainingError
+from ..files import write_tensors
 from .losses import Tops
 
 
@@ -56,8 +56,6 @@ def write_tops(
         if path.is_file():
             continue
         logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
-        tops = {name: value.cpu().contiguous() for name, value in Tops.of(logits, k)._asdict().items()}
-        part = path.with_suffix(".part")
-        save_file(tops, part)
-        part.replace(path)
+        tops = {name: value for name, value in Tops.of(logits, k)._asdict().items()}
+        write_tensors(path, tops)
     return CachedTeacher(folder)

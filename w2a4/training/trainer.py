@@ -28,8 +28,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import Training
 from ..errors import CalibrationError, TrainingError
+from ..files import write_json
 from ..layers import W8Embedding
-from ..report import write_json
 from .linear import fake_quant_linears
 from .losses import distillation_loss
 from .optimizer import parameter_groups, rate
