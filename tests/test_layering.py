@@ -14,7 +14,8 @@ PACKAGE = ROOT / "w2a4"
 LAYERS = (
     "cli", "options", "demo", "evaluate", "training", "engine", "sequences", "pipeline", "learn_rotation",
     "smooth", "resume", "calibrate", "integrations", "layers", "fitting", "rotation", "quantizers", "ops",
-    "dispatch", "fakes", "reference", "packing", "data", "report", "config", "devices", "errors", "version",
+    "dispatch", "fakes", "reference", "packing", "data", "report", "config", "devices", "gradients", "errors",
+    "version",
 )  # fmt: skip
 #: May be imported from anywhere, import nothing of the package.
 FREE = ("_C",)

@@ -22,12 +22,14 @@ from .errors import CheckpointError, RotationError, W2A4Error
 from .integrations.checkpoint import atomic_directory
 from .integrations.hf import (
     W2A4Config,
+    check_language_model,
     check_original,
     decoder_linears,
     install,
     kv_settings,
     prepare_layer,
 )
+from .integrations.portable import save_tokenizer
 from .layers import W8Embedding, W8Linear, _PackedModule
 from .learn_rotation import learn_rotation
 from .report import Report, checkpoint_summary, source_name, versions
@@ -254,6 +256,7 @@ def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
         raise W2A4Error(
             f"model type {getattr(model.config, 'model_type', None)!r} is not supported; w2a4 reads 'llama'"
         )
+    check_language_model(model)
     if any(isinstance(module, _PackedModule) for module in model.modules()):
         raise W2A4Error("this model is quantised already; start from the original")
     before = getattr(model.config, "quantization_config", None)
@@ -327,7 +330,8 @@ def save(model: nn.Module, tokenizer: Any, out_dir: str | Path) -> None:
     check_out_dir(out_dir)
     with atomic_directory(out_dir) as directory:
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, directory)
 
 
 def check_out_dir(out_dir: str | Path) -> None:

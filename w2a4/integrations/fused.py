@@ -9,7 +9,6 @@ wherever something looks at them (hooks, torch.compile) or its parts are not tho
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +17,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .. import ops
-from ..layers import _PackedLinear
+from .. import gradients, ops
+from ..layers import NO_GRADIENT, _PackedLinear
 from ..rotation.online import OnlineRotation
 from .arguments import cache_of, check_arguments
 from .attention import NAME, as_bool, packed_attention, w2a4_attention
+from .capturing import has_foreign_forward, is_capturing
+from .classes import Derived, derived
 from .kv_cache import KV4Cache, KV4Layer, KV4StaticCache
 
 #: Activations of these are computed in float32 by the fused ops.
@@ -84,7 +85,7 @@ def fuse(layers: nn.ModuleList) -> None:
     """Let packed decoder layers of a LLaMA run in few ops, where their parts allow it."""
     for layer in layers:
         if not isinstance(layer, FusedLayer):
-            layer.__class__ = _fused_class(type(layer))
+            layer.__class__ = derived(FusedLayer, type(layer))
 
 
 class Parts:
@@ -122,8 +123,15 @@ class Parts:
         return self.fit and own and not self.watched()
 
     def watched(self) -> bool:
-        """Someone hooked into a module, or replaced its forward (as accelerate does)."""
-        return any(self.hooks) or any(["forward" in own for own in self.attributes])
+        """Someone hooked into a module, or replaced its forward (as accelerate does).
+
+        What sleeps there after a call that asked for hidden states does not count.
+        """
+        if any(self.hooks) and not all(is_capturing(hook) for hooks in self.hooks for hook in hooks.values()):
+            return True
+        if any(["forward" in own for own in self.attributes]):
+            return any(map(has_foreign_forward, self.modules))
+        return False
 
 
 def _parts(layer: nn.Module) -> Parts:
@@ -153,7 +161,7 @@ def _share_input(*linears: _PackedLinear) -> bool:
     )
 
 
-class FusedLayer:
+class FusedLayer(Derived):
     """What a decoder layer whose class `fuse` has changed does differently."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -166,6 +174,9 @@ class FusedLayer:
         parts = _parts(self)
         if not parts.serve():
             return super().forward(hidden_states, **kwargs)
+        if gradients.wanted(hidden_states):
+            out = _called_layer(parts, hidden_states.detach(), **kwargs)
+            return gradients.refuse(out, hidden_states, NO_GRADIENT)
         return _called_layer(parts, hidden_states, **kwargs)
 
 
@@ -231,6 +242,8 @@ def decoder_layer(
 ) -> Tensor:
     """One decoder layer on `[batch, tokens, hidden]`, with the cache of the whole model or none."""
     own_cache = _own_cache(parts.attn, hidden_states, cache)
+    if own_cache is not None:
+        own_cache.note_padding(attention_mask)
     if type(own_cache) is KV4Layer:
         call = layer_op(parts, own_cache, hidden_states)
         if call is not None:
@@ -245,13 +258,11 @@ def decoder_layer(
 def _own_cache(attn: nn.Module, x: Tensor, cache: Any) -> KV4Layer | None:
     """The layer's part of a 4-bit cache.
 
-    Without a cache one that nobody else sees, so that a forward pass rounds where decoding will; but not for
-    gradients, which need keys and values as they were.
+    Without a cache one that nobody else sees, so that a forward pass rounds where decoding will.
     """
     if isinstance(cache, KV4Cache):
         return cache.layers[attn.layer_idx]
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    if cache is None and attn.kv_settings.kv_bits == 4 and not differentiable:
+    if cache is None and attn.kv_settings.kv_bits == 4:
         return KV4Layer(attn.kv_settings, x.shape[1])
     return None
 
@@ -354,9 +365,3 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of `[batch, heads, tokens, head_dim]` as transformers does it."""
     first, second = x.chunk(2, -1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
-
-
-@functools.cache
-def _fused_class(cls: type) -> type:
-    """The class under its own name, which device maps and recorded outputs go by."""
-    return type(cls.__name__, (FusedLayer, cls), {"__module__": cls.__module__})

@@ -161,6 +161,13 @@ def _cached_tables(
     rotation: OnlineRotation, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     arguments = rotation.name, rotation.seed, rotation.size
+    with torch.inference_mode(False):  # what is kept must serve a backward pass too
+        return _made_tables(rotation, arguments, device, dtype)
+
+
+def _made_tables(
+    rotation: OnlineRotation, arguments: tuple[str, int, int], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
     if rotation.kind == "random":
         return _haar(*arguments).to(device=device, dtype=dtype), None
     signs = _signs(*arguments).to(device=device, dtype=dtype) if rotation.kind == "random_hadamard" else None
