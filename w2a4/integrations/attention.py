@@ -147,7 +147,8 @@ def w2a4_attention(
         module: the attention layer; its `kv_settings` apply unless given.
         query: `[batch, q_heads, q_tokens, head_dim]`, after RoPE, before R3.
         key, value: the same with kv_heads, or what `KV4Cache.update` returned.
-        attention_mask: bool `[batch, 1, q_tokens, kv_tokens]`, True where seen; None is causal.
+        attention_mask: bool `[batch, 1, q_tokens, kv_tokens]`, True where seen; None is causal, of several
+            tokens from the first key on, as transformers means it, of one token all keys.
 
     Returns:
         `[batch, q_tokens, q_heads, head_dim]`, and no attention weights.
@@ -162,6 +163,10 @@ def w2a4_attention(
             out = packed_attention(query.detach(), key, value, mask, scaling)
             return gradients.refuse(out, query, NO_GRADIENT), None
         return packed_attention(query, key, value, mask, scaling), None
+    tokens = query.shape[2]
+    if mask is None and 1 < tokens < key.shape[2]:
+        # Without a mask several tokens are the first, and what is behind them in a static cache is empty.
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
     key = settings.rotate(key)
     if settings.kv_bits == 4:
         padding = Padding.of(mask) if settings.sink_tokens else None
@@ -169,9 +174,6 @@ def w2a4_attention(
             packed = (pack_kv(x, settings, padding) for x in (key, value))
             return packed_attention(query, *packed, mask, scaling), None
         key, value = (_fake_quant(x, settings, padding) for x in (key, value))
-    if mask is None and query.shape[2] != key.shape[2]:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        mask = mask.tril(key.shape[2] - query.shape[2])
     out = F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None and query.shape[2] > 1,
         scale=scaling, enable_gqa=query.shape[1] != key.shape[1],

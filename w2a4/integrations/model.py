@@ -85,6 +85,8 @@ class PackedModelMixin(Derived):
             raise ValueError("save first, then upload the directory: push_to_hub=True is not supported here")
         config: W2A4Config = self.config.quantization_config
         with atomic_directory(save_directory) as directory:
+            if any(value.is_inference() for value in self.parameters()):  # transformers does not save these
+                kwargs.setdefault("state_dict", {n: v.clone() for n, v in self.state_dict().items()})
             with _unvalidated(self) as generation:
                 super().save_pretrained(directory, *args, **kwargs)
             generation.to_json_file(directory / "generation_config.json", use_diff=True)

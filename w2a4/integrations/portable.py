@@ -69,8 +69,8 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     name = config.get("tokenizer_class")
     config["tokenizer_class"] = TOKENIZERS.get(name, name)
-    # A list in version 5, which 4.57 cannot read there; a dict in 4.57, and if that is empty it hides the list
-    # of `additional_special_tokens` from version 5. That list all read.
+    # A list in version 5, which 4.57 cannot read there; a dict in 4.57, and if that is empty it hides the
+    # list of `additional_special_tokens` from version 5. That list all read.
     extra = config.get("extra_special_tokens")
     if isinstance(extra, list) or not extra:
         config.pop("extra_special_tokens", None)

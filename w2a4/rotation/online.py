@@ -85,7 +85,8 @@ class OnlineRotation:
             return x
         table, had_k = _tables(self, x.device, x.dtype)
         if self.kind == "random":
-            return x @ table
+            with torch.autocast(x.device.type, enabled=False):  # what follows rounds to few bits
+                return x @ table
         return hadamard(x if table is None else x * table, had_k, self.block_size)
 
     def quantize(self, x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, Tensor]:
