@@ -35,7 +35,17 @@ def served() -> list[Version]:
 
 
 def pip(folder: Path, *requirements: str) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--upgrade",
+        "--target",
+        str(folder),
+    ]
     subprocess.run([*command, *requirements], check=True, stdout=sys.stderr)
 
 
