@@ -24,6 +24,7 @@ from .arguments import cache_of, check_arguments
 from .attention import NAME, as_bool, packed_attention, w2a4_attention
 from .capturing import has_foreign_forward, is_capturing
 from .classes import Derived, derived
+from .guards import check_attention
 from .kv_cache import KV4Cache, KV4Layer, KV4StaticCache
 
 #: Activations of these are computed in float32 by the fused ops.
@@ -173,6 +174,7 @@ class FusedLayer(Derived):
             return super().forward(hidden_states, *args, **kwargs)
         parts = _parts(self)
         if not parts.serve():
+            check_attention(parts.attn.config, parts.attn.kv_settings, kwargs)
             return super().forward(hidden_states, **kwargs)
         if gradients.wanted(hidden_states):
             out = _called_layer(parts, hidden_states.detach(), **kwargs)
@@ -189,7 +191,8 @@ def _called_layer(
 ) -> Tensor:
     """`decoder_layer` with arguments as transformers passes them."""
     check_arguments(others)
-    return decoder_layer(parts, hidden_states, position_embeddings, attention_mask, cache_of(others))
+    cache, place = cache_of(others), others.get("cache_position")
+    return decoder_layer(parts, hidden_states, position_embeddings, attention_mask, cache, place)
 
 
 @torch.compiler.assume_constant_result
@@ -239,8 +242,12 @@ def decoder_layer(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
     cache: Any = None,
+    cache_position: Tensor | None = None,
 ) -> Tensor:
-    """One decoder layer on `[batch, tokens, hidden]`, with the cache of the whole model or none."""
+    """One decoder layer on `[batch, tokens, hidden]`, with the cache of the whole model or none.
+
+    transformers 4.57 writes into a static cache at `cache_position`, int64 `[tokens]`; version 5 counts.
+    """
     own_cache = _own_cache(parts.attn, hidden_states, cache)
     if own_cache is not None:
         own_cache.note_padding(attention_mask)
@@ -250,7 +257,8 @@ def decoder_layer(
             return call(hidden_states, position_embeddings, as_bool(attention_mask))
     (qkv,) = _norm_linears(parts.norms[0], (parts.joint_qkv.current(),), hidden_states)
     used = cache if own_cache is None else own_cache
-    context = _attended(parts.attn, qkv, *parts.heads, position_embeddings, attention_mask, used)
+    rotary = position_embeddings
+    context = _attended(parts.attn, qkv, *parts.heads, rotary, attention_mask, used, cache_position)
     hidden_states = hidden_states + parts.o_proj.forward(context.flatten(-2))
     return hidden_states + _mlp_part(parts, hidden_states)
 
@@ -314,6 +322,7 @@ def _attended(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
     cache: KV4Layer | Cache | None,
+    cache_position: Tensor | None = None,
 ) -> Tensor:
     """RoPE, R3, the cache and attention: `[batch, tokens, q_heads, head_dim]`, the input of o_proj.
 
@@ -335,7 +344,7 @@ def _attended(
         return packed_attention(query, key, value, mask, attn.scaling)
     query, key = rotated.split_with_sizes(sizes, 1)
     if cache is not None:
-        key, value = cache.update(key, value, attn.layer_idx)
+        key, value = cache.update(key, value, attn.layer_idx, {"cache_position": cache_position})
     return w2a4_attention(attn, query, key, value, attention_mask, attn.scaling)[0]
 
 

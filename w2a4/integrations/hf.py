@@ -91,6 +91,7 @@ class W2A4Quantizer(HfQuantizer):
     requires_parameters_quantization = False
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        self._asked = model.model.norm.weight.dtype if isinstance(model, LlamaForCausalLM) else None
         prepare_skeleton(model, self.quantization_config)
         if checkpoint_files:
             check_headers(checkpoint_files, model.state_dict())
@@ -107,10 +108,9 @@ class W2A4Quantizer(HfQuantizer):
         return expected_keys
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        dtype = getattr(self, "_dtype", None)
-        if dtype is not None:
-            model.config._pre_quantization_dtype = dtype
-            _cast_unpacked(model, dtype)
+        if hasattr(self, "_dtype"):
+            model.config._pre_quantization_dtype = self._dtype
+            _cast_unpacked(model, self._asked)
         for name, module in model.named_modules():
             if isinstance(module, _PackedModule):
                 module.validate(name)

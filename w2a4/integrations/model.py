@@ -62,7 +62,9 @@ class PackedModelMixin(Derived):
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers', but W2A4Error where that attention would drop the 4-bit KV cache."""
         settings = self.model.layers[0].self_attn.kv_settings
-        if settings.kv_bits == 4 and attn_implementation != NAME:
+        asked = attn_implementation
+        asked = set(asked.values()) if isinstance(asked, dict) else {asked}
+        if settings.kv_bits == 4 and asked != {NAME}:
             raise W2A4Error(no_other_attention(attn_implementation))
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
