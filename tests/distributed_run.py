@@ -17,7 +17,7 @@ from w2a4.training.trainer import QATTrainer
 
 class Watched(QATTrainer):
     def training_step(self, *args, **kwargs):
-        sharded = [isinstance(p, DTensor) for p in self.model.parameters()]
+        sharded = [isinstance(p, DTensor) for p in self.model.parameters() if p.requires_grad]
         assert all(sharded) == any(sharded) == (processes.world() > 1)
         last = self.args.process_index == processes.world() - 1
         if last and self.state.global_step + 1 == int(os.environ.get("POISON", 0)):

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from packed import packed_model, prompt
+from packed import SHAPE, packed_model, prompt
+from tiny_llama import tiny_llama
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import w2a4
@@ -137,6 +138,15 @@ def test_caches_that_do_not_serve_are_refused():
             model(ids, **{CACHE: cache})
     with pytest.raises(w2a4.W2A4Error, match="kv_bits=16"):
         packed_model(kv_bits=16)(ids, **{CACHE: w2a4.KV4Cache.for_model(model)})
+
+
+def test_a_float_model_refuses_a_4_bit_cache():
+    model = tiny_llama(dtype=torch.float32, **SHAPE)
+    cache = w2a4.KV4Cache.for_model(packed_model())
+    with torch.no_grad(), pytest.raises(w2a4.W2A4Error, match="KV4Cache serves models.*DynamicCache"):
+        model(prompt(), **{CACHE: cache})
+    with pytest.raises(w2a4.W2A4Error, match="was not quantised by w2a4"):
+        w2a4.KV4Cache.for_model(model)
 
 
 # Sinks beside padding on the left

@@ -374,8 +374,9 @@ def test_a_folder_is_not_made_over_something_else(tmp_path):
     (tmp_path / "mine").touch()
     with pytest.raises(click.ClickException, match="not made by `gpu_run pack`"):
         pack.begin(tmp_path)
-    with pytest.raises(click.ClickException, match="git does not ignore it"):
-        pack.begin(ROOT / "tests/no-such-folder")
+    if (ROOT / ".git").exists():
+        with pytest.raises(click.ClickException, match="git does not ignore it"):
+            pack.begin(ROOT / "tests/no-such-folder")
     pack.begin(tmp_path / "new")
     pack.begin(tmp_path / "new")
     assert [path.name for path in (tmp_path / "new").iterdir()] == [install.MANIFEST]

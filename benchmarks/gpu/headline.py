@@ -223,7 +223,7 @@ def train(run: Run) -> None:
 
 def step(run: Run) -> None:
     """A step of training everything quantised, against a plain one."""
-    layers, tokens, repeats = (1, 64, 1) if run.small else (30, 8192, 5)
+    layers, tokens, repeats = (1, 64, 1) if run.small else (6, 8192, 5)
     ids = torch.randint(49152, (max(1, tokens // 512), min(tokens, 512)), device=run.device)
     for row in bench_training.measured(layers, ids, repeats):
         run.emit(op="training step", shape=f"{layers} layers", tokens=tokens, kind=row["step"],

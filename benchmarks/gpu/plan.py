@@ -26,7 +26,7 @@ def stages(out: Path, carried: Carried | None, gpu_arch: int | None, device: str
     smoke = ("-m", "benchmarks.smoke", "--device", device, *(("--small",) if cpu else ()))
     plan = [
         mma_rate(results, carried, gpu_arch),
-        Stage("smoke", 60, python(*smoke, "--isolate", "--jsonl", results)),
+        Stage("smoke", 75, python(*smoke, "--isolate", "--jsonl", results)),
         Stage("gemv", 40),
         Stage("engine", 90, needs=() if cpu else ("memory",)),
         Stage("kv4", 30),

@@ -70,6 +70,14 @@ class PackedKV:
     sink: Tensor | None = field(default=None)
     starts: Tensor | None = field(default=None)
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise W2A4Error(
+            f"packed keys or values were taken for a tensor with {name!r}: a KV4Cache serves models that w2a4 "
+            "quantised, with their own attention; give any other model a DynamicCache"
+        )
+
 
 def pack_kv(x: Tensor, settings: KVSettings, padding: Padding | None = None) -> PackedKV:
     """Pack keys (already rotated) or values `[batch, kv_heads, tokens, head_dim]`."""

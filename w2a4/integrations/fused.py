@@ -9,6 +9,7 @@ wherever something looks at them (hooks, torch.compile) or its parts are not tho
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,27 @@ def fuse(layers: nn.ModuleList) -> None:
     for layer in layers:
         if not isinstance(layer, FusedLayer):
             layer.__class__ = derived(FusedLayer, type(layer))
+        Place.of(layer)
+
+
+class Place:
+    """A number by which a layer is found again: a constant for compiled graphs, on torch 2.11 too."""
+
+    layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+    def __init__(self) -> None:
+        self.number = max(self.layers, default=-1) + 1
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> None:
+        """Give a layer one, unless it has its own."""
+        place = layer.__dict__.get("_place")
+        if place is None or cls.layers.get(place.number) is not layer:
+            layer.__dict__["_place"] = place = cls()
+            cls.layers[place.number] = layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the layer gets its own
 
 
 class Parts:
@@ -142,6 +164,7 @@ def _parts(layer: nn.Module) -> Parts:
     parts = layer.__dict__.get("_parts")
     if parts is None or parts.modules != modules:
         layer.__dict__["_parts"] = parts = Parts(layer, modules)
+        Place.of(layer)
     return parts
 
 
@@ -167,7 +190,9 @@ class FusedLayer(Derived):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            if args or type(cache_of(kwargs)) is not KV4StaticCache or not _fits(self):
+            place = self._place
+            number = -1 if place is None else place.number  # a copy that never ran has none yet
+            if args or type(cache_of(kwargs)) is not KV4StaticCache or not _fits(number):
                 return super().forward(hidden_states, *args, **kwargs)
             return _traced_layer(self, hidden_states, **kwargs)
         if args:
@@ -196,9 +221,10 @@ def _called_layer(
 
 
 @torch.compiler.assume_constant_result
-def _fits(layer: nn.Module) -> bool:
-    """Whether the fused ops serve; a compiled graph takes the answer for good."""
-    return _parts(layer).serve()
+def _fits(number: int) -> bool:
+    """Whether the fused ops serve the layer of this number; a compiled graph takes the answer for good."""
+    layer = Place.layers.get(number)
+    return layer is not None and _parts(layer).serve()
 
 
 def _traced_layer(

@@ -83,7 +83,7 @@ class OnlineRotation:
             )
         if self.kind == "none":
             return x
-        table, had_k = _tables(self, x.device, x.dtype)
+        table, had_k = self.tables(x.device, x.dtype)
         if self.kind == "random":
             with torch.autocast(x.device.type, enabled=False):  # what follows rounds to few bits
                 return x @ table
@@ -93,7 +93,7 @@ class OnlineRotation:
         """`quantize_a4(x @ R, clip, group_size)`, in one op for the Hadamard kinds."""
         if "hadamard" not in self.kind or x.shape[-1] != self.size:
             return quantize_a4(self.apply(x), clip, group_size)
-        signs, had_k = _tables(self, x.device, x.dtype)
+        signs, had_k = self.tables(x.device, x.dtype)
         return hadamard_a4(x if signs is None else x * signs, had_k, self.block_size, clip, group_size)
 
     def had_k(self, device: torch.device) -> Tensor | None:
@@ -102,7 +102,7 @@ class OnlineRotation:
 
     def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """What `apply` and `quantize` read. Their cache may drop it, so a CUDA graph has to keep it."""
-        return _tables(self, device, dtype)
+        return _tables(self.kind, self.name, self.seed, self.size, self.k, device, dtype)
 
     @staticmethod
     def for_ops(rotation: OnlineRotation | None, device: torch.device) -> tuple[Tensor | None, int] | None:
@@ -147,32 +147,26 @@ def _had_k(k: int, device: torch.device) -> Tensor | None:
 
 @torch.compiler.assume_constant_result
 def _tables(
-    rotation: OnlineRotation, device: torch.device, dtype: torch.dtype
+    kind: str, name: str, seed: int, size: int, k: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """What `apply` needs: signs `[size]` of a random Hadamard or the matrix `[size, size]` of a random
     rotation, and the K part of a Hadamard.
 
-    A compiled graph takes them as constants: the tracer can follow neither the cache nor the hash.
+    A compiled graph takes them as constants: the tracer can follow neither the cache nor the hash. Nor does
+    that of torch 2.11 know a rotation for a constant, so its fields are given.
     """
-    return _cached_tables(rotation, device, dtype)
+    return _cached_tables(kind, name, seed, size, k, device, dtype)
 
 
 @lru_cache(maxsize=16)
 def _cached_tables(
-    rotation: OnlineRotation, device: torch.device, dtype: torch.dtype
+    kind: str, name: str, seed: int, size: int, k: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    arguments = rotation.name, rotation.seed, rotation.size
     with torch.inference_mode(False):  # what is kept must serve a backward pass too
-        return _made_tables(rotation, arguments, device, dtype)
-
-
-def _made_tables(
-    rotation: OnlineRotation, arguments: tuple[str, int, int], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    if rotation.kind == "random":
-        return _haar(*arguments).to(device=device, dtype=dtype), None
-    signs = _signs(*arguments).to(device=device, dtype=dtype) if rotation.kind == "random_hadamard" else None
-    return signs, had_k_matrix(rotation.k, device)
+        if kind == "random":
+            return _haar(name, seed, size).to(device=device, dtype=dtype), None
+        signs = _signs(name, seed, size) if kind == "random_hadamard" else None
+        return None if signs is None else signs.to(device=device, dtype=dtype), had_k_matrix(k, device)
 
 
 def _bytes(name: str, seed: int, count: int) -> bytes:

@@ -28,6 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import Training
 from ..errors import CalibrationError, TrainingError
+from ..layers import W8Embedding
 from ..report import write_json
 from .linear import fake_quant_linears
 from .losses import distillation_loss
@@ -119,6 +120,10 @@ class QATTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(model=model, args=args, data_collator=_collate, **kwargs)
+        if self.is_fsdp_enabled:
+            # Not trained and small; FSDP of torch 2.11 takes every parameter for one of floats.
+            packed = [module for module in model.modules() if isinstance(module, W8Embedding)]
+            self.accelerator.state.fsdp_plugin.ignored_modules = packed
         self.model_accepts_loss_kwargs = False  # the loss is a mean; Trainer is to average accumulated ones
         self.training, self.watch = training, watch
         self.teacher = teacher.to(self.args.device) if isinstance(teacher, nn.Module) else teacher
