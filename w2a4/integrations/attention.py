@@ -74,8 +74,8 @@ class PackedKV:
         if name.startswith("__"):
             raise AttributeError(name)
         raise W2A4Error(
-            f"packed keys or values were taken for a tensor with {name!r}: a KV4Cache serves models that w2a4 "
-            "quantised, with their own attention; give any other model a DynamicCache"
+            f"packed keys or values were taken for a tensor with {name!r}: a KV4Cache serves models that "
+            "w2a4 quantised, with their own attention; give any other model a DynamicCache"
         )
 
 
