@@ -230,7 +230,7 @@ def test_an_error_while_saving_leaves_nothing_behind(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("w2a4.integrations.hf.model_card", full_disk)
+    monkeypatch.setattr("w2a4.integrations.model.model_card", full_disk)
     for target in ("new", "good"):
         with pytest.raises(OSError, match="No space left"):
             model.save_pretrained(tmp_path / target)

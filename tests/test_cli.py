@@ -435,6 +435,13 @@ def test_demo(plain, tmp_path, here):
     assert (out / "notes.txt").read_text() == "kept"
 
 
+def test_demo_tells_when_generate_and_engine_write_different_texts(plain, tmp_path, here, monkeypatch):
+    here(tmp_path)
+    monkeypatch.setattr(demo, "_plain_text", lambda *_: "another text")
+    message = fail("demo", "--model", plain, "--out", tmp_path / "demo", "--windows", 1, "--seqlen", 64)
+    assert "full precision: model.generate" in message and "'another text'" in message
+
+
 def test_demo_overwrites_only_its_own(plain, tmp_path):
     shutil.copytree(plain, tmp_path / "w4a4kv4")
     message = fail("demo", "--model", plain, "--out", tmp_path, "--overwrite")

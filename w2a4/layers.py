@@ -11,13 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import gradients, ops
 from .config import resolve_group_size
-from .errors import CheckpointError
+from .errors import CheckpointError, W2A4Error
 from .fitting.rtn import fit_rtn
 from .fitting.weight import QuantizedWeight, fp16_scale
 from .packing import pack, packed_width, unpack
 from .rotation.online import OnlineRotation
+
+#: What a backward pass through packed weights is told.
+NO_GRADIENT = (
+    "packed layers give no gradient to their input (requires_grad=True); take gradients from the float model "
+    "or from what w2a4.prepare makes of it, or compute this one under torch.no_grad()"
+)
 
 
 class _PackedModule(nn.Module):
@@ -39,7 +45,7 @@ class _PackedModule(nn.Module):
         for name, old in before.items():
             new = self._parameters[name]
             if new.dtype != old.dtype:
-                self._parameters[name] = nn.Parameter(old.to(new.device), requires_grad=False)
+                new.data = old.to(new.device)  # the same parameter: others may hold it
         return self
 
     def validate(self, name: str) -> None:
@@ -146,7 +152,7 @@ class _PackedLinear(_PackedModule):
             layer._set("levels", fitted.levels)
         layer._set("scale", fitted.scale)
         if act_bits == 4:
-            layer._set("act_clip", torch.tensor([act_clip], device=weight.device))
+            layer._set("act_clip", torch.tensor([act_clip], dtype=torch.float32, device=weight.device))
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
         return layer
@@ -165,6 +171,8 @@ class _PackedLinear(_PackedModule):
         if self.act_bits == 16:
             x = x if self.rotation is None else self.rotation.apply(x)
             return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        if gradients.wanted(x):
+            return gradients.refuse(self.forward(x.detach()), x, NO_GRADIENT)
         quantize = ops.quantize_a4 if self.rotation is None else self.rotation.quantize
         codes, scale = quantize(x, self.act_clip, self.act_group_size)
         return self._linear(codes, scale, x.dtype)
@@ -234,7 +242,7 @@ class W8Linear(_PackedModule):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> W8Linear:
-        layer = cls(linear.in_features, linear.out_features, device="meta")
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         codes, scale = _fit_rows(linear.weight.detach())
         layer._set("weight", codes)
         layer._set("scale", scale)
@@ -243,6 +251,8 @@ class W8Linear(_PackedModule):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        if gradients.wanted(x):
+            return gradients.refuse(self.forward(x.detach()), x, NO_GRADIENT)
         return ops.linear_w8(x, self.weight, self.scale, self.bias)
 
     def dequantize(self) -> Tensor:
@@ -273,8 +283,27 @@ class W8Embedding(_PackedModule):
         return layer
 
     def forward(self, ids: Tensor) -> Tensor:
-        """`[...]` token ids to `[..., embedding_dim]`."""
-        return (self.weight[ids].float() * self.scale[ids].float()[..., None]).to(self.dtype)
+        """`[...]` token ids to `[..., embedding_dim]`.
+
+        Raises:
+            W2A4Error: an id that is no row; on a CUDA device the kernel asserts.
+        """
+        flat = ids.flatten()
+        try:  # index_select, unlike an index, takes no negative ids
+            weight, scale = self.weight.index_select(0, flat), self.scale.index_select(0, flat)
+        except IndexError:
+            raise W2A4Error(
+                f"token ids from {int(ids.min())} to {int(ids.max())}: this embedding has rows 0 to "
+                f"{self.num_embeddings - 1}; a packed model takes no new tokens: add them to the original "
+                "and quantise that"
+            ) from None
+        rows = weight.float() * scale.float()[:, None]
+        return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}"

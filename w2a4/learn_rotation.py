@@ -240,7 +240,7 @@ class RotatedNetwork:
         r3 = OnlineRotation.from_dict(self.base.config.w2a4_rotation["online"]["r3"])
         self.settings = KVSettings(recipe.kv_bits, recipe.kv_clip, recipe.sink_tokens, r3)
         clip = CLIP if recipe.act_clip == "search" else recipe.act_clip
-        self.act_clip = torch.tensor([clip], device=self.base.lm_head.weight.device)
+        self.act_clip = torch.tensor([clip], dtype=torch.float32, device=self.base.lm_head.weight.device)
         head_dim = self.base.model.layers[0].self_attn.head_dim
         self.o_group = act_group_size(recipe, "o_proj", head_dim)
 
@@ -361,7 +361,9 @@ def _fake_weight(weight: Tensor, bits: int, group_size: int | str) -> Tensor:
         return weight
     group_size = resolve_group_size(weight.shape[1], group_size)
     if bits == 4:
-        return fake_quant_a4(weight, torch.tensor([CLIP], device=weight.device), group_size)
+        return fake_quant_a4(
+            weight, torch.tensor([CLIP], dtype=torch.float32, device=weight.device), group_size
+        )
     groups = weight.detach().float().unflatten(1, (-1, group_size))
     levels, scale = fit_levels(groups, iterations=0)
     codes = nearest(groups, scale, levels).flatten(1)

@@ -23,6 +23,7 @@ from .integrations.generation import check_generation
 from .integrations.gguf_file import load_gguf
 from .integrations.hf import (
     W2A4Config,
+    check_language_model,
     check_original,
     decoder_linears,
     install,
@@ -30,6 +31,7 @@ from .integrations.hf import (
     prepare_layer,
 )
 from .integrations.loading import load_pretrained
+from .integrations.portable import save_tokenizer
 from .layers import W8Embedding, W8Linear, _PackedModule
 from .learn_rotation import learn_rotation
 from .report import Report, source_name, versions
@@ -208,6 +210,7 @@ def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
         raise W2A4Error(
             f"model type {getattr(model.config, 'model_type', None)!r} is not supported; w2a4 reads 'llama'"
         )
+    check_language_model(model)
     if any(isinstance(module, _PackedModule) for module in model.modules()):
         raise W2A4Error("this model is quantised already; start from the original")
     before = getattr(model.config, "quantization_config", None)
@@ -282,4 +285,5 @@ def save(model: nn.Module, tokenizer: Any, out_dir: str | Path) -> None:
     check_out_dir(out_dir)
     with atomic_directory(out_dir) as directory:
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, directory)

@@ -80,9 +80,9 @@ def _condition(weight: Tensor, hessian: Tensor, cross: Tensor | None, damp: floa
         raise ValueError(
             "the calibration inputs hold NaN or Inf; check the model's weights and the calibration text"
         )
-    ridge = torch.eye(hessian.shape[0], device=hessian.device) * (damp * hessian.diagonal().mean()).clamp_min(
-        1e-8
-    )
+    ridge = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (
+        damp * hessian.diagonal().mean()
+    ).clamp_min(1e-8)
     damped = hessian + ridge
     if cross is None:
         return damped, weight

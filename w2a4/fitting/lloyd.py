@@ -27,10 +27,12 @@ def fit_levels(
     Returns:
         levels int8 `[..., 4]`, ascending; scale float16 `[...]`.
     """
-    importance = torch.ones(1, device=groups.device) if importance is None else importance
+    importance = (
+        torch.ones(1, dtype=torch.float32, device=groups.device) if importance is None else importance
+    )
     importance = importance.expand(groups.shape)
     std, mean = torch.std_mean(groups, -1, keepdim=True, correction=0)
-    levels = mean + std * torch.tensor(GAUSSIAN_LEVELS, device=groups.device)
+    levels = mean + std * torch.tensor(GAUSSIAN_LEVELS, dtype=torch.float32, device=groups.device)
     # Group moments below a threshold are differences of sums over "code >= k": three masks, not four.
     total_w, total_x = importance.sum(-1), (importance * groups).sum(-1)
     for _ in range(iterations):

@@ -18,7 +18,7 @@ class Moments:
     """
 
     def __init__(self, in_features: int, with_cross: bool, device: torch.device | str = "cpu"):
-        self._upper = torch.zeros(in_features, in_features, device=device)
+        self._upper = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.cross = torch.zeros_like(self._upper) if with_cross else None
 
     @property

@@ -50,7 +50,9 @@ def nearest(values: Tensor, scale: Tensor, levels: Tensor | None) -> Tensor:
 
 
 def _clip_search(groups: Tensor, importance: Tensor | None) -> Tensor:
-    importance = torch.ones(1, device=groups.device) if importance is None else importance
+    importance = (
+        torch.ones(1, dtype=torch.float32, device=groups.device) if importance is None else importance
+    )
     widest = groups.abs().amax(-1) / 7
     best = fp16_scale(widest)
     least = torch.full_like(widest, float("inf"))

@@ -17,9 +17,14 @@ CACHE_NAMES = ("cache", "past_key_values")
 #: Arguments of a layer that change nothing in what it computes here: positions are in cos and sin, whether a
 #: cache is used is seen by the cache, and the rest is for the model around the layer.
 WITHOUT_EFFECT = frozenset({
-    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+    "position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict",
     "num_items_in_batch",
 })  # fmt: skip
+
+NO_WEIGHTS = (
+    "output_attentions=True: the attention of w2a4 never has its weights in memory; leave it out, or ask the "
+    "original model, or one with kv_bits=16 after model.set_attn_implementation('eager')"
+)
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
@@ -47,6 +52,8 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         off = value is None or value is False and name != "is_causal"
         if off or name in CACHE_NAMES or name in WITHOUT_EFFECT:
             continue
+        if name == "output_attentions":
+            raise W2A4Error(NO_WEIGHTS)
         raise W2A4Error(
             f"transformers {__version__} gives decoder layers {name}={type(value).__name__}, which w2a4 does "
             "not know and will not ignore; leave it out, or use a transformers that pip installs with w2a4"

@@ -9,7 +9,6 @@ wherever something looks at them (hooks, torch.compile) or its parts are not tho
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +18,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .. import ops
-from ..layers import _PackedLinear
+from .. import gradients, ops
+from ..layers import NO_GRADIENT, _PackedLinear
 from ..rotation.online import OnlineRotation
 from .arguments import cache_of, check_arguments
 from .attention import NAME, as_bool, packed_attention, w2a4_attention
+from .capturing import has_foreign_forward, is_capturing
+from .classes import Derived, derived
+from .guards import check_attention
 from .kv_cache import KV4Cache, KV4Layer, KV4StaticCache
 
 #: Activations of these are computed in float32 by the fused ops.
@@ -85,7 +87,7 @@ def fuse(layers: nn.ModuleList) -> None:
     """Let packed decoder layers of a LLaMA run in few ops, where their parts allow it."""
     for layer in layers:
         if not isinstance(layer, FusedLayer):
-            layer.__class__ = _fused_class(type(layer))
+            layer.__class__ = derived(FusedLayer, type(layer))
         Place.of(layer)
 
 
@@ -144,8 +146,15 @@ class Parts:
         return self.fit and own and not self.watched()
 
     def watched(self) -> bool:
-        """Someone hooked into a module, or replaced its forward (as accelerate does)."""
-        return any(self.hooks) or any(["forward" in own for own in self.attributes])
+        """Someone hooked into a module, or replaced its forward (as accelerate does).
+
+        What sleeps there after a call that asked for hidden states does not count.
+        """
+        if any(self.hooks) and not all(is_capturing(hook) for hooks in self.hooks for hook in hooks.values()):
+            return True
+        if any(["forward" in own for own in self.attributes]):
+            return any(map(has_foreign_forward, self.modules))
+        return False
 
 
 def _parts(layer: nn.Module) -> Parts:
@@ -176,7 +185,7 @@ def _share_input(*linears: _PackedLinear) -> bool:
     )
 
 
-class FusedLayer:
+class FusedLayer(Derived):
     """What a decoder layer whose class `fuse` has changed does differently."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -190,7 +199,11 @@ class FusedLayer:
             return super().forward(hidden_states, *args, **kwargs)
         parts = _parts(self)
         if not parts.serve():
+            check_attention(parts.attn.config, parts.attn.kv_settings, kwargs)
             return super().forward(hidden_states, **kwargs)
+        if gradients.wanted(hidden_states):
+            out = _called_layer(parts, hidden_states.detach(), **kwargs)
+            return gradients.refuse(out, hidden_states, NO_GRADIENT)
         return _called_layer(parts, hidden_states, **kwargs)
 
 
@@ -203,7 +216,8 @@ def _called_layer(
 ) -> Tensor:
     """`decoder_layer` with arguments as transformers passes them."""
     check_arguments(others)
-    return decoder_layer(parts, hidden_states, position_embeddings, attention_mask, cache_of(others))
+    cache, place = cache_of(others), others.get("cache_position")
+    return decoder_layer(parts, hidden_states, position_embeddings, attention_mask, cache, place)
 
 
 @torch.compiler.assume_constant_result
@@ -254,16 +268,23 @@ def decoder_layer(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
     cache: Any = None,
+    cache_position: Tensor | None = None,
 ) -> Tensor:
-    """One decoder layer on `[batch, tokens, hidden]`, with the cache of the whole model or none."""
+    """One decoder layer on `[batch, tokens, hidden]`, with the cache of the whole model or none.
+
+    transformers 4.57 writes into a static cache at `cache_position`, int64 `[tokens]`; version 5 counts.
+    """
     own_cache = _own_cache(parts.attn, hidden_states, cache)
+    if own_cache is not None:
+        own_cache.note_padding(attention_mask)
     if type(own_cache) is KV4Layer:
         call = layer_op(parts, own_cache, hidden_states)
         if call is not None:
             return call(hidden_states, position_embeddings, as_bool(attention_mask))
     (qkv,) = _norm_linears(parts.norms[0], (parts.joint_qkv.current(),), hidden_states)
     used = cache if own_cache is None else own_cache
-    context = _attended(parts.attn, qkv, *parts.heads, position_embeddings, attention_mask, used)
+    rotary = position_embeddings
+    context = _attended(parts.attn, qkv, *parts.heads, rotary, attention_mask, used, cache_position)
     hidden_states = hidden_states + parts.o_proj.forward(context.flatten(-2))
     return hidden_states + _mlp_part(parts, hidden_states)
 
@@ -271,13 +292,11 @@ def decoder_layer(
 def _own_cache(attn: nn.Module, x: Tensor, cache: Any) -> KV4Layer | None:
     """The layer's part of a 4-bit cache.
 
-    Without a cache one that nobody else sees, so that a forward pass rounds where decoding will; but not for
-    gradients, which need keys and values as they were.
+    Without a cache one that nobody else sees, so that a forward pass rounds where decoding will.
     """
     if isinstance(cache, KV4Cache):
         return cache.layers[attn.layer_idx]
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    if cache is None and attn.kv_settings.kv_bits == 4 and not differentiable:
+    if cache is None and attn.kv_settings.kv_bits == 4:
         return KV4Layer(attn.kv_settings, x.shape[1])
     return None
 
@@ -329,6 +348,7 @@ def _attended(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
     cache: KV4Layer | Cache | None,
+    cache_position: Tensor | None = None,
 ) -> Tensor:
     """RoPE, R3, the cache and attention: `[batch, tokens, q_heads, head_dim]`, the input of o_proj.
 
@@ -350,7 +370,7 @@ def _attended(
         return packed_attention(query, key, value, mask, attn.scaling)
     query, key = rotated.split_with_sizes(sizes, 1)
     if cache is not None:
-        key, value = cache.update(key, value, attn.layer_idx)
+        key, value = cache.update(key, value, attn.layer_idx, {"cache_position": cache_position})
     return w2a4_attention(attn, query, key, value, attention_mask, attn.scaling)[0]
 
 
@@ -380,9 +400,3 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of `[batch, heads, tokens, head_dim]` as transformers does it."""
     first, second = x.chunk(2, -1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
-
-
-@functools.cache
-def _fused_class(cls: type) -> type:
-    """The class under its own name, which device maps and recorded outputs go by."""
-    return type(cls.__name__, (FusedLayer, cls), {"__module__": cls.__module__})

@@ -9,14 +9,11 @@ recipe, the report and the model card too.
 
 from __future__ import annotations
 
-import functools
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -27,26 +24,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import Recipe
 from ..errors import CheckpointError, RotationError
-from ..files import write_atomically, write_json
 from ..layers import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
-from ..report import Report, checkpoint_summary, model_card
+from ..report import Report
 from ..rotation.fuse import RotatedLinear
 from ..rotation.online import OnlineRotation
 from ..version import VERSION
 from . import attention
-from .arguments import CACHE, CACHE_NAMES, cache_of
-from .checkpoint import (
-    FORMAT_VERSION,
-    atomic_directory,
-    check_config_beside,
-    check_headers,
-    check_placement,
-    check_values,
-)
-from .digests import add_digests
+from .checkpoint import FORMAT_VERSION, check_config_beside, check_headers, check_placement, check_values
+from .classes import derived
 from .fused import fuse
-from .generation import as_it_came
-from .kv_cache import KV4Cache, KV4StaticCache
+from .guards import before_forward
+from .model import PackedModelMixin, report_beside
+from .portable import check_rope
 
 METHOD = "w2a4"
 
@@ -105,6 +94,7 @@ class W2A4Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
         check_placement(device_map)
+        self._asked = model.model.norm.weight.dtype if isinstance(model, LlamaForCausalLM) else None
         if checkpoint_files:
             check_config_beside(checkpoint_files)
         prepare_skeleton(model, self.quantization_config)
@@ -124,10 +114,9 @@ class W2A4Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         check_placement(getattr(model, "hf_device_map", None))
-        dtype = getattr(self, "_dtype", None)
-        if dtype is not None:
-            model.config._pre_quantization_dtype = dtype
-            _cast_unpacked(model, dtype)
+        if hasattr(self, "_dtype"):
+            model.config._pre_quantization_dtype = self._dtype
+            _cast_unpacked(model, self._asked)
         for name, module in model.named_modules():
             if isinstance(module, _PackedModule):
                 module.validate(name)
@@ -166,9 +155,26 @@ def _cast_unpacked(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def check_original(model: nn.Module) -> None:
-    """Raise RotationError if w2a4 rotated or quantised the model already."""
+    """Raise RotationError if w2a4 cannot begin with this model; see `check_rope` too."""
+    check_language_model(model)
+    check_rope(model.config)
     if isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
         raise RotationError("this model was rotated or quantised by w2a4 already; start from the original")
+
+
+def check_language_model(model: nn.Module) -> None:
+    """Raise RotationError if a checkpoint of this model would lose a part, or the model lacks one."""
+    if not isinstance(model, LlamaForCausalLM):
+        raise RotationError(
+            f"{type(model).__name__} is not a LlamaForCausalLM; give the language model as "
+            "AutoModelForCausalLM loads it"
+        )
+    bias = getattr(model.lm_head, "bias", None)
+    if bias is not None:
+        raise RotationError(
+            f"lm_head has a bias of shape {[*bias.shape]}, which a LLaMA's checkpoint does not hold; give a "
+            "model without"
+        )
 
 
 def act_group_size(recipe: Recipe, name: str, head_dim: int) -> int:
@@ -184,7 +190,17 @@ def decoder_linears(layer: nn.Module) -> dict[str, nn.Module]:
 
 
 def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
-    """Swap a meta-device LLaMA's linears and embeddings for empty packed ones."""
+    """Swap a meta-device LLaMA's linears and embeddings for empty packed ones.
+
+    Raises:
+        CheckpointError: the model has another head than a language model's, or lacks the RoPE of its config.
+    """
+    if not isinstance(model, LlamaForCausalLM):
+        raise CheckpointError(
+            f"a checkpoint of w2a4 loads as LlamaForCausalLM, not as {type(model).__name__}; use "
+            "AutoModelForCausalLM, whose `.model` is the bare decoder"
+        )
+    check_rope(model.config)
     recipe, r4 = config.parsed_recipe, config.online("r4")
     dtype = model.model.norm.weight.dtype
     model.config.tie_word_embeddings = False
@@ -231,9 +247,9 @@ def install(model: nn.Module, config: W2A4Config, report: Report | None = None) 
         model.is_quantized = True
         fuse(model.model.layers)
     if not isinstance(model, PackedModelMixin):
-        model.__class__ = _packed_class(type(model))
-        model.register_forward_pre_hook(_default_cache, with_kwargs=True)
-    model.w2a4_report = report or _report_beside(getattr(model.config, "_name_or_path", ""))
+        model.__class__ = derived(PackedModelMixin, type(model))
+        model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    model.w2a4_report = report or report_beside(getattr(model.config, "_name_or_path", ""))
 
 
 def set_attention(model: nn.Module, config: W2A4Config) -> None:
@@ -244,68 +260,3 @@ def set_attention(model: nn.Module, config: W2A4Config) -> None:
     for layer in model.model.layers:
         layer.self_attn.kv_settings = settings
     model.set_attn_implementation(attention.NAME)
-
-
-def _report_beside(source: str) -> Report | None:
-    """The report of the checkpoint a model was loaded from, to travel with it when it is saved again."""
-    path = Path(source or ".") / "report.json"
-    return Report.from_json(path) if source and path.is_file() else None
-
-
-def _default_cache(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    """Forward pre-hook: where the model would make a 16-bit cache, or got an empty one, use one of 4 bits."""
-    cache = cache_of(kwargs)
-    settings = model.model.layers[0].self_attn.kv_settings
-    if settings.kv_bits != 4:
-        return None
-    use_cache = kwargs.get("use_cache")
-    use_cache = model.config.use_cache if use_cache is None else use_cache
-    layers = len(model.model.layers)
-    fresh = type(cache) is DynamicCache and cache.get_seq_length() == 0
-    if type(cache) is StaticCache and not cache.layers[0].is_initialized:
-        own: KV4Cache = KV4StaticCache(settings, layers, cache.layers[0].max_cache_len)
-    elif fresh or (cache is None and use_cache and not model.training):
-        own = KV4Cache(settings, layers)
-    else:
-        return None
-    return args, {name: value for name, value in kwargs.items() if name not in CACHE_NAMES} | {CACHE: own}
-
-
-class PackedModelMixin:
-    """What a rotated or quantised model does differently from its transformers class."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of activations; the first parameter may be a code or a scale."""
-        return self.model.norm.weight.dtype
-
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
-        """As transformers', but whole or not at all, with recipe.yaml, report.json and a model card."""
-        if push_to_hub:
-            raise ValueError("save first, then upload the directory: push_to_hub=True is not supported here")
-        config: W2A4Config = self.config.quantization_config
-        with atomic_directory(save_directory) as directory:
-            with as_it_came(self, directory):
-                super().save_pretrained(directory, *args, **kwargs)
-            _record_dtype(directory / "config.json", self.dtype)
-            add_digests(directory)
-            config.parsed_recipe.to_yaml(directory / "recipe.yaml")
-            report = self.w2a4_report or Report(
-                source=config.provenance.get("source", "unknown"), recipe=config.recipe
-            )
-            report.sizes = checkpoint_summary(directory)["bytes"]
-            report.to_json(directory / "report.json")
-            write_atomically(directory / "README.md", model_card(report))
-
-
-def _record_dtype(path: Path, dtype: torch.dtype) -> None:
-    """transformers 4.57 takes the dtype of the first parameter, which may be a scale's."""
-    config = json.loads(path.read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    write_json(path, config)
-
-
-@functools.cache
-def _packed_class(cls: type) -> type:
-    """The class under its own name, so that `architectures` in config.json stays plain."""
-    return type(cls.__name__, (PackedModelMixin, cls), {"__module__": cls.__module__})

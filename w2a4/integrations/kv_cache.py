@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .. import ops
 from ..errors import W2A4Error
 from ..rotation.online import OnlineRotation
-from .attention import KVSettings, PackedKV
+from .attention import KVSettings, PackedKV, Padding, sink_of
 
 #: Tokens a new layer holds before it first grows; it then doubles.
 INITIAL_CAPACITY = 64
@@ -23,6 +26,7 @@ class KV4Layer(CacheLayerMixin):
     Attributes:
         length: tokens in use.
         starts: where each sequence goes on, if not all at `length`; see `KV4Cache.go_on`.
+        padding: places before the sequences' first tokens, where there are sinks; see `note_padding`.
     """
 
     is_sliding = False
@@ -33,6 +37,39 @@ class KV4Layer(CacheLayerMixin):
         self.settings, self.capacity = settings, capacity
         self.length = 0
         self.starts: Tensor | None = None
+        self.padding: Padding | None = None
+
+    @property
+    def sinks(self) -> int:
+        """Entries at the front that are kept beside the codes too."""
+        return self.settings.sink_tokens + (self.padding.most if self.padding else 0)
+
+    def note_padding(self, mask: Tensor | None) -> None:
+        """Heed the mask of the coming call: sinks are the first tokens of each sequence, not its padding.
+
+        Args:
+            mask: see `Padding.of`.
+
+        Raises:
+            W2A4Error: sinks are partly filled, and the mask hides other places than it did then.
+        """
+        if not self.settings.sink_tokens or self.filled():
+            return
+        padding = Padding.of(mask)
+        if self.empty():
+            self.padding = padding
+        elif mask is not None and not _same(padding, self.padding):
+            raise W2A4Error(
+                "attention_mask hides other places at the front than in the call before, while sink_tokens "
+                "are being filled; give the mask of all tokens with every call"
+            )
+
+    def empty(self) -> bool:
+        return self.length == 0
+
+    def filled(self) -> bool:
+        """All sinks are there."""
+        return self.length >= self.sinks
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         batch, heads, _, head_dim = key_states.shape
@@ -75,7 +112,7 @@ class KV4Layer(CacheLayerMixin):
     def clear(self) -> None:
         """See `KV4Cache.clear`."""
         self.fill(0)
-        self.starts = None
+        self.starts = self.padding = None
         for side in (self.keys, self.values):
             side.sink = side.starts = None
 
@@ -85,7 +122,7 @@ class KV4Layer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[PackedKV, PackedKV]:
         """Rotate and pack new keys and values `[batch, kv_heads, tokens, head_dim]`; return all so far."""
-        return self.append(self.settings.rotate(key_states), value_states)
+        return self.append(self.settings.rotate(key_states.detach()), value_states.detach())
 
     def append(self, key_states: Tensor, value_states: Tensor) -> tuple[PackedKV, PackedKV]:
         """As `update`, of keys that are rotated already."""
@@ -94,7 +131,7 @@ class KV4Layer(CacheLayerMixin):
         stop = self.length + key_states.shape[2]
         for side, states in ((self.keys, key_states), (self.values, value_states)):
             _reserve(side, stop, self.capacity)
-            _append_sink(side, states, self.settings.sink_tokens)
+            self._append_sink(side, states)
             ops.append_kv4(states, side.codes, side.params, self.length, self.settings.kv_clip, self.starts)
             side.length = stop
         self.length = stop
@@ -135,7 +172,7 @@ class KV4Layer(CacheLayerMixin):
             in 16 bits too.
         """
         r3 = OnlineRotation.for_ops(self.settings.rotation, like.device)
-        if r3 is None or self.length < self.settings.sink_tokens:
+        if r3 is None or self.length < self.sinks:
             return None
         if not self.is_initialized:
             self._initialize(like, like.shape[0], kv_heads, head_dim)
@@ -167,7 +204,7 @@ class KV4Layer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys = self.values = None
-        self.is_initialized, self.length, self.starts = False, 0, None
+        self.is_initialized, self.length, self.starts, self.padding = False, 0, None, None
 
     def crop(self, tokens: int) -> None:
         """Negative: drop that many tokens. Positive (transformers 4.57): keep that many."""
@@ -192,10 +229,16 @@ class KV4Layer(CacheLayerMixin):
     def prefetch(self) -> None:
         self._map(lambda t: t.to(self.device, non_blocking=True))
 
-    def _map(self, fn) -> None:
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         for side in (self.keys, self.values) if self.is_initialized else ():
             side.codes, side.params = fn(side.codes), fn(side.params)
             side.sink = None if side.sink is None else fn(side.sink)
+        self.padding = self.padding and self.padding.map(fn)
+
+    def _append_sink(self, side: PackedKV, states: Tensor) -> None:
+        if side.length < self.sinks:
+            head = sink_of(states, self.settings, self.padding, side.length)
+            side.sink = head.clone() if side.sink is None else torch.cat([side.sink, head], 2)
 
 
 class KV4Cache(Cache):
@@ -215,8 +258,21 @@ class KV4Cache(Cache):
 
     @classmethod
     def for_model(cls, model, capacity: int = INITIAL_CAPACITY) -> KV4Cache:
-        layers = model.get_decoder().layers
-        return cls(layers[0].self_attn.kv_settings, len(layers), capacity)
+        """An empty cache for a model with a 4-bit KV cache; W2A4Error for any other."""
+        layers = getattr(model.get_decoder(), "layers", None) or [model]
+        settings = getattr(getattr(layers[0], "self_attn", None), "kv_settings", None)
+        if settings is None or settings.kv_bits != 4:
+            what = "was not quantised by w2a4" if settings is None else f"has kv_bits={settings.kv_bits}"
+            raise W2A4Error(
+                f"{type(model).__name__} {what}, so that a {cls.__name__} would change what it computes; "
+                "give it a DynamicCache or a StaticCache of transformers"
+            )
+        return cls(settings, len(layers), capacity)
+
+    def note_padding(self, mask: Tensor | None) -> None:
+        """See `KV4Layer.note_padding`."""
+        for layer in self.layers:
+            layer.note_padding(mask)
 
     def row(self, index: int) -> KV4Cache:
         """An empty cache that writes into sequence `index` of this one."""
@@ -263,19 +319,20 @@ class KV4StaticLayer(KV4Layer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         batch, heads, tokens, head_dim = key_states.shape
-        sinks = self.settings.sink_tokens
-        if tokens < sinks:
+        if tokens < self.sinks:
+            padded = f" and {self.padding.most} of padding" if self.padding else ""
             raise W2A4Error(
-                f"the first call has {tokens} tokens, and sink_tokens={sinks} are kept in 16 bits: give a "
-                "prompt of as many at least, or a KV4Cache"
+                f"the first call has {tokens} tokens, and sink_tokens={self.settings.sink_tokens}{padded} "
+                "are kept in 16 bits: give a prompt of as many at least, or a KV4Cache"
             )
         self._make(key_states, batch, heads, head_dim)
         for side, states in ((self.keys, key_states), (self.values, value_states)):
-            _append_sink(side, states, sinks)
+            self._append_sink(side, states)
 
     def _make(self, like: Tensor, batch: int, heads: int, head_dim: int) -> None:
         self.allocate(like, batch, heads, head_dim)
-        self.starts = torch.zeros(batch, dtype=torch.long, device=self.device)
+        with _lasting():
+            self.starts = torch.zeros(batch, dtype=torch.long, device=self.device)
         if not torch.compiler.is_compiling():
             sides = (self.keys, self.values)
             for tensor in (self.starts, *(t for side in sides for t in (side.codes, side.params))):
@@ -310,6 +367,12 @@ class KV4StaticLayer(KV4Layer):
         self.starts += tokens
         keys, values = (replace(s, starts=starts, length=self.capacity) for s in (self.keys, self.values))
         return keys, values
+
+    def empty(self) -> bool:
+        return not self.is_initialized
+
+    def filled(self) -> bool:
+        return self.is_initialized
 
     def get_seq_length(self, *args) -> Tensor | int:
         return self.starts[0] if self.is_initialized else 0
@@ -348,13 +411,18 @@ def _reserve(side: PackedKV, tokens: int, least: int) -> None:
     grown = max(least, 2 * capacity, tokens)
     for name in ("codes", "params"):
         old = getattr(side, name)
-        new = old.new_zeros(*old.shape[:2], grown, old.shape[3])
+        with _lasting():
+            new = old.new_zeros(*old.shape[:2], grown, old.shape[3])
         new[:, :, : side.length] = old[:, :, : side.length]
         setattr(side, name, new)
 
 
-def _append_sink(side: PackedKV, states: Tensor, sink_tokens: int) -> None:
-    missing = sink_tokens - side.length
-    if missing > 0:
-        head = states[:, :, :missing]
-        side.sink = head.clone() if side.sink is None else torch.cat([side.sink, head], 2)
+def _same(padding: Padding | None, other: Padding | None) -> bool:
+    if padding is None or other is None:
+        return padding is other
+    return torch.equal(padding.counts, other.counts)
+
+
+def _lasting() -> contextlib.AbstractContextManager[Any]:
+    """For tensors that are written again later, perhaps outside of the inference mode of today."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)

@@ -113,10 +113,13 @@ def had_k_matrix(k: int, device: torch.device | str = "cpu") -> Tensor | None:
     """
     if k == 1:
         return None
-    matrix = hadamard_k(k)
-    if matrix is None:
-        raise RotationError(f"no Hadamard matrix of order {k} can be built; take the K of hadamard_spec(n)")
-    return matrix.to(device)
+    with torch.inference_mode(False):  # what is kept must serve a backward pass too
+        matrix = hadamard_k(k)
+        if matrix is None:
+            raise RotationError(
+                f"no Hadamard matrix of order {k} can be built; take the K of hadamard_spec(n)"
+            )
+        return matrix.to(device)
 
 
 def apply_hadamard(x: Tensor, spec: HadamardSpec, transpose: bool = False) -> Tensor:

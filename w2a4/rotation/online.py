@@ -85,7 +85,8 @@ class OnlineRotation:
             return x
         table, had_k = self.tables(x.device, x.dtype)
         if self.kind == "random":
-            return x @ table
+            with torch.autocast(x.device.type, enabled=False):  # what follows rounds to few bits
+                return x @ table
         return hadamard(x if table is None else x * table, had_k, self.block_size)
 
     def quantize(self, x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, Tensor]:
@@ -161,10 +162,11 @@ def _tables(
 def _cached_tables(
     kind: str, name: str, seed: int, size: int, k: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    if kind == "random":
-        return _haar(name, seed, size).to(device=device, dtype=dtype), None
-    signs = _signs(name, seed, size).to(device=device, dtype=dtype) if kind == "random_hadamard" else None
-    return signs, had_k_matrix(k, device)
+    with torch.inference_mode(False):  # what is kept must serve a backward pass too
+        if kind == "random":
+            return _haar(name, seed, size).to(device=device, dtype=dtype), None
+        signs = _signs(name, seed, size) if kind == "random_hadamard" else None
+        return None if signs is None else signs.to(device=device, dtype=dtype), had_k_matrix(k, device)
 
 
 def _bytes(name: str, seed: int, count: int) -> bytes:

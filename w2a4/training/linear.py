@@ -81,7 +81,11 @@ class FakeQuantLinear(nn.Module):
         values = _grid_parameters(latent, fitted, grid, minmax)
         for name, value in zip(QUANTIZER_PARAMETERS[self.bits], values, strict=True):
             self.register_parameter(name, nn.Parameter(value))
-        clip = start.act_clip.detach().clone() if self.act_bits == 4 else torch.ones(1, device=weight.device)
+        clip = (
+            start.act_clip.detach().clone()
+            if self.act_bits == 4
+            else torch.ones(1, dtype=torch.float32, device=weight.device)
+        )
         self.act_clip = nn.Parameter(clip)
         self._fixed = FIXED_PARAMETERS[grid] if self.bits == 2 else set()
         self._packed: tuple[tuple, _PackedLinear] | None = None
@@ -166,7 +170,7 @@ def _grid_parameters(latent: Tensor, fitted: QuantizedWeight, grid: str, minmax:
         ends = torch.stack([groups.amin(-1), groups.amax(-1)], -1)
         if not minmax:
             ends = levels[..., [0, 3]].float() * scale.float()[..., None]
-        thirds = torch.arange(4, device=latent.device) / 3
+        thirds = torch.arange(4, dtype=torch.float32, device=latent.device) / 3
         levels, scale = round_levels(ends[..., :1] + thirds * ends.diff(dim=-1))
     beta, gamma, s1, s2 = codebook_to_ldp(latent, levels, scale)
     if grid != "ldp":  # sigmoid: 1/3, then 1/2 of the rest
