@@ -81,6 +81,7 @@ void append_kv4(const Tensor& x, const Tensor& codes, const Tensor& params, int6
              " tokens of x does not fit a cache of capacity ", capacity);
   p.codes = check.strided(codes, "codes");
   p.params = check.strided(params, "params");
+  check.written({{&codes, "codes"}, {&params, "params"}}, {{&x, "x"}});
   p.start = start;
   p.starts = check_starts(check, starts, p.batch, "start", start);
   const OnDeviceOf device(x);
@@ -132,6 +133,11 @@ Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
   p.k_params = check.strided(k_params, "k_params");
   p.v_codes = check.strided(v_codes, "v_codes");
   p.v_params = check.strided(v_params, "v_params");
+  check.written({{&k_codes, "k_codes"},
+                 {&k_params, "k_params"},
+                 {&v_codes, "v_codes"},
+                 {&v_params, "v_params"}},
+                {{&qkv, "qkv"}, {&cos, "cos"}, {&sin, "sin"}});
   p.k = check_hadamard(check, cos, "cos", had_k, block_size);
   p.had_k = had_k_data(had_k);
   p.block_size = block_size;

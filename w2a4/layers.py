@@ -15,8 +15,9 @@ from . import ops
 from .config import resolve_group_size
 from .errors import CheckpointError
 from .fitting.rtn import fit_rtn
-from .fitting.weight import QuantizedWeight, fp16_scale
+from .fitting.weight import QuantizedWeight
 from .packing import pack, packed_width, unpack
+from .quantizers import fp16_scale
 from .rotation.online import OnlineRotation
 
 
@@ -274,7 +275,8 @@ class W8Embedding(_PackedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """`[...]` token ids to `[..., embedding_dim]`."""
-        return (self.weight[ids].float() * self.scale[ids].float()[..., None]).to(self.dtype)
+        # Not by an index, which counts from the end below 0.
+        return (F.embedding(ids, self.weight).float() * self.scale[ids].float()[..., None]).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}"
