@@ -12,9 +12,10 @@ PACKAGE = ROOT / "w2a4"
 
 #: Top first. CONTRIBUTING.md says why.
 LAYERS = (
-    "cli", "options", "demo", "evaluate", "training", "engine", "sequences", "pipeline", "learn_rotation",
-    "smooth", "resume", "calibrate", "integrations", "layers", "fitting", "rotation", "quantizers", "ops",
-    "dispatch", "fakes", "reference", "packing", "data", "report", "config", "devices", "errors", "version",
+    "cli", "options", "demo", "evaluate", "training", "engine", "constraints", "sequences", "pipeline",
+    "learn_rotation", "smooth", "resume", "calibrate", "integrations", "layers", "fitting", "rotation",
+    "quantizers", "ops", "dispatch", "fakes", "reference", "packing", "data", "report", "config", "devices",
+    "errors", "version",
 )  # fmt: skip
 #: May be imported from anywhere, import nothing of the package.
 FREE = ("_C",)

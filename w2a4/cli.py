@@ -314,7 +314,7 @@ def generate(
     """Continue a prompt."""
     from . import engine, evaluate
 
-    chosen = engine.Sampling(**sampling)
+    chosen = engine.Sampling(**sampling) if sampling else None
     loaded, tokenizer = _load(model, dtype, device)
     click.echo(prompt, nl=False)
     result = evaluate.generation_speed(
@@ -346,7 +346,7 @@ def chat(
     """Talk to a model; /exit or end of input ends the conversation."""
     from . import engine, evaluate
 
-    chosen = engine.Sampling(**sampling)
+    chosen = engine.Sampling(**sampling) if sampling else None
     loaded, tokenizer = _load(model, dtype, device)
     messages: list[dict[str, str]] = []
     for line in _lines():

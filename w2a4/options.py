@@ -89,14 +89,14 @@ def recipe(default: str, note: str) -> Any:
 
 _SAMPLING = (
     click.option(
-        "--temperature", type=float, default=0.0, show_default=True, metavar="T",
+        "--temperature", type=float, show_default="0", metavar="T",
         help="Divides the logits before a token is drawn; 0 takes the most probable one.",
     ),
     click.option(
-        "--top-k", type=int, default=0, metavar="K", help="Draw from the K most probable tokens; 0 is all."
+        "--top-k", type=int, metavar="K", help="Draw from the K most probable tokens; 0 is all."
     ),
     click.option(
-        "--top-p", type=float, default=1.0, metavar="P",
+        "--top-p", type=float, metavar="P",
         help="Draw from the most probable tokens that make up P together.",
     ),
     click.option("--seed", type=int, metavar="N", help="Of the draws."),
@@ -104,12 +104,13 @@ _SAMPLING = (
 
 
 def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that reach the command as `sampling`, arguments of `engine.Sampling`."""
+    """Options that reach the command as `sampling`, arguments of `engine.Sampling`, those that are given."""
 
     @functools.wraps(command)
     def run(temperature: float, top_k: int, top_p: float, seed: int | None, **arguments: Any) -> Any:
-        chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        return command(sampling=chosen, **arguments)
+        values = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        given = {name: value for name, value in values.items() if value is not None}
+        return command(sampling=given, **arguments)
 
     for option in reversed(_SAMPLING):
         run = option(run)
