@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import itertools
 import shutil
 import sys
 import time
@@ -26,24 +27,44 @@ from .errors import TrainingError, W2A4Error
 class _Group(click.Group):
     """Turns errors a user can act on into one line."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for arg in args:
+            if not _is_text(arg):
+                raise click.UsageError(
+                    f"{_printable(arg)!r} is not UTF-8; type it anew, or rename the file", ctx
+                )
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)
-        except (W2A4Error, OSError, SafetensorError) as error:
-            # A full disk is an OSError, or a SafetensorError while tensors are written.
+        except (W2A4Error, OSError, SafetensorError, UnicodeError, RecursionError, MemoryError) as error:
+            # A full disk is an OSError, or a SafetensorError while tensors are written. The last three are of
+            # files that are no text, are nested without end, or say that they are larger than memory.
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # whoever read our output has left; click ends quietly
-            click.echo(f"error: {_one_line(error)}", err=True)
+            click.echo(f"error: {_printable(_one_line(error))}", err=True)
             ctx.exit(1)
 
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, RecursionError):
+        return "a file that was read is nested too deeply; give one that a person could have written"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: bytes that are not come as half a surrogate pair each."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -264,13 +285,13 @@ def learn_rotation(
 )
 @click.option(
     "--seqlen",
-    type=click.IntRange(min=2),
+    type=options.count(2),
     default=2048,
     show_default=True,
     metavar="N",
     help="Tokens a window.",
 )
-@click.option("--windows", type=click.IntRange(min=1), metavar="N", help="At most so many; all if not given.")
+@click.option("--windows", type=options.count(1), metavar="N", help="At most so many; all if not given.")
 @options.dtype
 @options.device
 @options.json_file
@@ -382,7 +403,7 @@ def info(directory: Path, json_file: Path | None) -> None:
 @click.option("--model", metavar="MODEL", help="Instead of SmolLM2-135M-Instruct.")
 @click.option(
     "--windows",
-    type=click.IntRange(min=1),
+    type=options.count(1),
     default=8,
     show_default=True,
     metavar="N",
@@ -390,7 +411,7 @@ def info(directory: Path, json_file: Path | None) -> None:
 )
 @click.option(
     "--seqlen",
-    type=click.IntRange(min=2),
+    type=options.count(2),
     default=2048,
     show_default=True,
     metavar="N",
@@ -454,12 +475,18 @@ def _streamer(tokenizer: Any) -> Any:
 
 def _lines() -> Iterator[str]:
     """What the user says, until /exit or the end of input."""
+    if sys.stdin is None:  # closed
+        return
     terminal = sys.stdin.isatty()
-    while True:
+    for number in itertools.count(1):
         try:
             line = input("> " if terminal else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            line = "\udc80"
+        if not _is_text(line):
+            raise W2A4Error(f"line {number} of the input is not UTF-8; convert it, e.g. with iconv")
         if line == "/exit":
             return
         if line:

@@ -20,6 +20,12 @@ from .errors import RecipeError
 RotationKind = Literal["none", "hadamard", "random_hadamard", "random", "learned"]
 OnlineKind = Literal["none", "hadamard", "random_hadamard", "random"]
 
+#: No number of a recipe is larger: products with a layer's or a step's number still fit 64 bits.
+LARGEST = 2**32 - 1
+
+#: Rounds of coordinate descent, of which the first few change nearly all that is to change.
+MOST_ROUNDS = 1000
+
 #: Group sizes `auto` tries, in this order; the first that divides `in_features` is taken.
 AUTO_GROUP_SIZES = (128, 64, 32)
 
@@ -258,6 +264,10 @@ class Recipe:
         }.items():
             if getattr(self, key) < least:
                 raise RecipeError(f"{key}={getattr(self, key)}: give a number >= {least}")
+        if self.gptq_refine > MOST_ROUNDS:
+            raise RecipeError(
+                f"gptq_refine={self.gptq_refine}: give at most {MOST_ROUNDS}, few change anything"
+            )
         if self.weight_bits == 16 and self.act_bits == 4:
             raise RecipeError(
                 "weight_bits=16 with act_bits=4: activations are quantised where weights are; "
@@ -291,15 +301,16 @@ class Recipe:
         return _from_dict(cls, data)
 
     def to_yaml(self, path: str | Path) -> None:
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         try:
-            data = yaml.safe_load(Path(path).read_text())
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(f"recipe file {str(path)!r} does not exist") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            # A ValueError is of bytes that are not UTF-8, a date that is none, a number of too many digits.
             raise RecipeError(f"recipe file {str(path)!r} is not YAML: {error}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"recipe file {str(path)!r} holds {type(data).__name__}, not a mapping of keys")
@@ -347,7 +358,8 @@ def _keys(cls: type, prefix: str = "") -> list[str]:
 
 def _from_dict(cls: type, data: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
+    names = {f.name for f in dataclasses.fields(cls)}
+    unknown = [key for key in data if key not in names]
     if unknown:
         raise RecipeError(f"unknown recipe key {unknown[0]!r}; known keys: {', '.join(_keys(cls))}")
     values = {}
@@ -364,6 +376,13 @@ def _check_fields(config: Any) -> None:
     """Every field against its annotation; an int given for a float is taken as one."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
+        if isinstance(value, int) and abs(value) > LARGEST:
+            shown = f"a number of {value.bit_length()} bits" if abs(value) >> 64 else str(value)
+            raise RecipeError(f"{name} is {shown}: give one from {-LARGEST} to {LARGEST}")
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise RecipeError(
+                f"{name}={value!r} is not text: it holds half a surrogate pair, which UTF-8 has not"
+            )
         if (
             (hint is float or float in typing.get_args(hint))
             and isinstance(value, int)

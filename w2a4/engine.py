@@ -270,7 +270,7 @@ def _check_finite(logits: Tensor, sequences: Any) -> None:
     """Raise W2A4Error for logits that no token can be drawn from, and name a layer whose cache overflowed."""
     if bool(logits.isnan().any()):
         raise W2A4Error(
-            f"the model's logits hold NaN{overflowing_layer(sequences)}: activations overflow {logits.dtype}, "
+            f"the logits hold NaN{overflowing_layer(sequences)}: activations overflow {logits.dtype}, "
             "or the weights are damaged; load the model in float32 or bfloat16"
         )
 

@@ -23,6 +23,11 @@ def writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path |
     return path
 
 
+def count(least: int) -> click.IntRange:
+    """A number of things that a tensor can hold."""
+    return click.IntRange(min=least, max=2**31 - 1)
+
+
 json_file = click.option(
     "--json",
     "json_file",
@@ -37,7 +42,7 @@ device = click.option(
 )
 new_tokens = click.option(
     "--max-new-tokens",
-    type=click.IntRange(min=1),
+    type=count(1),
     default=128,
     show_default=True,
     metavar="N",
@@ -66,9 +71,7 @@ calib = click.option(
 
 _EVALUATION = (
     click.option("--eval", "eval_text", metavar="FILE|builtin", help="Measure perplexity before and after."),
-    click.option(
-        "--eval-windows", type=click.IntRange(min=1), metavar="N", help="At most so many windows of 2048."
-    ),
+    click.option("--eval-windows", type=count(1), metavar="N", help="At most so many windows of 2048."),
 )
 
 
@@ -135,7 +138,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 def _scalar(setting: str, text: str) -> Any:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, too many digits, too deep
         raise RecipeError(f"--set {setting!r}: {text!r} is not a YAML value") from None
     if isinstance(value, str):
         try:
