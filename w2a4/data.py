@@ -267,7 +267,7 @@ def _read_jsonl(path: Path) -> str:
             ) from None
         if not isinstance(documents[-1], str):
             raise CalibrationError(
-                f"{str(path)!r} line {number}: the field 'text' is {str(documents[-1])[:60]!r}, not a string"
+                f"{str(path)!r} line {number}: the field 'text' is {documents[-1]!r:.60}, not a string"
             )
     return SEPARATOR.join(documents)
 
