@@ -194,7 +194,7 @@ W2A4_INLINE void fake_quant_backward(const FakeQuantParams& p, int64_t begin, in
 W2A4_DISPATCH(fake_quant_backward, FakeQuantParams)
 
 int64_t grain(int64_t size) {
-  return 1 + kGrain / size;
+  return 1 + kGrain / (size > 0 ? size : 1);
 }
 
 }  // namespace
