@@ -3,7 +3,7 @@
     python tools/fuzz.py KIND --count N --seed S --json FILE [--only SEED]
 
 Kinds: checkpoints, ops, commands, kills, disks; each is described in `tools/fuzzing/<kind>_kind.py`. A case
-is drawn from its own seed, S, S + 1, …, so that `--only SEED` runs one again. Exit code 1 if there was a fault.
+is drawn from its own seed, S, S + 1, …, so that `--only SEED` runs one again. Exit code 1: faults.
 """
 
 from __future__ import annotations

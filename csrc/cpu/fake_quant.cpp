@@ -199,9 +199,10 @@ int64_t grain(int64_t size) {
 
 }  // namespace
 
+// A pointer to no weights at all is null, so what is written says which of the two is meant.
 void snap(const SnapParams& p) {
   parallel(p.groups, grain(p.group_size), p,
-           p.grad ? snap_backward_groups_dispatch : snap_groups_dispatch);
+           p.grad_soft ? snap_backward_groups_dispatch : snap_groups_dispatch);
 }
 
 void fake_quant_rows(const FakeQuantParams& p) {

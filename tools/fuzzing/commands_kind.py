@@ -11,8 +11,8 @@ from .outcome import Partial, RandomDraw
 
 _base = Path()
 
-NUMBERS = ("0", "-1", "1", "2", "1.5", "nan", "inf", "-inf", "1e-40", "1e400", str(2**31), str(2**64),
-           "9" * 30, "9" * 5000, "", " ", "x", "٣", "0x10", "1_0", "\udcff", "[1]", "null", "1e-2")  # fmt: skip
+NUMBERS = ("0", "-1", "1", "2", "1.5", "nan", "inf", "-inf", "1e-40", "1e400", str(2**31), str(2**64), "16",
+           "9" * 30, "9" * 5000, "", " ", "x", "٣", "0x10", "1_0", "\udcff", "[1]", "1e-2")  # fmt: skip
 TEXTS = (
     "hello",
     "",
@@ -27,10 +27,11 @@ TEXTS = (
     "--help",
 )
 FIELDS = ("rotation.seed", "rotation.r1", "rotation.r4", "rotation.learned", "smooth", "weight_bits",
-          "group_size", "weight_method", "act_bits", "act_clip", "o_proj_act", "kv_bits", "kv_clip", "sink_tokens",
-          "gptq_damp", "gptq_block", "gptq_refine", "first_token", "name", "training.lr", "rotation", "nothing", "",
-          "a.b.c", "calib_samples", "calib_seqlen")  # fmt: skip
-VALUES = (*NUMBERS, "none", "auto", "search", "true", "2001-99-99", "2001-01-01", "{a: 1}", "[[[[", "&a [*a]",
+          "rotation", "group_size", "weight_method", "act_bits", "act_clip", "o_proj_act", "kv_bits",
+          "kv_clip", "nothing", "sink_tokens", "gptq_damp", "gptq_block", "gptq_refine", "first_token", "name",
+          "", "training.lr", "a.b.c", "calib_samples", "calib_seqlen")  # fmt: skip
+VALUES = (*NUMBERS, "null", "none", "auto", "search", "true", "2001-99-99", "2001-01-01", "{a: 1}", "[[[[",
+          "&a [*a]",
           "!!python/object:os.system x", "a: b: c", "\"\\ud800\"", "hadamard", "random",
           "learned", "16", "8")  # fmt: skip
 FILES: dict[str, bytes] = {
@@ -83,31 +84,27 @@ def case(seed: int) -> tuple[str, str]:
 
 
 def _command(draw: RandomDraw, folder: Path) -> tuple[list[str], Path]:
-    """Arguments, and what they would write."""
+    """Arguments, of which mostly one is strange, and what they would write."""
     out = folder / "out"
-    model = str(draw.pick((_base / "w2", _base / "w4", _base / "fp", *_strange(folder))))
+    odd = draw.pick(("model", "number", "number", "text", "option"))
+    packed = draw.pick((_base / "w2", _base / "w4", _base / "fp"))
+    model = str(draw.pick(_strange(folder)) if odd == "model" else packed)
     files = [str(folder / name) for name in FILES]
     kind = draw.pick(("generate", "generate", "eval", "info", "chat", "quantize", "quantize", "recipe"))
     if kind == "info":
-        return ["info", str(draw.pick((_base / "w2", *_strange(folder), *files)))], out
+        return ["info", draw.pick(files) if odd == "text" else model], out
     if kind == "eval":
-        text = draw.pick((*files, "builtin", "nowhere.txt", "hub:", str(folder)))
-        return [
-            "eval",
-            model,
-            "--text",
-            text,
-            "--seqlen",
-            draw.pick(("4", "64", *NUMBERS)),
-            "--windows",
-            "1",
-        ], out
+        text = draw.pick((*files, "nowhere.txt", "hub:", str(folder))) if odd == "text" else files[5]
+        length = draw.pick(NUMBERS) if odd == "number" else "16"
+        return ["eval", model, "--text", text, "--seqlen", length, "--windows", "1"], out
     if kind in ("generate", "chat"):
-        few = ["--max-new-tokens", draw.pick(("2", "2", "3", *NUMBERS))]
+        few = ["--max-new-tokens", draw.pick(NUMBERS) if odd == "number" and draw.number(0, 1) else "2"]
         option = draw.pick(("--temperature", "--top-k", "--top-p", "--seed", "--dtype", "--device"))
-        extra = [option, draw.pick(NUMBERS)] if draw.number(0, 2) else ["--temperature", "1", option, "1"]
-        prompt = ["--prompt", draw.pick(TEXTS)] if kind == "generate" else []
-        return [kind, model, *few, *extra, *prompt], out
+        extra = [option, draw.pick(NUMBERS)] if odd in ("option", "number") else []
+        if option in ("--top-k", "--top-p", "--seed"):
+            extra += ["--temperature", "1"]
+        text = draw.pick(TEXTS) if odd == "text" else "hello"
+        return [kind, model, *few, *extra, *(["--prompt", text] if kind == "generate" else [])], out
     small = ["--set", "calib_samples=2", "--set", "calib_seqlen=16", "--set", "gptq_refine=0"]
     command = ["quantize", str(_base / "fp"), "--out", str(out), "--calib", str(folder / "good.txt"), *small]
     if kind == "recipe":
