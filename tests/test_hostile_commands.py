@@ -64,8 +64,7 @@ def test_a_tiny_temperature_is_greedy(quantized):  # noqa: F811
 
 @pytest.mark.parametrize("data", [b"\xff\n", b"fine\n\xc3(\n"])
 def test_chat_with_bytes_that_are_not_utf8(data, quantized):  # noqa: F811
-    last = refused("chat", quantized[0], "--max-new-tokens", 1, input=data)
-    assert f"line {data.count(10)} of the input is not UTF-8" in last
+    assert "the input is not UTF-8" in refused("chat", quantized[0], "--max-new-tokens", 1, input=data)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import itertools
 import shutil
 import sys
 import time
@@ -478,7 +477,7 @@ def _lines() -> Iterator[str]:
     if sys.stdin is None:  # closed
         return
     terminal = sys.stdin.isatty()
-    for number in itertools.count(1):
+    while True:
         try:
             line = input("> " if terminal else "").strip()
         except EOFError:
@@ -486,7 +485,7 @@ def _lines() -> Iterator[str]:
         except UnicodeDecodeError:
             line = "\udc80"
         if not _is_text(line):
-            raise W2A4Error(f"line {number} of the input is not UTF-8; convert it, e.g. with iconv")
+            raise W2A4Error("the input is not UTF-8; convert it, e.g. with iconv")
         if line == "/exit":
             return
         if line:
