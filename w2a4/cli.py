@@ -28,9 +28,9 @@ class _Group(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for arg in args:
-            if not _is_text(arg):
+            if not options.is_text(arg):
                 raise click.UsageError(
-                    f"{_printable(arg)!r} is not UTF-8; type it anew, or rename the file", ctx
+                    f"{options.printable(arg)!r} is not UTF-8; type it anew, or rename the file", ctx
                 )
         return super().parse_args(ctx, args)
 
@@ -45,7 +45,7 @@ class _Group(click.Group):
             # files that are no text, are nested without end, or say that they are larger than memory.
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # whoever read our output has left; click ends quietly
-            click.echo(f"error: {_printable(_one_line(error))}", err=True)
+            click.echo(f"error: {options.printable(_one_line(error))}", err=True)
             ctx.exit(1)
 
 
@@ -55,15 +55,6 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "a file that was read is nested too deeply; give one that a person could have written"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: bytes that are not come as half a surrogate pair each."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -484,7 +475,7 @@ def _lines() -> Iterator[str]:
             return
         except UnicodeDecodeError:
             line = "\udc80"
-        if not _is_text(line):
+        if not options.is_text(line):
             raise W2A4Error("the input is not UTF-8; convert it, e.g. with iconv")
         if line == "/exit":
             return

@@ -23,6 +23,15 @@ def writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path |
     return path
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: bytes that are not come as half a surrogate pair each."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def count(least: int) -> click.IntRange:
     """A number of things that a tensor can hold."""
     return click.IntRange(min=least, max=2**31 - 1)
