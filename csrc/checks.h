@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "params.h"
 
@@ -73,6 +74,73 @@ inline std::string device_name(int device) {
                         : "cuda:" + std::to_string(device);
 }
 
+// The bytes of a tensor's elements as its strides lay them out: three outer dimensions, the last of
+// them contiguous, or any tensor as one run of bytes from its first element to its last.
+struct Extent {
+  const char* data;
+  int64_t stride[3], size[3];  // in bytes and elements; of size 1 where there is none
+  int64_t last;                // bytes of the last dimension
+
+  int64_t end() const {
+    int64_t bytes = last;
+    for (int i = 0; i < 3; ++i) bytes += (size[i] - 1) * stride[i];
+    return bytes;
+  }
+};
+
+inline Extent extent_of(const Tensor& t) {
+  const int64_t element = t.element_size(), dims = t.dim();
+  Extent e{static_cast<const char*>(t.data_ptr()), {0, 0, 0}, {1, 1, 1}, element};
+  if (dims == 4) {
+    e.last = t.size(3) * element;
+    for (int i = 0; i < 3; ++i) e.size[i] = t.size(i), e.stride[i] = t.stride(i) * element;
+    // Strides that nothing is stepped by may be anything. The largest first.
+    for (int i = 0; i < 3; ++i)
+      if (e.size[i] == 1) e.stride[i] = 0;
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 2 - i; ++j)
+        if (e.stride[j] < e.stride[j + 1])
+          std::swap(e.stride[j], e.stride[j + 1]), std::swap(e.size[j], e.size[j + 1]);
+  } else {
+    for (int64_t i = 0; i < dims; ++i) e.last += (t.size(i) - 1) * t.stride(i) * element;
+  }
+  return e;
+}
+
+// Whether no two elements lie in one place. Strides that only happen not to meet count as meeting.
+inline bool is_disjoint(const Extent& e) {
+  int64_t inner = e.last;
+  for (int i = 2; i >= 0; --i) {
+    if (e.size[i] == 1) continue;
+    if (e.stride[i] < inner) return false;
+    inner = (e.size[i] - 1) * e.stride[i] + inner;
+  }
+  return true;
+}
+
+// Whether b, `distance` bytes behind a, shares a byte with it, from dimension `i` on; both of the
+// same strides there.
+inline bool meets(const Extent& a, const Extent& b, int64_t distance, int i = 0) {
+  while (i < 3 && a.stride[i] == 0) ++i;
+  if (i == 3) return distance < a.last && -distance < b.last;
+  // b's element k and a's element m are `distance + (k - m) * stride` apart: only steps that bring
+  // them near can make them meet.
+  const int64_t step = a.stride[i];
+  const int64_t below = distance >= 0 ? distance / step : -((-distance + step - 1) / step);
+  for (int64_t steps : {below, below + 1})
+    if (steps < a.size[i] && -steps < b.size[i] && meets(a, b, distance - steps * step, i + 1))
+      return true;
+  return false;
+}
+
+inline bool overlaps(const Extent& a, const Extent& b) {
+  const int64_t distance = b.data - a.data;
+  if (distance >= a.end() || -distance >= b.end()) return false;
+  for (int i = 0; i < 3; ++i)
+    if (a.stride[i] != b.stride[i]) return true;
+  return meets(a, b, distance);
+}
+
 // Checks of one op's arguments.
 class Check {
  public:
@@ -126,6 +194,26 @@ class Check {
 
   void at_least_1d(const Tensor& t, const char* name) const {
     that(t.dim() >= 1, name, " has no dimension, expected [..., features]");
+  }
+
+  // What is written lies in no place twice, and in none that is read or written as another
+  // argument: threads would race, and a result would depend on which comes first.
+  void written(std::initializer_list<std::pair<const Tensor*, const char*>> outs,
+               std::initializer_list<std::pair<const Tensor*, const char*>> ins) const {
+    for (const auto* out = outs.begin(); out != outs.end(); ++out) {
+      if (out->first->numel() == 0) continue;
+      const Extent e = extent_of(*out->first);
+      that(is_disjoint(e), out->second, " of shape ", shape_name(*out->first),
+           " is written, but some of its elements share memory; pass a tensor of its own, such as ",
+           out->second, ".clone()");
+      const auto apart = [&](const std::pair<const Tensor*, const char*>& other) {
+        that(other.first->numel() == 0 || !overlaps(e, extent_of(*other.first)), out->second,
+             " is written, but shares memory with ", other.second,
+             "; pass tensors that do not overlap");
+      };
+      for (const auto* other = out + 1; other != outs.end(); ++other) apart(*other);
+      for (const auto& in : ins) apart(in);
+    }
   }
 
   // Four dimensions, the last of stride 1: read and written through its strides.

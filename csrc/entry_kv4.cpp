@@ -1,5 +1,6 @@
 // Entry points of the ops of the 4-bit KV cache, on each device.
 #include <algorithm>
+#include <cmath>
 
 #include "backend.h"
 #include "checks.h"
@@ -81,6 +82,7 @@ void append_kv4(const Tensor& x, const Tensor& codes, const Tensor& params, int6
              " tokens of x does not fit a cache of capacity ", capacity);
   p.codes = check.strided(codes, "codes");
   p.params = check.strided(params, "params");
+  check.written({{&codes, "codes"}, {&params, "params"}}, {{&x, "x"}});
   p.start = start;
   p.starts = check_starts(check, starts, p.batch, "start", start);
   const OnDeviceOf device(x);
@@ -132,6 +134,11 @@ Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
   p.k_params = check.strided(k_params, "k_params");
   p.v_codes = check.strided(v_codes, "v_codes");
   p.v_params = check.strided(v_params, "v_params");
+  check.written({{&k_codes, "k_codes"},
+                 {&k_params, "k_params"},
+                 {&v_codes, "v_codes"},
+                 {&v_params, "v_params"}},
+                {{&qkv, "qkv"}, {&cos, "cos"}, {&sin, "sin"}});
   p.k = check_hadamard(check, cos, "cos", had_k, block_size);
   p.had_k = had_k_data(had_k);
   p.block_size = block_size;
@@ -174,6 +181,7 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
   check.that(p.kv_heads >= 1 && p.q_heads % p.kv_heads == 0, "q has ", p.q_heads,
              " heads and k_codes ", p.kv_heads, "; the second must divide the first");
   check.that(length >= 0, "length=", length, ", expected at least 0");
+  check.that(std::isfinite(scaling), "scaling=", scaling, ", expected a finite number");
   check_cache(check, k_codes, "k_codes", k_params, "k_params", p.batch, p.kv_heads, length,
               p.head_dim);
   check_cache(check, v_codes, "v_codes", v_params, "v_params", p.batch, p.kv_heads, length,

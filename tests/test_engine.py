@@ -216,9 +216,94 @@ def test_bad_requests(prompts, options, message):
         Engine(packed_model(), max_length=64).generate(prompts, **{"max_new_tokens": 2, **options})
 
 
+@pytest.mark.parametrize("count", [1.5, float("nan"), float("inf"), True, "3", None, 2**70, -(2**70)])
+def test_numbers_of_tokens_that_are_none(count):
+    with pytest.raises(W2A4Error, match="max_new_tokens="):
+        Engine(packed_model(), max_length=64).generate([[1]], count)
+
+
+@pytest.mark.parametrize("length", [1.5, float("nan"), "64", 2**70, True, 1])
+def test_lengths_that_are_none(length):
+    with pytest.raises(W2A4Error, match="max_length="):
+        Engine(packed_model(), max_length=length)
+
+
+@pytest.mark.parametrize("prompt_", [[1.5], "text", [[1], [2, 3]], None, [2**70], [True], torch.ones(2)])
+def test_prompts_that_are_no_ids(prompt_):
+    with pytest.raises(W2A4Error, match="prompt 0"):
+        Engine(packed_model()).generate([prompt_], 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eos_token_id", list(range(0, 131, 5))),
+        ("repetition_penalty", 1.8),
+        ("no_repeat_ngram_size", 1),
+        ("suppress_tokens", list(range(3, 90))),
+        ("begin_suppress_tokens", list(range(3, 120))),
+        ("bad_words_ids", [[i] for i in range(3, 60)] + [[70, 71]]),
+        ("sequence_bias", [[[5], 4.0], [[9, 11], 3.0]]),
+        ("min_new_tokens", 8),
+        ("min_length", 20),
+    ],
+)
+def test_the_generation_config_is_followed(key, value):
+    model = packed_model()
+    model.generation_config.eos_token_id = list(range(0, 131, 7))
+    setattr(model.generation_config, key, value)
+    want = [by_transformers(model, ids) for ids in PROMPTS]
+    assert_same(Engine(model).generate(PROMPTS, 12), want)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_beams", 4), ("forced_eos_token_id", 2), ("guidance_scale", 1.5), ("stop_strings", ["a"]),
+     ("max_time", 1.0), ("penalty_alpha", 0.5), ("repetition_penalty", -1.0), ("sequence_bias", "x")],
+)  # fmt: skip
+def test_what_is_not_followed_is_refused(key, value):
+    model = packed_model()
+    setattr(model.generation_config, key, value)
+    with pytest.raises(W2A4Error, match=f"generation_config.{key}="):
+        Engine(model).generate(PROMPTS, 2)
+
+
+def test_a_config_that_samples_is_told():
+    model = packed_model()
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.6
+    with pytest.warns(UserWarning, match=r"samples \(temperature=0.6"):
+        greedy = Engine(model).generate(PROMPTS, 4)
+    assert_same(Engine(packed_model()).generate(PROMPTS, 4), greedy)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-9, 1e300])
+def test_extreme_temperatures(temperature):
+    logits = torch.tensor([[1.0, 3.0, float("-inf"), 2.0]]).repeat(500, 1)
+    picked = Sampling(temperature, seed=0).pick(logits, torch.Generator().manual_seed(0))
+    assert set(picked.tolist()) == ({1} if temperature < 1 else {0, 1, 3})
+
+
+def test_logits_that_overflow_are_told_with_the_layer():
+    model = packed_model()
+    model.model.layers[1].input_layernorm.weight.data.fill_(1e9)
+    with pytest.raises(W2A4Error, match=r"logits hold NaN \(model.layers.1: (keys|values) beyond 65504"):
+        Engine(model).generate(PROMPTS[:1], 4)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"temperature": -1.0}, "temperature=-1"), ({"top_k": -1}, "top_k=-1"), ({"top_p": 0.0}, "top_p=0")],
+    [
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": "1"}, "temperature='1'"),
+        ({"top_k": 1.5}, "top_k=1.5"),
+        ({"top_p": float("nan")}, "top_p=nan"),
+        ({"seed": 2**64}, "seed=1844"),
+        ({"seed": 0.5}, "seed=0.5"),
+        ({"top_k": True}, "top_k=True"),
+    ],
 )
 def test_bad_sampling(values, message):
     with pytest.raises(W2A4Error, match=message):

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "w2a4"
 
 #: Top first. CONTRIBUTING.md says why.
 LAYERS = (
-    "cli", "verify_command", "options", "demo", "evaluate", "training", "engine", "sequences",
+    "cli", "verify_command", "options", "demo", "evaluate", "training", "engine", "constraints", "sequences",
     "verification", "pipeline", "learn_rotation", "smooth", "resume", "calibrate", "integrations", "layers",
     "fitting", "rotation", "quantizers", "ops", "dispatch", "fakes", "reference", "packing", "data",
     "report", "config", "sources", "directories", "files", "devices", "gradients", "errors", "version",

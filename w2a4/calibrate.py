@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import Recipe
+from .errors import W2A4Error
 from .fitting.gptq import GPTQOptions, fit_gptq
 from .fitting.moments import Moments
 from .fitting.rtn import fit_rtn
@@ -31,6 +32,9 @@ ACT_CLIPS = tuple(round(0.6 + 0.05 * step, 2) for step in range(9))
 
 #: Linears that share their input, in the order data reaches them.
 STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+#: Root mean square of weights by their bits: below, the least float16 scale is too coarse for them.
+LEAST_SIZES = {2: 1e-7, 4: 4e-7, 8: 1e-6}
 
 
 @dataclass
@@ -89,6 +93,13 @@ class LayerQuantizer:
             inputs, lambda layer, x: layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
         )
         self._fit_update(STAGES[3], "mlp.down_proj", streams, inner, progress)
+        for hidden, which in ((streams.full, "full-precision"), (streams.quantized, "quantised")):
+            if not all(bool(x.isfinite().all()) for x in hidden):
+                raise W2A4Error(
+                    f"the {which} layer's output on the calibration text holds NaN or Inf: it overflows "
+                    f"{str(hidden[0].dtype).removeprefix('torch.')}, or keys or values pass float16's 65504; "
+                    "load the model in float32 or bfloat16, or set kv_bits=16"
+                )
         return self.errors
 
     def packed(self) -> list[tuple[str, nn.Module]]:
@@ -155,10 +166,13 @@ class LayerQuantizer:
         group = [linears[name] for name in names]
         rotation: OnlineRotation | None = getattr(group[0], "rotation", None)
         rotate = rotation.apply if rotation is not None else (lambda x: x)
-        act_group = act_group_size(recipe, names[0], self.layer.self_attn.head_dim)
+        in_features = group[0].in_features
+        act_group = act_group_size(recipe, names[0], self.layer.self_attn.head_dim, in_features)
         inputs = Streams([rotate(x) for x in inputs.full], [rotate(x) for x in inputs.quantized])
         clip = self._act_clip(inputs.quantized, act_group)
         weight = torch.cat([linear.weight.detach().float() for linear in group])
+        for name, linear in zip(names, group, strict=True):
+            check_weight(name, linear.weight, recipe.weight_bits)
         if recipe.weight_method == "rtn":
             fitted = fit_rtn(weight, recipe.weight_bits, recipe.group_size)
             error = None
@@ -171,9 +185,12 @@ class LayerQuantizer:
             options = GPTQOptions(
                 recipe.gptq_damp, recipe.gptq_block, recipe.gptq_act_order, recipe.gptq_refine
             )
-            fitted, error = fit_gptq(
-                weight, moments.hessian, recipe.weight_bits, recipe.group_size, options, moments.cross
-            )
+            try:
+                fitted, error = fit_gptq(
+                    weight, moments.hessian, recipe.weight_bits, recipe.group_size, options, moments.cross
+                )
+            except W2A4Error as fault:
+                raise W2A4Error(f"{', '.join(names)}: {fault}") from fault
         start = 0
         for name, linear in zip(names, group, strict=True):
             part = fitted.rows(start, start + linear.out_features)
@@ -210,6 +227,24 @@ class LayerQuantizer:
             return float(((self._as_seen(sample, clip, act_group) - sample).square().sum(-1) / energy).mean())
 
         return min(ACT_CLIPS, key=error)
+
+
+def check_weight(name: str, weight: Tensor, bits: int) -> None:
+    """Raise W2A4Error for a weight that is not finite, or that float16 scales do not reach."""
+    weight = weight.detach()
+    most, least = torch.finfo(torch.float16).max * {2: 127, 4: 7, 8: 127}[bits], LEAST_SIZES[bits]
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    if not largest <= most:
+        raise W2A4Error(
+            f"{name}: a weight is {largest:g}, but {bits}-bit weights reach {most:g}; "
+            "the checkpoint is damaged, or has to be scaled down first"
+        )
+    size = float(weight.double().square().mean().sqrt()) if weight.numel() else 0.0
+    if 0 < size < least:
+        raise W2A4Error(
+            f"{name}: weights of {size:.2g} in the mean, but {bits}-bit ones begin at {least:g}: float16 "
+            "scales lose them; scale them up, and down what comes before or behind"
+        )
 
 
 def _weight_error(weight: Tensor, fitted) -> float:

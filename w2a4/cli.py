@@ -27,23 +27,34 @@ from .verify_command import verify
 class _Group(click.Group):
     """Turns errors a user can act on into one line."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for arg in args:
+            if not options.is_text(arg):
+                raise click.UsageError(
+                    f"{options.printable(arg)!r} is not UTF-8; type it anew, or rename the file", ctx
+                )
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)
-        except (W2A4Error, OSError, SafetensorError) as error:
-            # A full disk is an OSError, or a SafetensorError while tensors are written.
+        except (W2A4Error, OSError, SafetensorError, UnicodeError, RecursionError, MemoryError) as error:
+            # A full disk is an OSError, or a SafetensorError while tensors are written. The last three are of
+            # files that are no text, are nested without end, or say that they are larger than memory.
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # whoever read our output has left; click ends quietly
-            click.echo(f"error: {_one_line(error)}", err=True)
+            click.echo(f"error: {options.printable(_one_line(error))}", err=True)
             ctx.exit(1)
 
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, RecursionError):
+        return "a file that was read is nested too deeply; give one that a person could have written"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -268,13 +279,13 @@ def learn_rotation(
 )
 @click.option(
     "--seqlen",
-    type=click.IntRange(min=2),
+    type=options.count(2),
     default=2048,
     show_default=True,
     metavar="N",
     help="Tokens a window.",
 )
-@click.option("--windows", type=click.IntRange(min=1), metavar="N", help="At most so many; all if not given.")
+@click.option("--windows", type=options.count(1), metavar="N", help="At most so many; all if not given.")
 @options.dtype
 @options.device
 @options.json_file
@@ -319,7 +330,7 @@ def generate(
     """Continue a prompt."""
     from . import engine, evaluate
 
-    chosen = engine.Sampling(**sampling)
+    chosen = engine.Sampling(**sampling) if sampling else None
     loaded, tokenizer = _load(model, dtype, device)
     click.echo(prompt, nl=False)
     result = evaluate.generation_speed(
@@ -351,7 +362,7 @@ def chat(
     """Talk to a model; /exit or end of input ends the conversation."""
     from . import engine, evaluate
 
-    chosen = engine.Sampling(**sampling)
+    chosen = engine.Sampling(**sampling) if sampling else None
     loaded, tokenizer = _load(model, dtype, device)
     messages: list[dict[str, str]] = []
     for line in _lines():
@@ -390,7 +401,7 @@ main.add_command(verify)
 @click.option("--model", metavar="MODEL", help="Instead of SmolLM2-135M-Instruct.")
 @click.option(
     "--windows",
-    type=click.IntRange(min=1),
+    type=options.count(1),
     default=8,
     show_default=True,
     metavar="N",
@@ -398,7 +409,7 @@ main.add_command(verify)
 )
 @click.option(
     "--seqlen",
-    type=click.IntRange(min=2),
+    type=options.count(2),
     default=2048,
     show_default=True,
     metavar="N",
@@ -458,12 +469,18 @@ def _streamer(tokenizer: Any) -> Any:
 
 def _lines() -> Iterator[str]:
     """What the user says, until /exit or the end of input."""
+    if sys.stdin is None:  # closed
+        return
     terminal = sys.stdin.isatty()
     while True:
         try:
             line = input("> " if terminal else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            line = "\udc80"
+        if not options.is_text(line):
+            raise W2A4Error("the input is not UTF-8; convert it, e.g. with iconv")
         if line == "/exit":
             return
         if line:

@@ -32,6 +32,12 @@ _MAX_DEPTH = 20
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
 
+#: No number of a recipe is larger: products with a layer's or a step's number still fit 64 bits.
+LARGEST = 2**32 - 1
+
+#: Rounds of coordinate descent, of which the first few change nearly all that is to change.
+MOST_ROUNDS = 1000
+
 #: Group sizes `auto` tries, in this order; the first that divides `in_features` is taken.
 AUTO_GROUP_SIZES = (128, 64, 32)
 
@@ -270,6 +276,10 @@ class Recipe:
         }.items():
             if getattr(self, key) < least:
                 raise RecipeError(f"{key}={getattr(self, key)}: give a number >= {least}")
+        if self.gptq_refine > MOST_ROUNDS:
+            raise RecipeError(
+                f"gptq_refine={self.gptq_refine}: give at most {MOST_ROUNDS}, few change anything"
+            )
         if self.weight_bits == 16 and self.act_bits == 4:
             raise RecipeError(
                 "weight_bits=16 with act_bits=4: activations are quantised where weights are; "
@@ -311,7 +321,8 @@ class Recipe:
             data = parse_yaml(read_text(path, MAX_RECIPE))
         except FileNotFoundError:
             raise RecipeError(f"recipe file {str(path)!r} does not exist") from None
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            # A ValueError is of bytes that are not UTF-8, a date that is none, a number of too many digits.
             raise RecipeError(f"recipe file {str(path)!r} is not YAML: {error}") from None
         except (OSError, CheckpointError) as error:
             raise RecipeError(f"recipe file {str(path)!r} cannot be read: {error}") from None
@@ -384,7 +395,8 @@ def _from_dict(cls: type, data: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     if not isinstance(data, dict):
         raise RecipeError(f"{shown(data)} is no recipe: give a mapping of {', '.join(_keys(cls))}")
-    unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)}, key=str)
+    names = {f.name for f in dataclasses.fields(cls)}
+    unknown = [key for key in data if key not in names]
     if unknown:
         raise RecipeError(f"unknown recipe key {shown(unknown[0])}; known keys: {', '.join(_keys(cls))}")
     values = {}
@@ -401,6 +413,13 @@ def _check_fields(config: Any) -> None:
     """Every field against its annotation; an int given for a float is taken as one."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
+        if isinstance(value, int) and abs(value) > LARGEST:
+            shown = f"a number of {value.bit_length()} bits" if abs(value) >> 64 else str(value)
+            raise RecipeError(f"{name} is {shown}: give one from {-LARGEST} to {LARGEST}")
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise RecipeError(
+                f"{name}={value!r} is not text: it holds half a surrogate pair, which UTF-8 has not"
+            )
         if (
             (hint is float or float in typing.get_args(hint))
             and isinstance(value, int)

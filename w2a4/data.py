@@ -76,7 +76,7 @@ def read_text(source: str | Path) -> str:
         raise CalibrationError(
             f"text file {str(source)!r} ends in {path.suffix!r}; give {', '.join(READABLE)}"
         )
-    text = readers[path.suffix](path)
+    text = _checked(readers[path.suffix](path), str(source))
     if not text.strip():
         raise CalibrationError(f"text file {str(source)!r} is empty; give one with some text")
     return text
@@ -94,9 +94,21 @@ def load_text(source: TextSource, part: Part) -> str:
             return read_text(source)
         calibration, evaluation = builtin_text()
         return calibration if part == "calibration" else evaluation
-    text = SEPARATOR.join(source)
+    text = _checked(SEPARATOR.join(source), f"{len(source)} {part} documents")
     if not text.strip():
         raise CalibrationError(f"the {len(source)} {part} documents given are empty; give some text")
+    return text
+
+
+def _checked(text: str, name: str) -> str:
+    """The text itself, if it can be written as UTF-8: JSON may hold half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"the text of {name!r} holds half a surrogate pair, {text[error.start]!a}, which no tokenizer "
+            "reads; write it anew with errors='replace'"
+        ) from None
     return text
 
 
@@ -249,13 +261,13 @@ def _read_jsonl(path: Path) -> str:
             continue
         try:
             documents.append(json.loads(line)["text"])
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise CalibrationError(
                 f"{str(path)!r} line {number}: {line[:60]!r} is not a JSON object with a field 'text'"
             ) from None
         if not isinstance(documents[-1], str):
             raise CalibrationError(
-                f"{str(path)!r} line {number}: the field 'text' is {documents[-1]!r}, not a string"
+                f"{str(path)!r} line {number}: the field 'text' is {documents[-1]!r:.60}, not a string"
             )
     return SEPARATOR.join(documents)
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import constraints, ops
 from .errors import W2A4Error
 from .integrations.fused import fused_parts
-from .sequences import PackedSequences, PlainSequences, StaticSequences, sink_tokens_of
+from .sequences import PackedSequences, PlainSequences, StaticSequences, overflowing_layer, sink_tokens_of
 
 MAX_BATCH = 16
 
@@ -52,12 +52,14 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise W2A4Error(f"temperature={self.temperature}: give a number >= 0; 0 is greedy")
-        if self.top_k < 0:
-            raise W2A4Error(f"top_k={self.top_k}: give a number >= 0; 0 is all tokens")
-        if not 0 < self.top_p <= 1:
-            raise W2A4Error(f"top_p={self.top_p}: give a number in (0, 1]; 1 is all tokens")
+        if not (_is_number(self.temperature) and 0 <= self.temperature < float("inf")):
+            raise W2A4Error(f"temperature={self.temperature!r}: give a number >= 0; 0 is greedy")
+        if not (_is_integer(self.top_k) and self.top_k >= 0):
+            raise W2A4Error(f"top_k={self.top_k!r}: give an integer >= 0; 0 is all tokens")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise W2A4Error(f"top_p={self.top_p!r}: give a number in (0, 1]; 1 is all tokens")
+        if self.seed is not None and not (_is_integer(self.seed) and -(2**63) <= self.seed < 2**63):
+            raise W2A4Error(f"seed={self.seed!r}: give an integer from {-(2**63)} to {2**63 - 1}")
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
@@ -66,7 +68,9 @@ class Sampling:
         """Tokens int64 `[batch]` for logits `[batch, vocabulary]`."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float() / self.temperature
+        # Differences from the largest, which stays 0 at any temperature, so that nothing overflows.
+        logits = logits.float() - logits.amax(-1, keepdim=True)
+        logits = logits / min(max(self.temperature, 1e-30), 1e30)
         if 0 < self.top_k < logits.shape[-1]:
             logits, places = logits.topk(self.top_k)
             total = logits.logsumexp(-1, keepdim=True)
@@ -109,8 +113,10 @@ class Engine:
         """
         most = model.config.max_position_embeddings
         max_length = min(DEFAULT_LENGTH, most) if max_length is None else max_length
-        if not 1 < max_length <= most:
-            raise W2A4Error(f"max_length={max_length}: give a number from 2 to {most}, the model's positions")
+        if not (_is_integer(max_length) and 1 < max_length <= most):
+            raise W2A4Error(
+                f"max_length={max_length!r}: give a number from 2 to {most}, the model's positions"
+            )
         self.model, self.max_length, self.cuda_graphs = model, max_length, cuda_graphs
         self._kept: PackedSequences | StaticSequences | None = None
 
@@ -124,7 +130,8 @@ class Engine:
     ) -> list[Tensor]:
         """Continue prompts, 1 to 16 of them, of any lengths.
 
-        A prompt's greedy continuation does not depend on the others.
+        A prompt's greedy continuation does not depend on the others. Rules on the next token that the model's
+        generation config has are followed, see `constraints`.
 
         Args:
             prompts: token ids of each.
@@ -137,9 +144,11 @@ class Engine:
             the new tokens of each prompt, int64 `[n]` on the CPU, the stop token included.
 
         Raises:
-            W2A4Error: an empty prompt, an unknown token, or more tokens than the cache holds.
+            W2A4Error: an empty prompt, an unknown token, more tokens than the cache holds, a generation
+                config that asks for what is not followed, or logits that are not finite.
         """
         rows = self._checked(prompts, max_new_tokens)
+        constraints.check(self.model, sampling is not None)
         sampling = sampling or Sampling()
         stops = set(end_tokens(self.model) if stop_tokens is None else stop_tokens)
         with inference(self.model):
@@ -164,23 +173,31 @@ class Engine:
         self, rows: list[Tensor], count: int, sampling: Sampling, stops: set[int]
     ) -> Iterator[list[int | None]]:
         """Tokens of one step after another, None for a row that has ended."""
-        sequences = self.sequences(rows, count)
+        sequences, rules = self.sequences(rows, count), constraints.Constraints(self.model, rows, stops)
         generator = sampling.generator(self.model.device)
         # A GPU works on the next step while this one's tokens are looked at; that step may be in vain.
         ahead = self.model.device.type == "cuda"
 
+        def pick() -> Tensor:
+            tokens = sampling.pick(rules.apply(sequences.logits), generator)
+            rules.append(tokens)
+            return tokens
+
         def following(tokens: Tensor) -> Tensor:
             sequences.advance(tokens)
-            return sampling.pick(sequences.logits, generator)
+            if not ahead:  # a GPU would have to be waited for
+                _check_finite(sequences.logits, sequences)
+            return pick()
 
         running = [True] * len(rows)
-        tokens = sampling.pick(sequences.logits, generator)
+        _check_finite(sequences.logits, sequences)
+        tokens = pick()
         for number in itertools.count(1):
             coming = following(tokens) if ahead and number < count else None
             step = [token if on else None for token, on in zip(tokens.tolist(), running, strict=True)]
             yield step
             running = [on and token not in stops for token, on in zip(step, running, strict=True)]
-            if number == count or not any(running):
+            if number >= count or not any(running):
                 return
             tokens = following(tokens) if coming is None else coming
 
@@ -207,11 +224,11 @@ class Engine:
         return self._kept
 
     def _checked(self, prompts: Sequence[Sequence[int] | Tensor], max_new_tokens: int) -> list[Tensor]:
-        if max_new_tokens < 1:
-            raise W2A4Error(f"max_new_tokens={max_new_tokens}: give a number >= 1")
+        if not (_is_integer(max_new_tokens) and max_new_tokens >= 1):
+            raise W2A4Error(f"max_new_tokens={max_new_tokens!r}: give an integer >= 1")
         if not 1 <= len(prompts) <= MAX_BATCH:
             raise W2A4Error(f"{len(prompts)} prompts: give 1 to {MAX_BATCH} at a time")
-        rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
+        rows = [_ids(i, prompt) for i, prompt in enumerate(prompts)]
         vocabulary = self.model.config.vocab_size
         for i, row in enumerate(rows):
             if row.dim() != 1 or not len(row):
@@ -226,6 +243,36 @@ class Engine:
                     f"max_length={self.max_length} is too short: shorten one, or Engine(model, max_length=…)"
                 )
         return [row.to(self.model.device) for row in rows]
+
+
+def _ids(number: int, prompt: Sequence[int] | Tensor) -> Tensor:
+    """A prompt as int64."""
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise W2A4Error(
+            f"prompt {number} is {str(prompt)[:60]!r}; give the ids of one or more tokens"
+        ) from None
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise W2A4Error(f"prompt {number} holds numbers of {ids.dtype}; give token ids, which are integers")
+    return ids.long()
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_integer(value)
+
+
+def _check_finite(logits: Tensor, sequences: Any) -> None:
+    """Raise W2A4Error for logits that no token can be drawn from, and name a layer whose cache overflowed."""
+    if bool(logits.isnan().any()):
+        raise W2A4Error(
+            f"the logits hold NaN{overflowing_layer(sequences)}: activations overflow {logits.dtype}, "
+            "or the weights are damaged; load the model in float32 or bfloat16"
+        )
 
 
 @contextlib.contextmanager

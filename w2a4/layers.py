@@ -15,8 +15,9 @@ from . import gradients, ops
 from .config import resolve_group_size
 from .errors import CheckpointError, W2A4Error
 from .fitting.rtn import fit_rtn
-from .fitting.weight import QuantizedWeight, fp16_scale
+from .fitting.weight import QuantizedWeight
 from .packing import pack, packed_width, unpack
+from .quantizers import fp16_scale
 from .rotation.online import OnlineRotation
 
 #: What a backward pass through packed weights is told.

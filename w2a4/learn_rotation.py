@@ -241,8 +241,8 @@ class RotatedNetwork:
         self.settings = KVSettings(recipe.kv_bits, recipe.kv_clip, recipe.sink_tokens, r3)
         clip = CLIP if recipe.act_clip == "search" else recipe.act_clip
         self.act_clip = torch.tensor([clip], dtype=torch.float32, device=self.base.lm_head.weight.device)
-        head_dim = self.base.model.layers[0].self_attn.head_dim
-        self.o_group = act_group_size(recipe, "o_proj", head_dim)
+        attn = self.base.model.layers[0].self_attn
+        self.o_group = act_group_size(recipe, "o_proj", attn.head_dim, attn.o_proj.in_features)
 
     def loss(self, ids: Tensor, rotations: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the next token, float scalar, for ids int64 `[batch, tokens]`."""

@@ -32,6 +32,20 @@ def new_directory(_: click.Context, __: click.Parameter, path: Path) -> Path:
     return path if path.name not in ("", "..") else Path(os.path.realpath(path))
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: bytes that are not come as half a surrogate pair each."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def count(least: int) -> click.IntRange:
+    """A number of things that a tensor can hold."""
+    return click.IntRange(min=least, max=2**31 - 1)
+
+
 json_file = click.option(
     "--json",
     "json_file",
@@ -46,7 +60,7 @@ device = click.option(
 )
 new_tokens = click.option(
     "--max-new-tokens",
-    type=click.IntRange(min=1),
+    type=count(1),
     default=128,
     show_default=True,
     metavar="N",
@@ -80,9 +94,7 @@ calib = click.option(
 
 _EVALUATION = (
     click.option("--eval", "eval_text", metavar="FILE|builtin", help="Measure perplexity before and after."),
-    click.option(
-        "--eval-windows", type=click.IntRange(min=1), metavar="N", help="At most so many windows of 2048."
-    ),
+    click.option("--eval-windows", type=count(1), metavar="N", help="At most so many windows of 2048."),
 )
 
 
@@ -103,14 +115,14 @@ def recipe(default: str, note: str) -> Any:
 
 _SAMPLING = (
     click.option(
-        "--temperature", type=float, default=0.0, show_default=True, metavar="T",
+        "--temperature", type=float, show_default="0", metavar="T",
         help="Divides the logits before a token is drawn; 0 takes the most probable one.",
     ),
     click.option(
-        "--top-k", type=int, default=0, metavar="K", help="Draw from the K most probable tokens; 0 is all."
+        "--top-k", type=int, metavar="K", help="Draw from the K most probable tokens; 0 is all."
     ),
     click.option(
-        "--top-p", type=float, default=1.0, metavar="P",
+        "--top-p", type=float, metavar="P",
         help="Draw from the most probable tokens that make up P together.",
     ),
     click.option("--seed", type=int, metavar="N", help="Of the draws."),
@@ -118,12 +130,13 @@ _SAMPLING = (
 
 
 def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that reach the command as `sampling`, arguments of `engine.Sampling`."""
+    """Options that reach the command as `sampling`, arguments of `engine.Sampling`, those that are given."""
 
     @functools.wraps(command)
     def run(temperature: float, top_k: int, top_p: float, seed: int | None, **arguments: Any) -> Any:
-        chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        return command(sampling=chosen, **arguments)
+        values = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        given = {name: value for name, value in values.items() if value is not None}
+        return command(sampling=given, **arguments)
 
     for option in reversed(_SAMPLING):
         run = option(run)
@@ -148,7 +161,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 def _scalar(setting: str, text: str) -> Any:
     try:
         value = parse_yaml(text)
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, too many digits, too deep
         raise RecipeError(f"--set {setting!r}: {text!r} is not a YAML value") from None
     if isinstance(value, str):
         try:

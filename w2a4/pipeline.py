@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .calibrate import STAGES, LayerQuantizer, Streams
+from .calibrate import STAGES, LayerQuantizer, Streams, check_weight
 from .config import Recipe, RotationConfig, resolve_group_size
 from .data import TextSource, calibration_ids
 from .devices import peak_memory_mb
@@ -198,6 +198,7 @@ def quantize(
     for entry in (entry for layer in state.entries for entry in layer):
         report.add_layer(**entry)
     if recipe.head_bits == 8:
+        check_weight("lm_head", model.lm_head.weight, 8)
         model.lm_head = W8Linear.from_linear(model.lm_head)
     report.seconds = time.perf_counter() - started
     report.peak_memory_mb = peak_memory_mb(device or model.device)
@@ -213,6 +214,11 @@ def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
     check_language_model(model)
     if any(isinstance(module, _PackedModule) for module in model.modules()):
         raise W2A4Error("this model is quantised already; start from the original")
+    if getattr(model.lm_head, "bias", None) is not None:
+        raise W2A4Error(
+            "lm_head has a bias, which LlamaForCausalLM does not have when it is loaded again; "
+            "set lm_head.bias to None and add it to the logits yourself"
+        )
     before = getattr(model.config, "quantization_config", None)
     if isinstance(before, W2A4Config) and recipe.smooth not in (0, before.recipe["smooth"]):
         raise RotationError(
@@ -236,6 +242,7 @@ def _quantize_layers(
     full = [embed(batch).to(device) for batch in batches]
     dtype = full[0].dtype
     if recipe.embed_bits == 8:
+        check_weight("model.embed_tokens", embed.weight, 8)
         model.model.embed_tokens = embed = W8Embedding.from_embedding(embed)
     streams = Streams(full, [embed(batch).to(device) for batch in batches])
     positions = torch.arange(ids.shape[1], device=device)[None]
@@ -254,7 +261,10 @@ def _quantize_layers(
             continue
         quantizer = LayerQuantizer(layer.to(device), recipe, settings, cos_sin)
         inputs = streams.quantized
-        errors = quantizer.run(streams, bar.update)
+        try:
+            errors = quantizer.run(streams, bar.update)
+        except W2A4Error as error:
+            raise type(error)(f"model.layers.{index}: {error}") from error
         if refine is not None:
             refine(index, quantizer, inputs, streams)
         entries = [
@@ -276,7 +286,7 @@ def _relative_error(streams: Streams) -> float:
 
 
 def save(model: nn.Module, tokenizer: Any, out_dir: str | Path) -> None:
-    """Write a checkpoint with its tokenizer, whole or not at all.
+    """Write a checkpoint with its tokenizer (None is none), whole or not at all.
 
     Raises:
         CheckpointError: `out_dir` exists and is not empty.

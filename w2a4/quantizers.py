@@ -16,6 +16,9 @@ from .config import resolve_group_size
 #: 0.001 of the range a level is off by less than the rounding to int8 (1 / 254).
 _MARGIN = 1e-3
 
+#: Least number above 0 in float16.
+SMALLEST_SCALE = 2.0**-24
+
 
 def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
     """The value of `hard` with the gradient of `soft`, for `hard` a rounding of `soft` to nearest.
@@ -194,8 +197,8 @@ def lsq_fake_quant(w: Tensor, step: Tensor, group_size: int | str = 128) -> Tens
 
     Source: learned step size, S. Esser et al. (arXiv 1902.08153).
     """
-    info = torch.finfo(torch.float16)
-    scale = _half(step.clamp(info.smallest_normal, info.max))[..., None]
+    step = step.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
+    scale = straight_through(step, fp16_scale(step).to(step.dtype))[..., None]
     codes = (_groups(w, group_size) / scale).clamp(-8, 7)
     return (straight_through(codes, codes.round()) * scale).flatten(-2).to(w.dtype)
 
@@ -203,7 +206,7 @@ def lsq_fake_quant(w: Tensor, step: Tensor, group_size: int | str = 128) -> Tens
 @torch.no_grad()
 def lsq_to_codes(w: Tensor, step: Tensor, group_size: int | str = 128) -> tuple[Tensor, Tensor]:
     """The stored form: codes int8 `[out, in]` and scale float16 `[out, G]`. Args: as `lsq_fake_quant`."""
-    scale = _safe_half(step)
+    scale = fp16_scale(step)
     groups = _groups(w, group_size)
     return (groups / scale.to(groups.dtype)[..., None]).round().clamp(-8, 7).to(torch.int8).flatten(-2), scale
 
@@ -281,15 +284,21 @@ def _sorted_levels(groups: Tensor, beta: Tensor, gamma: Tensor, s1: Tensor, s2: 
 def _round_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
     """Levels `[..., 4]` as int8 `[..., 4]` and a float16 scale `[...]`."""
     levels = levels.detach()
-    scale = _safe_half(levels.abs().amax(-1) / 127)
+    scale = fp16_scale(levels.abs().amax(-1) / 127)
     ints = (levels / scale.to(levels.dtype)[..., None]).round().clamp(-127, 127)
     return ints.to(torch.int8), scale
 
 
-def _safe_half(scale: Tensor) -> Tensor:
-    """A scale in float16 that is safe to divide by."""
-    info = torch.finfo(torch.float16)
-    return scale.detach().clamp(info.smallest_normal, info.max).half()
+@torch.no_grad()
+def fp16_scale(scale: Tensor) -> Tensor:
+    """A scale in float16 that is safe to divide by: neither 0 nor infinite.
+
+    Below float16's normal numbers steps are even and each is a large part of the number. There it is rounded
+    up, so that what is divided by it keeps its range; at most a step is lost, never the whole.
+    """
+    scale = scale.detach().clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
+    normal = scale >= torch.finfo(torch.float16).smallest_normal
+    return torch.where(normal, scale, (scale / SMALLEST_SCALE).ceil() * SMALLEST_SCALE).half()
 
 
 def _logit(part: Tensor, whole: Tensor) -> Tensor:

@@ -230,8 +230,12 @@ def append_kv4(
         clip: see `quantize_kv4`.
         starts: int64 `[batch]`, instead of `start`, which is the most of them; or None.
     """
-    if starts is None:
-        starts = torch.full((len(x),), start)
+    most = codes.shape[2] - x.shape[2]
+    if not 0 <= start <= most:
+        raise RuntimeError(f"w2a4.append_kv4: start={start}, expected 0 to {most}")
+    starts = torch.full((len(x),), start) if starts is None else starts
+    if not all(0 <= first <= start for first in starts.tolist()):
+        raise RuntimeError(f"w2a4.append_kv4: starts={starts.tolist()}, expected 0 to start={start}")
     for b, first in enumerate(starts.tolist()):
         places = slice(first, first + x.shape[2])
         codes[b, :, places], params[b, :, places] = quantize_kv4(x[b], clip)

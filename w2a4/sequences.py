@@ -283,6 +283,17 @@ class PlainSequences:
         self.cache, self.logits = getattr(out, self.name), out.logits[:, -1]
 
 
+def overflowing_layer(sequences: Any) -> str:
+    """What to say of the first layer whose packed keys or values are beyond float16, if there is one."""
+    for index, layer in enumerate(getattr(sequences.cache, "layers", [])):
+        for name in ("keys", "values"):
+            side = getattr(layer, name, None)
+            params = getattr(side, "params", None)  # of a packed cache
+            if params is not None and not bool(params[:, :, : side.length].isfinite().all()):
+                return f" (model.layers.{index}: {name} beyond 65504 are more than the 4-bit cache holds)"
+    return ""
+
+
 def _kv_settings(model: Any) -> Any:
     """Those of a rotated or quantised LLaMA, None of other models."""
     layers = getattr(model.get_decoder(), "layers", None)

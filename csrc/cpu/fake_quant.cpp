@@ -194,14 +194,15 @@ W2A4_INLINE void fake_quant_backward(const FakeQuantParams& p, int64_t begin, in
 W2A4_DISPATCH(fake_quant_backward, FakeQuantParams)
 
 int64_t grain(int64_t size) {
-  return 1 + kGrain / size;
+  return 1 + kGrain / (size > 0 ? size : 1);
 }
 
 }  // namespace
 
+// A pointer to no weights at all is null, so what is written says which of the two is meant.
 void snap(const SnapParams& p) {
   parallel(p.groups, grain(p.group_size), p,
-           p.grad ? snap_backward_groups_dispatch : snap_groups_dispatch);
+           p.grad_soft ? snap_backward_groups_dispatch : snap_groups_dispatch);
 }
 
 void fake_quant_rows(const FakeQuantParams& p) {

@@ -175,7 +175,9 @@ W2A4_TARGET void one_token(const Task& task, int64_t begin, int64_t end) {
 }  // namespace
 
 void linear_w8(const LinearW8Params& p) {
-  const int64_t padded = (p.in_features + kLanes - 1) / kLanes * kLanes;
+  // Without inputs a row is one of zeros.
+  const int64_t in = std::max<int64_t>(1, p.in_features);
+  const int64_t padded = (in + kLanes - 1) / kLanes * kLanes;
   const auto x = aligned<float>((p.tokens + kMostTokens) * padded);
   for (int64_t t = 0; t < p.tokens; ++t) {
     load(p.x, p.dtype, t * p.in_features, p.in_features, x.get() + t * padded);
@@ -183,7 +185,7 @@ void linear_w8(const LinearW8Params& p) {
   }
   const Task task{&p, x.get(), padded};
   const int64_t tiles = (p.out_features + kOuts - 1) / kOuts;
-  const int64_t grain = 1 + kGrain / kOuts / (p.in_features * std::max<int64_t>(1, p.tokens));
+  const int64_t grain = 1 + kGrain / kOuts / (in * std::max<int64_t>(1, p.tokens));
 #ifdef W2A4_X86
   if (p.tokens == 1 && isa() != Isa::kBase) return parallel(tiles, grain, task, one_token);
 #endif

@@ -21,7 +21,8 @@ struct LinearW8Plan {
 };
 
 inline LinearW8Plan plan_linear_w8(const LinearW8Params& p, int processors, size_t most_shared) {
-  const int64_t span = (p.in_features + kW8Span - 1) / kW8Span * kW8Span;
+  // At least one, of zeros.
+  const int64_t span = std::max<int64_t>(1, (p.in_features + kW8Span - 1) / kW8Span) * kW8Span;
   const size_t bytes = span * sizeof(float);  // of a token's x
   if (bytes > most_shared)
     throw std::runtime_error("w2a4.linear_w8: x of " + std::to_string(p.in_features) +

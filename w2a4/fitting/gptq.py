@@ -14,6 +14,7 @@ codes are then polished by exact coordinate descent, and levels and scales by le
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,14 @@ from torch import Tensor
 
 from .. import ops
 from ..config import resolve_group_size
+from ..errors import W2A4Error
+from ..quantizers import fp16_scale
 from .lloyd import round_levels
 from .rtn import fit_grid
-from .weight import QuantizedWeight, fp16_scale
+from .weight import QuantizedWeight
+
+#: The least that is added to the diagonal of a Hessian whose mean is near 1, which is of float32.
+LEAST_RIDGE = 1e-8
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def fit_gptq(
         the weight, and its relative output error `tr(E H E^T) / tr(W* H W*^T)`.
 
     Raises:
-        ValueError: the Hessian is not finite.
+        W2A4Error: the Hessian is not finite.
     """
     options = options or GPTQOptions()
     group_size = resolve_group_size(weight.shape[1], group_size)
@@ -75,21 +81,42 @@ def fit_gptq(
 
 
 def _condition(weight: Tensor, hessian: Tensor, cross: Tensor | None, damp: float) -> tuple[Tensor, Tensor]:
-    """Damped Hessian and the weight to aim at."""
-    if not bool(torch.isfinite(hessian).all()):
-        raise ValueError(
-            "the calibration inputs hold NaN or Inf; check the model's weights and the calibration text"
+    """Damped Hessian, to a scale near 1 so that inputs of any size are alike, and the weight to aim at."""
+    mean = hessian.diagonal().mean()
+    if not bool(torch.isfinite(hessian).all() & mean.isfinite()):
+        raise W2A4Error(
+            "the calibration inputs hold NaN or Inf, or overflow when squared; check the model's weights and "
+            "the calibration text, and load a float16 model in float32 or bfloat16"
         )
-    ridge = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (
-        damp * hessian.diagonal().mean()
-    ).clamp_min(1e-8)
-    damped = hessian + ridge
+    if mean > 0:
+        scale = 2.0 ** -int(torch.frexp(mean.cpu()).exponent)  # rounds nothing
+        hessian, cross = hessian * scale, None if cross is None else cross * scale
+    damped, factor = _damped(hessian, damp)
     if cross is None:
         return damped, weight
     # The same ridge on both sides shrinks the correction, not the weight.
-    factor = torch.linalg.cholesky(damped.double())
     correction = torch.cholesky_solve((weight.double() @ (cross - hessian).double()).T, factor).T
     return damped, weight + correction.float()
+
+
+def _damped(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """The Hessian and a ridge, and its Cholesky factor, float64; as much more of a ridge as that needs."""
+    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    asked = ridge = (damp * hessian.diagonal().mean()).clamp_min(LEAST_RIDGE)
+    while True:
+        damped = hessian + eye * ridge
+        factor, failed = torch.linalg.cholesky_ex(damped.double())
+        # A pivot is at least the least eigenvalue, which is the ridge if the Hessian has none below 0.
+        if not int(failed) and float(factor.diagonal().square().min() / ridge) > 0.5:
+            break
+        ridge = 10 * ridge
+    if ridge > asked:
+        warnings.warn(
+            f"gptq_damp={damp:g} is too little for these calibration inputs, some of which depend on others; "
+            f"{float(ridge / asked):g} times as much was taken: give more calibration text, or a larger one",
+            stacklevel=4,
+        )
+    return damped, factor
 
 
 class _Grid:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .weight import fp16_scale
+from ..quantizers import fp16_scale
 
 #: Where the iterations start, in standard deviations: the optimum for a Gaussian.
 GAUSSIAN_LEVELS = (-1.510, -0.453, 0.453, 1.510)

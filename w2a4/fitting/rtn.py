@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..config import resolve_group_size
-from ..quantizers import nearest_codes
+from ..quantizers import fp16_scale, nearest_codes
 from .lloyd import fit_levels
-from .weight import QuantizedWeight, fp16_scale
+from .weight import QuantizedWeight
 
 #: Fractions of max|w| that the clip search of 4-bit weights tries.
 CLIP_RATIOS = tuple(1 - 0.025 * step for step in range(21))

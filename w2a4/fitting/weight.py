@@ -35,9 +35,3 @@ class QuantizedWeight:
         """Output rows start..stop-1."""
         levels = None if self.levels is None else self.levels[start:stop]
         return QuantizedWeight(self.codes[start:stop], self.scale[start:stop], levels, self.group_size)
-
-
-def fp16_scale(scale: Tensor) -> Tensor:
-    """Round a positive scale to float16, away from 0 and infinity, so that dividing by it is safe."""
-    info = torch.finfo(torch.float16)
-    return scale.float().clamp(info.smallest_normal, info.max).half()

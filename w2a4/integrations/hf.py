@@ -9,6 +9,7 @@ recipe, the report and the model card too.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config import Recipe
+from ..config import Recipe, resolve_group_size
 from ..errors import CheckpointError, RotationError
 from ..layers import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
 from ..report import Report
@@ -177,9 +178,19 @@ def check_language_model(model: nn.Module) -> None:
         )
 
 
-def act_group_size(recipe: Recipe, name: str, head_dim: int) -> int:
-    """Activations that share a scale at the input of linear `name` (`o_proj`, `down_proj`, …)."""
-    return head_dim if name == "o_proj" and recipe.o_proj_act == "head" else -1
+def act_group_size(recipe: Recipe, name: str, head_dim: int, in_features: int) -> int:
+    """Activations that share a scale at the input of linear `name` (`o_proj`, `down_proj`, …).
+
+    Kernels need groups of weights and of activations of which one divides the other. Where a head (of 80, 96,
+    100, …) is neither to the group of the weights, so many heads share a scale as make up whole groups.
+    """
+    if name != "o_proj" or recipe.o_proj_act != "head":
+        return -1
+    group = resolve_group_size(in_features, recipe.group_size)
+    if group % head_dim == 0 or head_dim % group == 0:
+        return head_dim
+    heads = math.lcm(group, head_dim)
+    return heads if in_features % heads == 0 else -1
 
 
 def decoder_linears(layer: nn.Module) -> dict[str, nn.Module]:
@@ -231,7 +242,7 @@ def _empty_linear(
         return old if rotation is None else RotatedLinear(*shape, rotation=rotation, dtype=dtype)
     return PACKED_LINEARS[recipe.weight_bits](
         *shape, recipe.group_size, act_bits=recipe.act_bits, rotation=rotation,
-        act_group_size=act_group_size(recipe, name, head_dim), dtype=dtype,
+        act_group_size=act_group_size(recipe, name, head_dim, old.in_features), dtype=dtype,
     )  # fmt: skip
 
 

@@ -374,7 +374,8 @@ def training_arguments(
         gradient_accumulation_steps=share // micro, max_grad_norm=training.max_grad_norm,
         bf16=on_gpu,
         use_cpu=not on_gpu, logging_steps=1, save_steps=max(1, training.steps // 10),
-        save_total_limit=2, seed=seed, report_to=[], disable_tqdm=not progress, remove_unused_columns=False,
+        save_total_limit=2, seed=seed % 2**32, report_to=[], disable_tqdm=not progress,
+        remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
     )  # fmt: skip
 
