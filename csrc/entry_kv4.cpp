@@ -181,7 +181,8 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
   check.that(p.kv_heads >= 1 && p.q_heads % p.kv_heads == 0, "q has ", p.q_heads,
              " heads and k_codes ", p.kv_heads, "; the second must divide the first");
   check.that(length >= 0, "length=", length, ", expected at least 0");
-  check.that(std::isfinite(scaling), "scaling=", scaling, ", expected a finite number");
+  check.that(std::isfinite(static_cast<float>(scaling)), "scaling=", scaling,
+             ", expected a finite float32 number");
   check_cache(check, k_codes, "k_codes", k_params, "k_params", p.batch, p.kv_heads, length,
               p.head_dim);
   check_cache(check, v_codes, "v_codes", v_params, "v_params", p.batch, p.kv_heads, length,

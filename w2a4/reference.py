@@ -25,6 +25,8 @@ def hadamard(x: Tensor, had_k: Tensor | None, block_size: int, transpose: bool =
     Returns:
         `[..., n]` in x's dtype, computed in float64.
     """
+    if x.numel() == 0:
+        return x.clone()
     k = 1 if had_k is None else had_k.shape[0]
     h = torch.ones(1, 1, dtype=torch.float64) if had_k is None else had_k.double().cpu()
     for _ in range((block_size // k).bit_length() - 1):
