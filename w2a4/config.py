@@ -414,8 +414,8 @@ def _check_fields(config: Any) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if isinstance(value, int) and abs(value) > LARGEST:
-            shown = f"a number of {value.bit_length()} bits" if abs(value) >> 64 else str(value)
-            raise RecipeError(f"{name} is {shown}: give one from {-LARGEST} to {LARGEST}")
+            told = f"a number of {value.bit_length()} bits" if abs(value) >> 64 else str(value)
+            raise RecipeError(f"{name} is {told}: give one from {-LARGEST} to {LARGEST}")
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise RecipeError(
                 f"{name}={value!r} is not text: it holds half a surrogate pair, which UTF-8 has not"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -161,9 +160,7 @@ def build(session: Session, site: Path) -> bool:
         for name in names:
             shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         for path in ROOT.iterdir():
-            if path.is_file() and re.fullmatch(
-                r"setup\.py|pyproject\.toml|.*\.md|LICENSE|MANIFEST\.in", path.name
-            ):
+            if path.is_file() and path.suffix in (".py", ".toml", ".md", ".in", ""):
                 shutil.copy(path, copied)
         return pip_install(session, "build", site, [copied], seconds=BUILD)
 
