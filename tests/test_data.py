@@ -5,11 +5,15 @@ import sys
 
 import pytest
 import torch
+from tiny_llama import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import w2a4
 from w2a4 import data
 from w2a4.errors import CalibrationError
+from w2a4.evaluate import perplexity
+from w2a4.training.run import train
 
 
 def tiny_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
@@ -230,3 +234,25 @@ def test_data_sets_need_a_package(monkeypatch):
     data._read_hub.cache_clear()
     with pytest.raises(CalibrationError, match="pip install datasets"):
         data.load_text("hub:a/b", "calibration")
+
+
+def test_tokens_that_only_the_tokenizer_knows_are_refused(tokenizer, tmp_path):
+    """One that was added to the tokenizer and not to the model's embeddings, wherever a text goes in."""
+    tokenizer.add_tokens(["<|new|>"])
+    text = ["the <|new|> fox " * 200]
+    new = tokenizer.convert_tokens_to_ids("<|new|>")
+    model = tiny_llama(
+        dtype=torch.float32, vocab_size=new, hidden_size=64, intermediate_size=128, head_dim=16
+    )
+    recipe = w2a4.Recipe.load("w4a4kv4").override(calib_samples=2, calib_seqlen=16)
+    training = recipe.override(**{"training.data": str(tmp_path / "text.txt"), "training.steps": 1})
+    (tmp_path / "text.txt").write_text(text[0])
+    learned = recipe.override(**{"rotation.r1": "learned", "rotation_learning.seqlen": 16})
+    for call in (
+        lambda: w2a4.quantize(model, tokenizer, recipe, text, progress=False),
+        lambda: perplexity(model, tokenizer, text, 16, progress=False),
+        lambda: train(model, tokenizer, training, tmp_path / "work", ["the fox " * 200], progress=False),
+        lambda: w2a4.quantize(model, tokenizer, learned, text, progress=False),
+    ):
+        with pytest.raises(CalibrationError, match=f"token {new}, and the model knows 0..{new - 1}"):
+            call()

@@ -216,10 +216,21 @@ def check_token_ids(ids: Tensor, vocab_size: int) -> Tensor:
             f"calibration has shape {tuple(ids.shape)} and dtype {ids.dtype}; "
             "give int64 token ids [samples, tokens]"
         )
-    if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
-        raise CalibrationError(
-            f"calibration holds token {int(ids.max())}; the model knows 0..{vocab_size - 1}"
-        )
+    return check_known(ids, vocab_size)
+
+
+def check_known(ids: Tensor, vocab_size: int) -> Tensor:
+    """The ids themselves.
+
+    Raises:
+        CalibrationError: the model has no embedding of one, as of what was added to its tokenizer only.
+    """
+    for token in (int(ids.max()), int(ids.min())) if ids.numel() else ():
+        if not 0 <= token < vocab_size:
+            raise CalibrationError(
+                f"the text holds token {token}, and the model knows 0..{vocab_size - 1}: give the tokenizer "
+                "that belongs to it, or resize the model's embeddings first"
+            )
     return ids
 
 
@@ -244,7 +255,7 @@ def calibration_ids(
     ids = calibration_windows(
         tokenizer, text, recipe.calib_samples, recipe.calib_seqlen, recipe.rotation.seed
     )
-    return ids, describe_text(calibration, text)
+    return check_known(ids, vocab_size), describe_text(calibration, text)
 
 
 def _read_utf8(path: Path) -> str:

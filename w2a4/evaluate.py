@@ -64,7 +64,7 @@ def perplexity(
     if windows is not None and windows < 1:
         raise CalibrationError(f"windows={windows}: give a number >= 1, or none for all")
     content = data.load_text(text, "evaluation")
-    ids = data.windows(tokenizer, content, seqlen)[:windows]
+    ids = data.check_known(data.windows(tokenizer, content, seqlen)[:windows], model.config.vocab_size)
     start = time.perf_counter()
     total = 0.0
     with inference(model):

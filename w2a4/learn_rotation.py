@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .config import Recipe, resolve_group_size
-from .data import TextSource, calibration_ids, check_token_ids, describe_text, load_text, windows
+from .data import TextSource, calibration_ids, check_known, check_token_ids, describe_text, load_text, windows
 from .devices import peak_memory_mb
 from .errors import CalibrationError, RotationError
 from .files import try_file, write_atomically, write_json
@@ -193,7 +193,8 @@ def _windows(
         described = f"{ids.shape[0]} x {ids.shape[1]} tokens"
     else:
         text = load_text(calibration, "calibration")
-        ids, described = windows(tokenizer, text, options.seqlen), describe_text(calibration, text)
+        ids = check_known(windows(tokenizer, text, options.seqlen), size)
+        described = describe_text(calibration, text)
     if len(ids) < options.batch_size or ids.shape[1] < 2:
         raise CalibrationError(
             f"the text fills {len(ids)} windows of {ids.shape[1]} tokens, and a step needs "

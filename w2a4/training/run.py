@@ -180,7 +180,7 @@ def _text(model, teacher, tokenizer, recipe: Recipe, work: Path, calibration, pr
     training = recipe.training
     own = training.data == "self"
     text = data.load_text(calibration if own else training.data, "calibration")
-    stream, _ = data.token_stream(tokenizer, text)
+    stream = data.check_known(data.token_stream(tokenizer, text)[0], model.config.vocab_size)
     _claim(work, recipe, stream, model)
     if not own:
         return text
