@@ -28,7 +28,7 @@ def whole(model, ids, **options):
         return model(ids, use_cache=False, **options).logits
 
 
-def close(got, want):
+def check_close(got, want):
     torch.testing.assert_close(got, want, rtol=0, atol=4e-6 * float(want.abs().max()))
 
 
@@ -52,7 +52,7 @@ def test_a_loop_of_ones_own_fills_the_cache_it_gives(make, recipe):
             make(model)
         return
     cache = make(model)
-    close(by_steps(model, ids, cache), whole(model, ids))
+    check_close(by_steps(model, ids, cache), whole(model, ids))
     assert int(cache.get_seq_length()) == 14
     if recipe.get("kv_bits") != 16:
         assert isinstance(cache, w2a4.KV4Cache)
@@ -62,7 +62,7 @@ def test_a_cache_given_by_place():
     model, ids, cache = packed_model(), prompt(1, 9), DynamicCache()
     with torch.no_grad():
         model(ids[:, :5], None, None, cache)
-        close(model(ids[:, 5:], None, None, cache).logits, whole(model, ids)[:, 5:])
+        check_close(model(ids[:, 5:], None, None, cache).logits, whole(model, ids)[:, 5:])
     assert cache.get_seq_length() == 9
 
 
@@ -74,7 +74,7 @@ def test_a_cache_that_was_filled_in_16_bits_goes_on(kind):
     with torch.no_grad():
         model.model(ids[:, :7], **{CACHE: cache})
     assert type(cache) is kind
-    close(by_steps(model, ids, cache, 1, start=7), whole(model, ids)[:, 7:])
+    check_close(by_steps(model, ids, cache, 1, start=7), whole(model, ids)[:, 7:])
     assert int(cache.get_seq_length()) == 12
 
 
@@ -107,7 +107,7 @@ def test_a_cropped_cache_goes_on():
     with torch.no_grad():
         model(ids, **{CACHE: cache})
         cache.crop(-5)
-        close(model(ids[:, 7:], **{CACHE: cache}).logits, whole(model, ids)[:, 7:])
+        check_close(model(ids[:, 7:], **{CACHE: cache}).logits, whole(model, ids)[:, 7:])
 
 
 @pytest.mark.parametrize("recipe", [{}, {"sink_tokens": 3}], ids=str)

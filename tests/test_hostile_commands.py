@@ -19,7 +19,7 @@ COMMAND = [sys.executable, "-c", "from w2a4_command import main; main()"]
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def refused(*arguments, input=None) -> str:
+def check_refused(*arguments, input=None) -> str:
     done = CliRunner().invoke(main, [str(argument) for argument in arguments], input=input)
     assert isinstance(done.exception, SystemExit) and done.exit_code in (1, 2), done.exception
     last = done.stderr.strip().splitlines()[-1]
@@ -37,7 +37,7 @@ def refused(*arguments, input=None) -> str:
 )
 def test_arguments_that_are_not_utf8(arguments, quantized):  # noqa: F811
     given = [quantized[0] if part == "DIR" else part for part in arguments]
-    assert "is not UTF-8" in refused(*given)
+    assert "is not UTF-8" in check_refused(*given)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_arguments_that_are_not_utf8(arguments, quantized):  # noqa: F811
      ("max-new-tokens", 2**31), ("max-new-tokens", "nan"), ("max-new-tokens", 2**20), ("seed", "9" * 5000)],
 )  # fmt: skip
 def test_numbers_of_generate(name, value, quantized):  # noqa: F811
-    assert name.replace("-", "_") in refused(
+    assert name.replace("-", "_") in check_refused(
         "generate", quantized[0], "--prompt", "a", f"--{name}", value
     ).replace("-", "_")
 
@@ -64,7 +64,7 @@ def test_a_tiny_temperature_is_greedy(quantized):  # noqa: F811
 
 @pytest.mark.parametrize("data", [b"\xff\n", b"fine\n\xc3(\n"])
 def test_chat_with_bytes_that_are_not_utf8(data, quantized):  # noqa: F811
-    assert "the input is not UTF-8" in refused("chat", quantized[0], "--max-new-tokens", 1, input=data)
+    assert "the input is not UTF-8" in check_refused("chat", quantized[0], "--max-new-tokens", 1, input=data)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_chat_with_bytes_that_are_not_utf8(data, quantized):  # noqa: F811
      "name=[[[" + "[" * 3000, "calib_samples=" + "9" * 400, "gptq_damp=" + "9" * 400, "kv_clip=.nan"],
 )  # fmt: skip
 def test_settings(setting, plain, tmp_path):  # noqa: F811
-    assert len(refused("quantize", plain, "--out", tmp_path / "out", *SMALL, "--set", setting)) < 20000
+    assert len(check_refused("quantize", plain, "--out", tmp_path / "out", *SMALL, "--set", setting)) < 20000
     assert not (tmp_path / "out").exists()
 
 
@@ -103,7 +103,7 @@ def test_seeds_below_0_still_serve():
 )
 def test_texts(name, content, quantized, tmp_path):  # noqa: F811
     (tmp_path / name).write_bytes(content)
-    refused("eval", quantized[0], "--text", tmp_path / name, "--seqlen", 4)
+    check_refused("eval", quantized[0], "--text", tmp_path / name, "--seqlen", 4)
 
 
 @pytest.mark.parametrize("after", [0.05, 0.6, 2.0])

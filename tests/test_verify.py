@@ -36,7 +36,7 @@ def change_config(directory, change):
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def refused(directory, match):
+def check_refused(directory, match):
     """By `verify`, by `load_model` and by transformers."""
     for read in (w2a4.verify, w2a4.load_model, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(CheckpointError, match=match):
@@ -96,9 +96,9 @@ def test_digests_that_are_damaged_or_of_other_tensors(checkpoint):
     file = checkpoint / "model.safetensors"
     about, tensors = metadata(file), load_file(file)
     save_file(tensors, file, about | {DIGESTS: "[["})
-    refused(checkpoint, "metadata w2a4.sha256 is damaged")
+    check_refused(checkpoint, "metadata w2a4.sha256 is damaged")
     save_file(tensors, file, about | {DIGESTS: "{}", CONFIG: "{}"})
-    refused(checkpoint, "was put in after")
+    check_refused(checkpoint, "was put in after")
 
 
 def quantization(*path, **values):
@@ -152,7 +152,7 @@ def test_a_config_that_contradicts_tensors_or_itself(tmp_path, change, match, di
 )
 def test_a_config_that_was_changed_since(checkpoint, change, match):
     change_config(checkpoint, change)
-    refused(checkpoint, match)
+    check_refused(checkpoint, match)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_values_that_cannot_be(tmp_path, name, change, match):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[name] = change(tensors[name])
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    refused(tmp_path, match)
+    check_refused(tmp_path, match)
 
 
 @pytest.mark.parametrize("size", [{"num_hidden_layers": 10**9}, {"hidden_size": 10**12}, {"head_dim": -1}])
