@@ -155,14 +155,18 @@ def install(session: Session, carried: Carried, gpu: GPU | None) -> Path:
 def build(session: Session, site: Path) -> bool:
     """The package from a copy of the sources, which may be read-only where they are."""
     with tempfile.TemporaryDirectory(prefix="w2a4-build-") as folder:
-        copied = Path(folder) / "w2a4"
-        names = ("csrc", "w2a4", "kernels", "build_backend")
-        for name in names:
-            shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        for path in ROOT.iterdir():
-            if path.is_file() and path.suffix in (".py", ".toml", ".md", ".in", ""):
-                shutil.copy(path, copied)
-        return pip_install(session, "build", site, [copied], seconds=BUILD)
+        return pip_install(session, "build", site, [copy_sources(Path(folder))], seconds=BUILD)
+
+
+def copy_sources(folder: Path) -> Path:
+    """What the package is built of, without outputs of earlier builds, which setuptools would pack too."""
+    copied = folder / "w2a4"
+    for name in ("csrc", "w2a4", "kernels", "build_backend"):
+        shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file() and path.suffix in (".py", ".toml", ".md", ".in", ""):
+            shutil.copy(path, copied)
+    return copied
 
 
 def pip_install(session: Session, name: str, site: Path, what: list[Path], seconds: int = INSTALL) -> bool:

@@ -21,7 +21,7 @@ import click
 from benchmarks import mma_rate
 from benchmarks.files import ROOT, commit, now, write_json
 from benchmarks.gpu import payload
-from benchmarks.gpu.install import MANIFEST
+from benchmarks.gpu.install import MANIFEST, copy_sources
 
 #: Bytes of one call, the tree among them, and what is kept free of them.
 CALL, SPARE = 64 << 20, 2 << 20
@@ -155,7 +155,8 @@ def build_wheel(out: Path, archs: list[int]) -> str:
     click.echo(f"building the wheel with CUDA kernels for {names} (minutes)")
     environment = os.environ | {"W2A4_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": names}
     with tempfile.TemporaryDirectory() as folder:
-        pip("wheel", ".", "--no-deps", "-w", folder, environment=environment)
+        sources = copy_sources(Path(folder) / "sources")
+        pip("wheel", str(sources), "--no-deps", "-w", folder, environment=environment)
         (wheel,) = Path(folder).glob("*.whl")
         shutil.copy(wheel, out)
     if "abi3" not in wheel.name:
