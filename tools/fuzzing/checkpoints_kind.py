@@ -73,9 +73,12 @@ def _cut(draw: RandomDraw, folder: Path) -> str:
 
 
 def _tensors(draw: RandomDraw, folder: Path) -> str:
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        written = file.metadata()  # the digests of the original stay: they are what should tell
     tensors = load_file(path)
     name = draw.pick(sorted(tensors))
     alike = [n for n, t in tensors.items() if n != name and t.shape == tensors[name].shape
@@ -98,7 +101,7 @@ def _tensors(draw: RandomDraw, folder: Path) -> str:
     else:
         kind = "drop"
         del tensors[name]
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata=written)
     return f"{name}: {kind}"
 
 
