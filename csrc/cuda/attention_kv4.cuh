@@ -372,6 +372,7 @@ constexpr int kResidentBlocks = kSplit && kTiles <= 2 && kBlocks <= 4 ? 4 : 2;
 template <int kTiles, int kBlocks, bool kSplit>
 __global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kTiles, kBlocks, kSplit>)
     attention_kv4_kernel(const __grid_constant__ AttentionArgs args) {
+  wait_for_previous_kernel();
   Attention<kTiles, kBlocks, kSplit> attention(args);
   if constexpr (kSplit)
     attention.run_one();
@@ -382,6 +383,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kTiles, kBl
 // Merges the chunks of a row, 32 elements a block: a warp takes a group of chunks at a time.
 __global__ void __launch_bounds__(kAttentionThreads)
     merge_kv4_kernel(const __grid_constant__ AttentionArgs args) {
+  wait_for_previous_kernel();
   const AttentionKV4Params& p = args.p;
   auto* parts = reinterpret_cast<Part*>(shared_memory());  // [8, 32]
   const AttentionTask task = task_of_block(args, 1);

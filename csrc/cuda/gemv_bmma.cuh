@@ -280,6 +280,7 @@ struct Bmma {
 template <int kTokens>
 __global__ void __launch_bounds__(kThreads, 2)
     gemv_bmma_kernel(const __grid_constant__ LinearA4Params p) {
+  wait_for_previous_kernel();
   Bmma<kTokens>(p).run();
 }
 

@@ -341,6 +341,7 @@ struct Imma {
 template <int kBits, int kSubs>
 __global__ void __launch_bounds__(kThreads, kSubs == 1 ? 2 : 1)
     gemv_imma_kernel(const __grid_constant__ LinearA4Params p) {
+  wait_for_previous_kernel();
   Imma<kBits, kSubs>(p).run();
 }
 

@@ -215,6 +215,7 @@ struct HadamardArgs {
 template <class T, Mix kMix>
 __global__ void __launch_bounds__(kTransformWarps * 32)
     hadamard_kernel(const __grid_constant__ HadamardArgs args) {
+  wait_for_previous_kernel();
   const Transform& t = args.t;
   unsigned char* signs = shared_memory();
   unsigned char* work = signs + t.table_bytes;

@@ -110,6 +110,7 @@ W2A4_DEVICE uint32_t row_of_warp() {
 template <class T, int kRounds>
 __global__ void __launch_bounds__(kHeadWarps * 32)
     quantize_kv4_kernel(const __grid_constant__ QuantizeKV4Args args) {
+  wait_for_previous_kernel();
   const QuantizeKV4Params& p = args.p;
   const uint32_t row = row_of_warp();
   if (row >= args.rows) return;
@@ -215,6 +216,7 @@ W2A4_DEVICE void mix(const RopeAppendKV4Args& args, float* mine, Head<kRounds>& 
 template <class T, int kRounds>
 __global__ void __launch_bounds__(kHeadWarps * 32)
     rope_append_kv4_kernel(const __grid_constant__ RopeAppendKV4Args args) {
+  wait_for_previous_kernel();
   const RopeAppendKV4Params& p = args.p;
   const uint32_t row = row_of_warp();
   if (row >= args.rows) return;

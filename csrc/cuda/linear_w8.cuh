@@ -65,6 +65,7 @@ W2A4_DEVICE void stage_x(const LinearW8Args& args, int64_t first, float* x) {
 template <class T, int kTokens, bool kVector>
 __global__ void __launch_bounds__(kW8Warps * 32)
     linear_w8_kernel(const __grid_constant__ LinearW8Args args) {
+  wait_for_previous_kernel();
   const LinearW8Params& p = args.p;
   float* x = reinterpret_cast<float*>(shared_memory());
   const int64_t first_token = int64_t{kTokens} * blockIdx.y;

@@ -101,6 +101,17 @@ W2A4_DEVICE uint32_t warp_max(uint32_t value W2A4_SITE) {
 #endif
 }
 
+// Kernels of one stream overlap: a kernel may start before the one it follows has ended (runtime.h,
+// launch). It waits here until that one, and with it all before it, has ended and its writes can
+// be seen; only weights, which nothing writes while a model runs, may be read before. All threads
+// of every kernel call this, before anything that they write.
+W2A4_DEVICE void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // *p = max(*p, value), also when other lanes do so at once.
 W2A4_DEVICE void atomic_max(uint32_t* p, uint32_t value) {
 #ifdef __CUDACC__
@@ -165,24 +176,25 @@ W2A4_DEVICE void cp_async_wait(W2A4_SITE_ONLY) {
 #endif
 }
 
-// Reads through the read-only path; what lies there does not change while the kernel runs.
+// Reads what does not change while the kernel runs. Not through __ldg: the compiler may move that
+// above wait_for_previous_kernel.
 W2A4_DEVICE uint32_t load_u32(const void* p) {
 #ifdef __CUDACC__
-  return __ldg(static_cast<const uint32_t*>(p));
+  return *static_cast<const uint32_t*>(p);
 #else
   return simt::load_constant<uint32_t>(p);
 #endif
 }
 W2A4_DEVICE uint16_t load_u16(const void* p) {
 #ifdef __CUDACC__
-  return __ldg(static_cast<const uint16_t*>(p));
+  return *static_cast<const uint16_t*>(p);
 #else
   return simt::load_constant<uint16_t>(p);
 #endif
 }
 W2A4_DEVICE U32x4 load_u32x4(const void* p) {
 #ifdef __CUDACC__
-  const uint4 v = __ldg(static_cast<const uint4*>(p));
+  const uint4 v = *static_cast<const uint4*>(p);
   return {v.x, v.y, v.z, v.w};
 #else
   return simt::load_constant<U32x4>(p);
@@ -198,7 +210,7 @@ W2A4_DEVICE int fence_loads(int x) {
 
 W2A4_DEVICE U32x2 load_u32x2(const void* p) {  // as load_u32x4
 #ifdef __CUDACC__
-  const uint2 v = __ldg(static_cast<const uint2*>(p));
+  const uint2 v = *static_cast<const uint2*>(p);
   return {v.x, v.y};
 #else
   return simt::load_constant<U32x2>(p);

@@ -147,6 +147,7 @@ W2A4_DEVICE Task task_of_step(const Transform& t, int step) {
 template <class T, bool kSilu, Mix kMix>
 __global__ void __launch_bounds__(kTransformWarps * 32)
     hadamard_quantize_kernel(const __grid_constant__ QuantizeArgs args) {
+  wait_for_previous_kernel();
   const Transform& t = args.t;
   const QuantizeA4Params& p = args.p;
   unsigned char* signs = shared_memory();
@@ -344,6 +345,7 @@ W2A4_DEVICE void write_run_codes(const QuantizeArgs& args, const Groups& groups,
 template <class T>
 __global__ void __launch_bounds__(kQuantizeWarps * 32)
     quantize_kernel(const __grid_constant__ QuantizeArgs args) {
+  wait_for_previous_kernel();
   const QuantizeA4Params& p = args.p;
   auto* sums = reinterpret_cast<float*>(shared_memory());
   const Groups groups = make_groups(shared_memory() + kQuantizeWarps * 4, p.group_size, p.features);

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -56,6 +57,14 @@ const Device& use_device(int index) {
   if (current != index) check(cudaSetDevice(index), "device change");
   std::call_once(known[index], [&] { devices[index] = query(index); });
   return devices[index];
+}
+
+bool kernels_overlap() {
+  static const bool overlap = [] {
+    const char* asked = std::getenv("W2A4_OVERLAP");
+    return !asked || std::string(asked) != "0";
+  }();
+  return overlap;
 }
 
 cudaStream_t current_stream(const Device& device) {

@@ -26,12 +26,16 @@ const Device& use_device(int index);
 // torch's current stream of a device. Every kernel runs there.
 cudaStream_t current_stream(const Device& device);
 
+// Whether a kernel may start before the one it follows has ended; W2A4_OVERLAP=0 forbids it.
+bool kernels_overlap();
+
 // Throws std::runtime_error if `status` is an error.
 void check(cudaError_t status, const char* what);
 
 #ifdef __CUDACC__
 // Runs kKernel(p) on the current stream of `device`, from use_device, with `shared` bytes of
-// dynamic shared memory.
+// dynamic shared memory. From Hopper on it may start while the kernel before it still runs, and
+// calls wait_for_previous_kernel.
 template <auto kKernel, class Params>
 void launch(const char* name, const Device& device, dim3 grid, unsigned threads, size_t shared,
             const Params& p) {
@@ -50,8 +54,17 @@ void launch(const char* name, const Device& device, dim3 grid, unsigned threads,
           name);
     asked.fetch_or(bit, std::memory_order_relaxed);
   }
-  kKernel<<<grid, threads, shared, current_stream(device)>>>(p);
-  check(cudaGetLastError(), name);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = current_stream(device);
+  config.attrs = &overlap;
+  config.numAttrs = device.arch >= 90 && kernels_overlap() ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kKernel, p), name);
 }
 #endif
 
