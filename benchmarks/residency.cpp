@@ -66,7 +66,7 @@ void linear_a4(std::istream& in) {
   in >> p.weight_bits >> p.tokens >> p.out_features >> p.in_features >> p.group_size;
   p.act_group = p.in_features, p.block = std::min(p.group_size, p.act_group);
   p.a_codes = p.weight = some<uint8_t>(), p.levels = p.weight_bits == 2 ? some<int8_t>() : nullptr;
-  const cuda::GemvPlan plan = cuda::plan_gemv(p, arch, most_shared, cuda::Gemv::kAuto);
+  const cuda::GemvPlan plan = cuda::plan_gemv(p, arch, processors, most_shared, cuda::Gemv::kAuto);
   const uint64_t blocks = uint64_t{plan.blocks_x} * plan.blocks_y * plan.blocks_z;
   cuda::with_gemv_kernel(p, plan, [&](auto kernel, const char*, size_t shared) {
     say(kernel, blocks, cuda::kThreads, shared, 0, gemv_stages(p, plan));

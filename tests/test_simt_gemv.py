@@ -48,7 +48,9 @@ def expected(case, dtype=torch.float32):
     return op(*args, case["scale"], case["bias"], case["group_size"], dtype)
 
 
-def simulate(case, gemv="auto", arch=90, seed=0, out_dtype="float32", shared=MOST_SHARED, module=None):
+def simulate(
+    case, gemv="auto", arch=90, seed=0, out_dtype="float32", shared=MOST_SHARED, module=None, processors=1
+):
     """Result and the name of the kernel that ran. Rows around the result must not be touched."""
     tokens, out = len(case["a_codes"]), len(case["weight"])
     kind = np.float32 if out_dtype == "float32" else np.uint16
@@ -59,7 +61,7 @@ def simulate(case, gemv="auto", arch=90, seed=0, out_dtype="float32", shared=MOS
     name = (module or load()).linear_a4(
         case["a_codes"].numpy(), case["a_scale"].numpy(), case["weight"].numpy(), optional["levels"],
         case["scale"].numpy().view(np.uint16), optional["bias"], y, case["in_features"],
-        case["group_size"], out_dtype, gemv, arch, shared, seed,
+        case["group_size"], out_dtype, gemv, arch, processors, shared, seed,
     )  # fmt: skip
     assert (memory[0] == poison).all() and (memory[-1] == poison).all()
     result = torch.from_numpy(y.copy())

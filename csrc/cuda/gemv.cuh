@@ -20,10 +20,9 @@ constexpr int kUnitsInChunk = 4;  // so a 2-bit row gives a warp 128 contiguous 
 
 // input >> input_shift is the group, for groups of a power of two; a whole row is group 0.
 W2A4_DEVICE int input_shift(const LinearA4Params& p) {
-  if (p.group_size >= p.in_features) return 31;
-  int shift = 0;
-  while ((int64_t{1} << shift) < p.group_size) ++shift;
-  return shift;
+  return p.group_size >= p.in_features
+             ? 31
+             : static_cast<int>(popc(static_cast<uint32_t>(p.group_size) - 1));
 }
 // unit >> unit_shift is the group, for groups of at least a unit.
 W2A4_DEVICE int unit_shift(const LinearA4Params& p) {
@@ -32,11 +31,12 @@ W2A4_DEVICE int unit_shift(const LinearA4Params& p) {
 }
 
 // Adds the warps' sums and writes the result: sums of warp w are floats [tokens, rows] at
-// shared + w * stride. kScale: the token's only activation scale is applied here.
+// shared + w * stride. kScale: the token's only activation scale is applied here. `thread` of
+// `threads` does its share.
 template <int kRows, int kTokens, bool kScale>
 W2A4_DEVICE void finish_rows(const LinearA4Params& p, const unsigned char* shared, int stride,
-                             int64_t first_row, int64_t first_token) {
-  for (int i = threadIdx.x; i < kRows * kTokens; i += kThreads) {
+                             int64_t first_row, int64_t first_token, int thread, int threads) {
+  for (int i = thread; i < kRows * kTokens; i += threads) {
     const int64_t row = first_row + i % kRows, token = first_token + i / kRows;
     if (row >= p.out_features || token >= p.tokens) continue;
     float sum = reinterpret_cast<const float*>(shared)[i];

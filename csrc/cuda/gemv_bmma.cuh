@@ -37,19 +37,23 @@ W2A4_DEVICE void activation_planes(const U32x4& x, uint32_t (&planes)[4]) {
 
 template <int kTokens>
 struct Bmma {
-  static constexpr int kRows = 16;
+  static constexpr int kRows = 16;       // of a tile
   static constexpr int kRowBytes = 128;  // of a stage, which is a chunk
-  static constexpr int kStages = 4;
+  static constexpr int kStages = 3;
   static constexpr int kSteps = 2;  // of 256 inputs, two units, in a stage
 
-  // Shared memory of a warp, from its start on.
-  static constexpr int kSlotBytes = kRows * kRowBytes;           // weights [kStages, kRows, 128]
-  static constexpr int kTable = kStages * kSlotBytes;            // a power of two
-  static constexpr int kTableBytes = kUnitsInChunk * kRows * 8;  // levels, and the scale as a float
-  static constexpr int kWarpBytes = kTable + 2 * kTableBytes;
-  // Then, of the block: bit-planes [chunks, kTokens, step, q, plane, 2], counts of set bits
-  // [chunks, kTokens, unit, plane], and zeros for the lanes whose columns are another unit's.
-  static constexpr int kPlanes = kWarps * kWarpBytes;
+  // A slot of the ring: weights [kRows, 128], then for each unit and row the four levels, and the
+  // two scales next to each other of which one is the unit's.
+  static constexpr int kLevels = kRows * kRowBytes;
+  static constexpr int kScales = kLevels + kUnitsInChunk * kRows * 4;
+  static constexpr int kSlotBytes = kScales + kUnitsInChunk * kRows * 4;
+  static constexpr int kLastSlot = (kStages - 1) * kSlotBytes;
+  // Shared memory of the block: a ring a warp; the warps' sums of a tile [2, kWarps, kTokens,
+  // kRows]; bit-planes [chunks, kTokens, step, q, plane, 2]; counts of set bits [chunks, kTokens,
+  // unit, plane]; and zeros for the lanes whose columns are another unit's.
+  static constexpr int kSums = kWarps * kStages * kSlotBytes;
+  static constexpr int kSumBytes = kTokens * kRows * 4;  // of a warp
+  static constexpr int kPlanes = kSums + 2 * kWarps * kSumBytes;
   static constexpr int kPlaneBytes = 256, kCountBytes = 64;  // of a chunk and token
 
   W2A4_HOST static size_t shared_bytes(int64_t in_features) {
@@ -59,25 +63,25 @@ struct Bmma {
   }
 
   const LinearA4Params& p;
-  unsigned char *shared, *planes, *counts;  // shared is this warp's
-  int64_t first_row, first_token;
+  unsigned char *ring, *planes, *counts;  // the ring is this warp's
+  int64_t first_token;
   int lane, g, q, warp;
-  uint32_t units, chunks;
+  uint32_t units, chunks, tiles;
+  uint32_t groups;  // of a row
   int group_shift;  // unit >> group_shift is its group
-  // What this lane loads next: 64 bytes apart, of rows lane / 4 and lane / 4 + 8; weights_left
-  // bytes of the row are still to come. And the entries of row lane % 16, units entry_unit and + 2.
+  // The stage that is loaded next: its tile, the unit whose levels and scales this lane loads, of
+  // rows lane / 4 and lane / 4 + 8, whose first groups are these, and the weights that it loads of
+  // them: 64 bytes apart; weights_left bytes of the row are still to come.
+  uint32_t next_tile, next_unit;
+  uint32_t first_group[2];
   const uint8_t* weights[2];
   int weights_left;
-  uint32_t first_group;
-  uint32_t entry_unit;
-  U32x2 entries[kUnitsInChunk / 2];
   float acc[kTokens];  // of row g + 8 * (q % 2), units of parity q / 2
 
   W2A4_DEVICE explicit Bmma(const LinearA4Params& p)
       : p(p),
-        shared(shared_memory() + threadIdx.x / 32 * kWarpBytes),
+        ring(shared_memory() + threadIdx.x / 32 * kStages * kSlotBytes),
         planes(shared_memory() + kPlanes),
-        first_row(int64_t{blockIdx.x} * kRows),
         first_token((int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * kTokens),
         lane(threadIdx.x % 32),
         g(lane / 4),
@@ -85,23 +89,11 @@ struct Bmma {
         warp(threadIdx.x / 32),
         units(static_cast<uint32_t>(p.in_features / kUnit)),
         chunks((units + kUnitsInChunk - 1) / kUnitsInChunk),
-        group_shift(unit_shift(p)),
-        entry_unit(warp * kUnitsInChunk + lane / kRows) {
+        tiles(static_cast<uint32_t>((p.out_features + kRows - 1) / kRows)),
+        group_shift(unit_shift(p)) {
+    groups = group_shift == 31 ? 1 : units >> group_shift;
     counts = planes + chunks * kTokens * kPlaneBytes;
-    const int row_bytes = static_cast<int>(p.in_features / 4);
-    const int first_byte = warp * kRowBytes + lane % 4 * 16;
-    W2A4_UNROLL
-    for (int i = 0; i < 2; ++i)
-      weights[i] = p.weight + clamp_row(first_row + lane / 4 + 8 * i) * row_bytes + first_byte;
-    weights_left = row_bytes - first_byte;
-    first_group =
-        static_cast<uint32_t>(clamp_row(first_row + lane % kRows) * (p.in_features / p.group_size));
-    W2A4_UNROLL
-    for (int t = 0; t < kTokens; ++t) acc[t] = 0.0f;
-  }
-
-  W2A4_DEVICE int64_t clamp_row(int64_t row) const {
-    return row < p.out_features ? row : p.out_features - 1;
+    start_tile(static_cast<uint32_t>(warp) < chunks ? blockIdx.x : tiles);
   }
 
   // Rows 128 bytes apart would meet in the same banks: odd rows swap their halves.
@@ -109,36 +101,50 @@ struct Bmma {
     return row * kRowBytes + (byte ^ (row & 1) * 64);
   }
 
-  // ---- loading: the warp's next chunk; past its last one nothing is read
+  // ---- loading: this warp's chunks of the block's tiles, one after another, as if they were one
+  // row, so that a tile's first weights are on their way before the one before it is done
+
+  W2A4_DEVICE void start_tile(uint32_t tile) {
+    next_tile = tile;
+    next_unit = warp * kUnitsInChunk + lane % 4;
+    const int row_bytes = static_cast<int>(p.in_features / 4);
+    const int first_byte = warp * kRowBytes + lane % 4 * 16;
+    const uint32_t last_row = static_cast<uint32_t>(p.out_features - 1);
+    W2A4_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t wanted = tile * kRows + lane / 4 + 8 * i;
+      const uint32_t row = wanted < last_row ? wanted : last_row;
+      weights[i] = row_of(p.weight, row, row_bytes) + first_byte;
+      first_group[i] = row * groups;
+    }
+    weights_left = row_bytes - first_byte;
+  }
 
   W2A4_DEVICE void load_stage(unsigned char* slot) {
+    if (next_tile >= tiles) return;
     W2A4_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, byte = lane % 4 * 16 + i % 2 * 64;
       cp_async_16(slot + weight_offset(row, byte), weights[i / 2] + i % 2 * 64,
                   weights_left > i % 2 * 64 ? 16 : 0);
     }
+    const bool there = next_unit < units;
+    W2A4_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t group = first_group[i] + (there ? next_unit >> group_shift : 0);
+      const int at = (lane % 4 * kRows + lane / 4 + 8 * i) * 4;
+      cp_async_4(slot + kLevels + at, row_of(levels(), group, 4), there ? 4 : 0);
+      cp_async_4(slot + kScales + at, row_of(scales(), group / 2, 4), there ? 4 : 0);
+    }
     W2A4_UNROLL
     for (int i = 0; i < 2; ++i) weights[i] += kWarps * kRowBytes;
     weights_left -= kWarps * kRowBytes;
+    next_unit += kWarps * kUnitsInChunk;
+    if (next_unit - lane % 4 >= units) start_tile(next_tile + gridDim.x);
   }
 
-  W2A4_DEVICE void load_entries() {
-    W2A4_UNROLL
-    for (int e = 0; e < kUnitsInChunk / 2; ++e) {
-      const uint32_t unit = entry_unit + 2 * e, group = first_group + (unit >> group_shift);
-      entries[e].x = unit < units ? load_u32(p.levels + 4 * size_t{group}) : 0;
-      entries[e].y = unit < units ? load_u16(p.scale + group) : 0;
-    }
-    entry_unit += kWarps * kUnitsInChunk;
-  }
-
-  W2A4_DEVICE void store_entries(unsigned char* table) {
-    W2A4_UNROLL
-    for (int e = 0; e < kUnitsInChunk / 2; ++e)
-      store_u32x2(table + (e * 32 + lane) * 8,
-                  {entries[e].x, as_bits(float_from_half(static_cast<uint16_t>(entries[e].y)))});
-  }
+  W2A4_DEVICE const uint8_t* levels() const { return reinterpret_cast<const uint8_t*>(p.levels); }
+  W2A4_DEVICE const uint8_t* scales() const { return reinterpret_cast<const uint8_t*>(p.scale); }
 
   // Bit-planes of this warp's chunks, and how many bits are set in each unit of them. Four lanes in
   // a row take the four words of a unit.
@@ -190,10 +196,10 @@ struct Bmma {
     return first * weight0 + second * weight1;
   }
 
-  // `bits` and `any` are this lane's planes and counts of the chunk, `slot` and `table` the
-  // stage's.
-  W2A4_DEVICE void compute_step(const unsigned char* slot, const unsigned char* table,
-                                const unsigned char* bits, const unsigned char* any, int step) {
+  // `bits` and `any` are this lane's planes and counts of the chunk that starts at `first_unit`,
+  // `slot` is the stage's.
+  W2A4_DEVICE void compute_step(const unsigned char* slot, const unsigned char* bits,
+                                const unsigned char* any, uint32_t first_unit, int step) {
     uint32_t low[4], high[4], both[4];
     W2A4_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -205,9 +211,13 @@ struct Bmma {
     W2A4_UNROLL
     for (int i = 0; i < 4; ++i) both[i] = low[i] & high[i];
 
-    const unsigned char* entry = table + ((step * 2 + q / 2) * kRows + g) * 8;
-    const U32x2 entry0 = read_u32x2(entry), entry1 = read_u32x2(entry + 8 * 8);
-    const float scale = as_float(q & 1 ? entry1.y : entry0.y);
+    // Of the two scales, that of this unit's group, which may be odd because its row's first is.
+    const int unit = step * 2 + q / 2, entry = (unit * kRows + g) * 4;
+    const uint32_t levels0 = read_u32(slot + kLevels + entry),
+                   levels1 = read_u32(slot + kLevels + entry + 8 * 4),
+                   pair = read_u32(slot + kScales + entry + (q & 1) * 8 * 4),
+                   odd = ((first_unit + unit) >> group_shift ^ (g & groups)) & 1;
+    const float scale = float_from_half(static_cast<uint16_t>(pair >> 16 * odd));
     const int32_t weight0 = q & 1 ? 4 : 1, weight1 = q & 1 ? -8 : 2;
     const int32_t zero[4] = {0, 0, 0, 0};
     W2A4_UNROLL
@@ -219,8 +229,8 @@ struct Bmma {
       mma_b1_16x8x256(n_high, high, b, zero);
       mma_b1_16x8x256(n_both, both, b, zero);
       const U32x2 all = read_u32x2(any + t * kCountBytes + step * 32);
-      const int32_t sum0 = sum_planes(n_low, n_high, n_both, all, entry0.x, 0, weight0, weight1);
-      const int32_t sum1 = sum_planes(n_low, n_high, n_both, all, entry1.x, 1, weight0, weight1);
+      const int32_t sum0 = sum_planes(n_low, n_high, n_both, all, levels0, 0, weight0, weight1);
+      const int32_t sum1 = sum_planes(n_low, n_high, n_both, all, levels1, 1, weight0, weight1);
       // The even lane of a pair keeps row g, the odd one row g + 8.
       const int32_t keep = q & 1 ? sum1 : sum0, give = q & 1 ? sum0 : sum1;
       const int32_t got = static_cast<int32_t>(shfl_xor(static_cast<uint32_t>(give), 1));
@@ -229,58 +239,69 @@ struct Bmma {
   }
 
   W2A4_DEVICE void run() {
-    const int stages = (static_cast<int>(chunks) - warp + kWarps - 1) / kWarps;
+    const int stages = (static_cast<int>(chunks) - warp + kWarps - 1) / kWarps;  // of a tile
     // A ring of kStages slots: while one is computed, the others are on their way.
     W2A4_UNROLL
     for (int i = 0; i < kStages - 1; ++i) {
-      load_stage(shared + i * kSlotBytes);
+      load_stage(ring + i * kSlotBytes);
       cp_async_commit();
     }
-    load_entries();
+    wait_for_previous_kernel();  // all so far were weights
     unsigned char* zeros = counts + chunks * kTokens * kCountBytes;
     for (int i = threadIdx.x; i < kTokens * kPlaneBytes / 4; i += kThreads)
       reinterpret_cast<uint32_t*>(zeros)[i] = 0;
-    make_planes();  // while the first weights are on their way
+    make_planes();
     sync_block();
 
     // Columns 0..3 of B are the even unit, which lanes with q < 2 hold; 4..7 the odd one.
     const bool mine = g / 4 == q / 2;
-    const unsigned char* bits =
+    const unsigned char* first_bits =
         mine ? planes + warp * kTokens * kPlaneBytes + (q * 4 + g % 4) * 8 : zeros;
     const int bits_step = mine ? kWarps * kTokens * kPlaneBytes : 0;
-    const unsigned char* any = counts + warp * kTokens * kCountBytes + q / 2 * 16 + q % 2 * 8;
-    uint32_t slot = 0, table_slot = 0;
-    for (int i = stages; i > 0; --i) {
-      unsigned char* table = shared + kTable + table_slot;
-      cp_async_wait<kStages - 2>();
-      store_entries(table);
-      sync_warp();  // everyone's part of this stage is there, and the slot before it is free
-      load_entries();
-      load_stage(shared + ((slot + (kStages - 1) * kSlotBytes) & (kTable - 1)));
-      cp_async_commit();
+    const unsigned char* first_any = counts + warp * kTokens * kCountBytes + q / 2 * 16 + q % 2 * 8;
+    uint32_t slot = 0;
+    // The sums of two tiles in a row lie apart, so that one barrier a tile is enough: who comes to
+    // the next one has read those of the tile before.
+    unsigned char* sums = shared_memory() + kSums;
+    int writer = 0, other_sums = kWarps * kSumBytes;
+    W2A4_NO_UNROLL
+    for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       W2A4_UNROLL
-      for (int step = 0; step < kSteps; ++step) compute_step(shared + slot, table, bits, any, step);
-      slot = (slot + kSlotBytes) & (kTable - 1);
-      table_slot ^= kTableBytes;
-      bits += bits_step;
-      any += kWarps * kTokens * kCountBytes;
+      for (int t = 0; t < kTokens; ++t) acc[t] = 0.0f;
+      const unsigned char *bits = first_bits, *any = first_any;
+      uint32_t unit = warp * kUnitsInChunk;
+      W2A4_NO_UNROLL
+      for (int i = stages; i > 0; --i) {
+        cp_async_wait<kStages - 2>();
+        sync_warp();  // everyone's part of this stage is there, and the slot before it is free
+        load_stage(ring + (slot ? slot - kSlotBytes : kLastSlot));
+        cp_async_commit();
+        W2A4_UNROLL
+        for (int step = 0; step < kSteps; ++step) compute_step(ring + slot, bits, any, unit, step);
+        slot = slot < kLastSlot ? slot + kSlotBytes : 0;
+        bits += bits_step;
+        any += kWarps * kTokens * kCountBytes;
+        unit += kWarps * kUnitsInChunk;
+      }
+      W2A4_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        const float sum = add_rn(acc[t], shfl_xor(acc[t], 2));
+        if (q < 2) reinterpret_cast<float*>(sums + warp * kSumBytes)[t * kRows + g + 8 * q] = sum;
+      }
+      sync_block();
+      if (warp == writer)
+        finish_rows<kRows, kTokens, true>(p, sums, kSumBytes, int64_t{tile} * kRows, first_token,
+                                          lane, 32);
+      writer = (writer + 1) % kWarps;
+      sums += other_sums;
+      other_sums = -other_sums;
     }
-    cp_async_wait<0>();
-    sync_warp();  // the ring is free for the sums
-    W2A4_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
-      const float sum = add_rn(acc[t], shfl_xor(acc[t], 2));
-      if (q < 2) reinterpret_cast<float*>(shared)[t * kRows + g + 8 * q] = sum;
-    }
-    sync_block();
-    finish_rows<kRows, kTokens, true>(p, shared_memory(), kWarpBytes, first_row, first_token);
   }
 };
 
 template <int kTokens>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kTokens == 1 ? 3 : 2)
     gemv_bmma_kernel(const __grid_constant__ LinearA4Params p) {
-  wait_for_previous_kernel();
   Bmma<kTokens>(p).run();
 }
 

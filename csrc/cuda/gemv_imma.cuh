@@ -334,7 +334,8 @@ struct Imma {
       reinterpret_cast<float*>(shared)[token * kRows + row] = sum;
     }
     sync_block();
-    finish_rows<kRows, kTokens, !kAny>(p, shared_memory(), kWarpBytes, first_row(), first_token());
+    finish_rows<kRows, kTokens, !kAny>(p, shared_memory(), kWarpBytes, first_row(), first_token(),
+                                       threadIdx.x, kThreads);
   }
 };
 

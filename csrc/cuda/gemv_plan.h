@@ -18,7 +18,7 @@ struct GemvPlan {
   bool bmma;
   int tokens;                             // of a block, gemv_bmma
   int subs;                               // groups in a unit, gemv_imma
-  unsigned blocks_x, blocks_y, blocks_z;  // of rows; of tokens, y first
+  unsigned blocks_x, blocks_y, blocks_z;  // for rows; for tokens, y first
 };
 
 // Binary tensor cores pay for few tokens. Instructions a weight on sm_90, counted in SASS:
@@ -29,12 +29,28 @@ constexpr bool has_bmma(int arch) {
   return arch >= 80 && arch < 100;
 }
 
+// gemv_bmma's blocks stay for all their tiles; a third one fits a multiprocessor, which is room for
+// the kernel that follows to start.
+constexpr int kBlocksOfProcessor = 2;
+
 constexpr int64_t kMostBlocksY = 65535;
 
 inline bool fits_bmma(const LinearA4Params& p, int tokens, size_t most_shared) {
   const size_t shared =
       tokens == 1 ? Bmma<1>::shared_bytes(p.in_features) : Bmma<2>::shared_bytes(p.in_features);
   return shared <= most_shared;
+}
+
+// Blocks for `tiles`, at most `most`, none of which has more than one tile more than it needs to.
+inline unsigned balanced(unsigned tiles, unsigned most) {
+  const unsigned each = (tiles + most - 1) / most;
+  return (tiles + each - 1) / each;
+}
+
+// gemv_bmma loads scales two at a time.
+inline bool scales_in_pairs(const LinearA4Params& p) {
+  return reinterpret_cast<uintptr_t>(p.scale) % 4 == 0 &&
+         p.out_features * (p.in_features / p.group_size) % 2 == 0;
 }
 
 inline void check_aligned(const void* data, const char* name, size_t bytes) {
@@ -61,7 +77,8 @@ inline bool regular(const LinearA4Params& p) {
 
 // `arch` is 10 * major + minor; most_shared is what a block may have. Throws std::runtime_error for
 // what no kernel takes.
-inline GemvPlan plan_gemv(const LinearA4Params& p, int arch, size_t most_shared, Gemv asked) {
+inline GemvPlan plan_gemv(const LinearA4Params& p, int arch, int processors, size_t most_shared,
+                          Gemv asked) {
   if (p.block % 32 != 0 && p.block != p.in_features) {
     throw std::runtime_error("w2a4.linear_w" + std::to_string(p.weight_bits) +
                              "a4: group_size=" + std::to_string(p.group_size) +
@@ -81,11 +98,14 @@ inline GemvPlan plan_gemv(const LinearA4Params& p, int arch, size_t most_shared,
   }
   const bool whole_units = regular(p) && p.group_size % kUnit == 0;
   const int tokens = p.tokens <= 1 ? 1 : kBmmaTokens;
-  const bool can = p.weight_bits == 2 && whole_units && fits_bmma(p, tokens, most_shared);
+  const bool can =
+      p.weight_bits == 2 && whole_units && fits_bmma(p, tokens, most_shared) && scales_in_pairs(p);
   if (asked == Gemv::kBmma && !can) {
     throw std::runtime_error(
         "w2a4: W2A4_GEMV=bmma does not serve this call; it takes 2-bit weights in groups of 128 * "
-        "2**i or rows of a multiple of 128, and one activation scale a token; use imma or auto");
+        "2**i or rows of a multiple of 128, an even number of them, and one activation scale a "
+        "token; "
+        "use imma or auto");
   }
   GemvPlan plan{};
   plan.bmma = asked == Gemv::kBmma ||
@@ -96,6 +116,7 @@ inline GemvPlan plan_gemv(const LinearA4Params& p, int arch, size_t most_shared,
               : p.group_size % kUnit == 0 ? 1
                                           : static_cast<int>(kUnit / p.group_size);
   plan.blocks_x = static_cast<unsigned>((p.out_features + rows - 1) / rows);
+  if (plan.bmma) plan.blocks_x = balanced(plan.blocks_x, kBlocksOfProcessor * processors);
   const int64_t blocks = (p.tokens + plan.tokens - 1) / plan.tokens;
   plan.blocks_y = static_cast<unsigned>(blocks < kMostBlocksY ? blocks : kMostBlocksY);
   plan.blocks_z = static_cast<unsigned>((blocks + kMostBlocksY - 1) / kMostBlocksY);

@@ -23,7 +23,7 @@ Gemv asked_gemv() {
 void linear_a4(const LinearA4Params& p) {
   if (p.tokens == 0 || p.out_features == 0) return;
   const Device& device = use_device(p.device);
-  const GemvPlan plan = plan_gemv(p, device.arch, device.shared, asked_gemv());
+  const GemvPlan plan = plan_gemv(p, device.arch, device.processors, device.shared, asked_gemv());
   with_gemv_kernel(p, plan, [&](auto kernel, const char* name, size_t shared) {
     launch<decltype(kernel)::value>(name, device, dim3(plan.blocks_x, plan.blocks_y, plan.blocks_z),
                                     kThreads, shared, p);

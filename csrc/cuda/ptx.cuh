@@ -158,6 +158,18 @@ W2A4_DEVICE void cp_async_8(void* to, const void* from) {
 #endif
 }
 
+// The same of 4 bytes, which are zero if from_bytes is 0 and not 4.
+W2A4_DEVICE void cp_async_4(void* to, const void* from, int from_bytes) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(from_bytes)
+               : "memory");
+#else
+  simt::block->copy_async(to, from, 4, from_bytes);
+#endif
+}
+
 W2A4_DEVICE void cp_async_commit() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");

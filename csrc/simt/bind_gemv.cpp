@@ -25,7 +25,8 @@ std::string linear_a4(const Array<uint8_t>& a_codes, const Array<float>& a_scale
                       const Array<uint8_t>& weight, const py::object& levels,
                       const Array<uint16_t>& scale, const py::object& bias, py::array& y,
                       int64_t in_features, int64_t group_size, const std::string& out_dtype,
-                      const std::string& gemv, int arch, size_t most_shared, unsigned seed) {
+                      const std::string& gemv, int arch, int processors, size_t most_shared,
+                      unsigned seed) {
   LinearA4Params p{};
   p.a_codes = a_codes.data();
   p.a_scale = a_scale.data();
@@ -45,7 +46,7 @@ std::string linear_a4(const Array<uint8_t>& a_codes, const Array<float>& a_scale
   p.act_group = in_features / a_scale.shape(1);
   p.block = std::min(p.group_size, p.act_group);
   p.weight_bits = levels.is_none() ? 4 : 2;
-  const cuda::GemvPlan plan = cuda::plan_gemv(p, arch, most_shared, variant(gemv));
+  const cuda::GemvPlan plan = cuda::plan_gemv(p, arch, processors, most_shared, variant(gemv));
   std::string ran;
   cuda::with_gemv_kernel(p, plan, [&](auto kernel, const char* name, size_t shared) {
     ran = name;
