@@ -139,9 +139,9 @@ FLOORS = (
     Floor(r"^gemv_bmma_kernel<1>", 2, 2, features=14336),
     Floor(r"^gemv_bmma_kernel<2>", 2, 2, features=5120),
     Floor(r"^gemv_bmma_kernel", 1, 2),
-    # __launch_bounds__ ask for two blocks, for one with 2-bit weights in groups of 64.
-    Floor(r"^gemv_imma_kernel<[24], 1>|^gemv_imma_kernel<4, 2>", 2, 2),
-    Floor(r"^gemv_imma_kernel<2, 2>", 1, 1),
+    # __launch_bounds__ ask for two blocks, for one in groups of 64 or 32.
+    Floor(r"^gemv_imma_kernel<[24], 1, [12]>", 2, 2),
+    Floor(r"^gemv_imma_kernel<[24], [24], 1>", 2, 2),
     # For four, and four fit on an H100.
     Floor(r"^attention_kv4_kernel<[12], 4, true>", 3, 4),
     Floor(r"^attention_kv4_kernel<4, 4, true>", 2, 2),

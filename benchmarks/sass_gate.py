@@ -72,13 +72,14 @@ GATES = (
         for tokens, limit in ((1, 0.75), (2, 1.0))
     ),
     *(
-        Gate(rf"\bgemv_imma_kernel<{bits}, 1>", mma="IMMA.16832", registers=128, warps=16, in_flight=4,
+        Gate(rf"\bgemv_imma_kernel<{bits}, 1, {halves}>", mma="IMMA.16832", registers=128, warps=16, in_flight=4,
              side_loads=8, weights=16 * 32, limit=1.6)
         for bits in (2, 4)
+        for halves in (1, 2)
     ),
     # Groups of 64 and 32 inputs: an IMMA a group, more scales, and one block a multiprocessor.
     *(
-        Gate(rf"\bgemv_imma_kernel<[24], {groups}>", mma="IMMA.16832", in_flight=4, side_loads=32,
+        Gate(rf"\bgemv_imma_kernel<[24], {groups}, 1>", mma="IMMA.16832", in_flight=4, side_loads=32,
              weights=16 * 32 / groups)
         for groups in (2, 4)
     ),
@@ -97,7 +98,7 @@ GATES = (
     # lm_head: 32 warps with 1 KB of loads each are what an H200 needs under way.
     Gate(r"\blinear_w8_kernel<.*, true>", registers=64, warps=32),
     # Shapes that no model has: right, not fast.
-    Gate(r"\bgemv_imma_kernel<[24], 0>"),
+    Gate(r"\bgemv_imma_kernel<[24], 0, 2>"),
     Gate(r"."),
 )  # fmt: skip
 

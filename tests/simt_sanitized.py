@@ -119,10 +119,10 @@ if __name__ == "__main__":
         attention(module, 1, 1, head_dim, 300, False, sinks=300, starts=outside)
     for tokens in (1, 2, 3, 9):
         for features, group in [(128, 128), (640, 128), (4736, 128), (1024, 256), (640, 640)]:
-            gemv(module, 2, 17, features, group, tokens, "bmma")
+            gemv(module, 2, 34, features, group, tokens, "bmma")
         for bits in (2, 4):
             for features, group in [(128, 128), (640, 128), (2688, 128), (320, 64), (288, 32), (576, 64)]:
-                gemv(module, bits, 33, features, group, tokens, "imma")
+                gemv(module, bits, 65, features, group, tokens, "imma")
             for features, group in [(101, 101), (96, 32), (7, 7), (96, 96), (577, 577)]:
                 gemv(module, bits, 5, features, group, tokens)
         for out, features in [(33, 576), (5, 7), (2, 1040)]:

@@ -79,7 +79,7 @@ def assert_rounding(y, want, case):
 
 
 SHAPES = [  # bits, out, in, group
-    (2, 17, 1152, 128), (2, 33, 1024, 256), (2, 5, 640, 64), (2, 40, 288, 32), (2, 16, 640, 640),
+    (2, 18, 1152, 128), (2, 33, 1024, 256), (2, 5, 640, 64), (2, 40, 288, 32), (2, 16, 640, 640),
     (2, 3, 5120, 128), (2, 7, 576, 576), (2, 9, 101, 101), (2, 9, 96, 32), (2, 4, 192, 96),
     (2, 1, 70001, 70001), (4, 17, 640, 128), (4, 33, 512, 256), (4, 5, 320, 64), (4, 40, 160, 32),
     (4, 16, 640, 640), (4, 9, 101, 101), (4, 9, 48, 48),
@@ -92,6 +92,16 @@ def test_against_the_reference(bits, out, features, group):
         case = matrix(bits, out, features, group, tokens)
         y, _ = simulate(case, seed=tokens)
         assert_rounding(y, expected(case), case)
+
+
+@pytest.mark.parametrize("bits,group,tokens", [(2, 128, 1), (2, 256, 2), (2, 128, 8), (2, 64, 1), (4, 128, 1)])
+def test_bits_do_not_depend_on_how_many_tiles_a_block_takes(bits, group, tokens):
+    # 68 rows: five tiles of 16, three of 32; one multiprocessor has two blocks.
+    case = matrix(bits, 68, 1280, group, tokens)
+    y, _ = simulate(case, processors=1)
+    assert_rounding(y, expected(case), case)
+    for processors in (2, 64):
+        assert torch.equal(simulate(case, processors=processors, seed=processors)[0], y)
 
 
 @pytest.mark.parametrize("tokens", range(1, 17))
@@ -130,7 +140,7 @@ def test_extreme_sums(bits, group):
 
 
 def test_a_token_does_not_depend_on_the_others_or_on_the_kernel():
-    case = matrix(2, 21, 1664, 128, 16)
+    case = matrix(2, 22, 1664, 128, 16)
     together, name = simulate(case)
     assert name == "gemv_imma"
     for token in (0, 5, 15):

@@ -22,11 +22,11 @@ F32, HALF = np.float32, np.float16
 #: arguments of the functions of simt_sanitized.py.
 KERNELS = {
     "gemv_bmma": (kernels.gemv, [
-        dict(bits=2, out=17, features=features, group=group, tokens=tokens, kernel="bmma")
+        dict(bits=2, out=34, features=features, group=group, tokens=tokens, kernel="bmma")
         for tokens, features, group in [(1, 4736, 128), (2, 640, 128), (3, 1024, 256), (1, 128, 128)]
     ]),
     "gemv_imma": (kernels.gemv, [
-        dict(bits=bits, out=33, features=features, group=group, kernel="imma", tokens=features // 64 % 8 + 1)
+        dict(bits=bits, out=65, features=features, group=group, kernel="imma", tokens=features // 64 % 8 + 1)
         for bits in (2, 4)
         for features, group in [(2688, 128), (640, 128), (320, 64), (288, 32), (577, 577)]
     ]),

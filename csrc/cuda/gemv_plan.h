@@ -18,6 +18,7 @@ struct GemvPlan {
   bool bmma;
   int tokens;                             // of a block, gemv_bmma
   int subs;                               // groups in a unit, gemv_imma
+  int halves;                             // of 16 rows, in a tile of gemv_imma
   unsigned blocks_x, blocks_y, blocks_z;  // for rows; for tokens, y first
 };
 
@@ -29,8 +30,8 @@ constexpr bool has_bmma(int arch) {
   return arch >= 80 && arch < 100;
 }
 
-// gemv_bmma's blocks stay for all their tiles; a third one fits a multiprocessor, which is room for
-// the kernel that follows to start.
+// Blocks stay for all their tiles; a third one of gemv_bmma fits a multiprocessor, which is room
+// for the kernel that follows to start.
 constexpr int kBlocksOfProcessor = 2;
 
 constexpr int64_t kMostBlocksY = 65535;
@@ -110,13 +111,16 @@ inline GemvPlan plan_gemv(const LinearA4Params& p, int arch, int processors, siz
   GemvPlan plan{};
   plan.bmma = asked == Gemv::kBmma ||
               (asked == Gemv::kAuto && can && p.tokens <= kBmmaTokens && has_bmma(arch));
-  const int rows = plan.bmma ? Bmma<1>::kRows : Imma<2, 1>::kRows;
-  plan.tokens = plan.bmma ? tokens : Imma<2, 1>::kTokens;
+  plan.tokens = plan.bmma ? tokens : Imma<2, 1, 1>::kTokens;
   plan.subs = !regular(p)                 ? 0
               : p.group_size % kUnit == 0 ? 1
                                           : static_cast<int>(kUnit / p.group_size);
-  plan.blocks_x = static_cast<unsigned>((p.out_features + rows - 1) / rows);
-  if (plan.bmma) plan.blocks_x = balanced(plan.blocks_x, kBlocksOfProcessor * processors);
+  const unsigned most = kBlocksOfProcessor * processors;
+  const auto sixteens = static_cast<unsigned>((p.out_features + 15) / 16);
+  // Before Hopper two blocks with tiles of 32 rows do not fit a multiprocessor.
+  const bool few = sixteens <= most || arch < 90;
+  plan.halves = plan.subs > 1 || (plan.subs == 1 && few) ? 1 : 2;
+  plan.blocks_x = balanced(plan.bmma ? sixteens : (sixteens + plan.halves - 1) / plan.halves, most);
   const int64_t blocks = (p.tokens + plan.tokens - 1) / plan.tokens;
   plan.blocks_y = static_cast<unsigned>(blocks < kMostBlocksY ? blocks : kMostBlocksY);
   plan.blocks_z = static_cast<unsigned>((blocks + kMostBlocksY - 1) / kMostBlocksY);
@@ -132,21 +136,23 @@ void with_bmma(const LinearA4Params& p, Run&& run) {
 }
 
 template <int kBits, class Run>
-void with_imma(int subs, Run&& run) {
-  const auto call = [&](auto kSubs) {
-    constexpr int kGroups = decltype(kSubs)::value;
-    run(std::integral_constant<GemvKernel, gemv_imma_kernel<kBits, kGroups>>{}, "gemv_imma",
-        size_t{Imma<kBits, kGroups>::kSharedBytes});
+void with_imma(const GemvPlan& plan, Run&& run) {
+  const auto call = [&](auto subs, auto halves) {
+    constexpr int kSubs = decltype(subs)::value, kHalves = decltype(halves)::value;
+    run(std::integral_constant<GemvKernel, gemv_imma_kernel<kBits, kSubs, kHalves>>{}, "gemv_imma",
+        size_t{Imma<kBits, kSubs, kHalves>::kSharedBytes});
   };
-  switch (subs) {
+  const std::integral_constant<int, 1> one;
+  const std::integral_constant<int, 2> two;
+  switch (plan.subs) {
     case 0:
-      return call(std::integral_constant<int, 0>{});
+      return call(std::integral_constant<int, 0>{}, two);
     case 1:
-      return call(std::integral_constant<int, 1>{});
+      return plan.halves == 1 ? call(one, one) : call(one, two);
     case 2:
-      return call(std::integral_constant<int, 2>{});
+      return call(two, one);
     default:
-      return call(std::integral_constant<int, 4>{});
+      return call(std::integral_constant<int, 4>{}, one);
   }
 }
 
@@ -155,7 +161,7 @@ template <class Run>
 void with_gemv_kernel(const LinearA4Params& p, const GemvPlan& plan, Run&& run) {
   if (plan.bmma && plan.tokens == 1) return with_bmma<1>(p, run);
   if (plan.bmma) return with_bmma<kBmmaTokens>(p, run);
-  p.weight_bits == 2 ? with_imma<2>(plan.subs, run) : with_imma<4>(plan.subs, run);
+  p.weight_bits == 2 ? with_imma<2>(plan, run) : with_imma<4>(plan, run);
 }
 
 }  // namespace w2a4::cuda
