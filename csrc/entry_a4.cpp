@@ -12,7 +12,8 @@ namespace {
 
 Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Tensor& a_scale,
                  const Tensor& weight, const Tensor* levels, const Tensor& scale,
-                 const std::optional<Tensor>& bias, int64_t group_size, ScalarType out_dtype) {
+                 const std::optional<Tensor>& bias, int64_t group_size, ScalarType out_dtype,
+                 const std::optional<Tensor>& residual) {
   check.dtype(a_codes, "a_codes", {kU8});
   check.dtype(a_scale, "a_scale", {kF32});
   check.dtype(weight, "weight", {kU8});
@@ -62,6 +63,12 @@ Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Ten
              ", expected float32, float16, bfloat16 or float64");
   const OnDeviceOf device(a_codes);
   Tensor y = empty(a_codes, with_last(a_codes, out_features), out_dtype);
+  if (residual) {
+    check.dtype(*residual, "residual", {out_dtype});
+    check.that(residual->sizes().equals(y.sizes()), "residual has shape ", shape_name(*residual),
+               ", expected ", shape_name(y));
+    check.contiguous(*residual, "residual");
+  }
   LinearA4Params p{};
   p.a_codes = static_cast<const uint8_t*>(a_codes.data_ptr());
   p.a_scale = static_cast<const float*>(a_scale.data_ptr());
@@ -70,6 +77,7 @@ Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Ten
   p.scale = static_cast<const uint16_t*>(scale.data_ptr());
   p.bias = bias ? bias->data_ptr() : nullptr;
   p.bias_dtype = bias ? bias->scalar_type() : kF32;
+  p.residual = residual ? residual->data_ptr() : nullptr;
   p.y = y.data_ptr();
   p.out_dtype = out_dtype;
   p.tokens = tokens;
@@ -206,16 +214,19 @@ std::tuple<Tensor, Tensor> silu_mul_hadamard_a4(const Tensor& gate, const Tensor
 
 Tensor linear_w2a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
                    const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& bias,
-                   int64_t group_size, ScalarType out_dtype) {
+                   int64_t group_size, ScalarType out_dtype,
+                   const std::optional<Tensor>& residual) {
   Check check("linear_w2a4");
-  return linear_a4(check, 2, a_codes, a_scale, weight, &levels, scale, bias, group_size, out_dtype);
+  return linear_a4(check, 2, a_codes, a_scale, weight, &levels, scale, bias, group_size, out_dtype,
+                   residual);
 }
 
 Tensor linear_w4a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
                    const Tensor& scale, const std::optional<Tensor>& bias, int64_t group_size,
-                   ScalarType out_dtype) {
+                   ScalarType out_dtype, const std::optional<Tensor>& residual) {
   Check check("linear_w4a4");
-  return linear_a4(check, 4, a_codes, a_scale, weight, nullptr, scale, bias, group_size, out_dtype);
+  return linear_a4(check, 4, a_codes, a_scale, weight, nullptr, scale, bias, group_size, out_dtype,
+                   residual);
 }
 
 }  // namespace w2a4

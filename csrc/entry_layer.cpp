@@ -33,8 +33,10 @@ struct Linear {
 
   Tensor operator()(const Quantized& a, ScalarType dtype) const {
     const auto& [codes, a_scale] = a;
-    return levels ? linear_w2a4(codes, a_scale, weight, *levels, scale, bias, group_size, dtype)
-                  : linear_w4a4(codes, a_scale, weight, scale, bias, group_size, dtype);
+    return levels
+               ? linear_w2a4(codes, a_scale, weight, *levels, scale, bias, group_size, dtype,
+                             std::nullopt)
+               : linear_w4a4(codes, a_scale, weight, scale, bias, group_size, dtype, std::nullopt);
   }
 };
 

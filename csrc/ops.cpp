@@ -15,10 +15,10 @@ STABLE_TORCH_LIBRARY(w2a4, m) {
       "int group_size=-1) -> (Tensor, Tensor)");
   m.def(
       "linear_w2a4(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor levels, Tensor scale, "
-      "Tensor? bias, int group_size, ScalarType out_dtype) -> Tensor");
+      "Tensor? bias, int group_size, ScalarType out_dtype, Tensor? residual=None) -> Tensor");
   m.def(
       "linear_w4a4(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor scale, Tensor? bias, "
-      "int group_size, ScalarType out_dtype) -> Tensor");
+      "int group_size, ScalarType out_dtype, Tensor? residual=None) -> Tensor");
   m.def("linear_w8(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   m.def("quantize_kv4(Tensor x, float clip) -> (Tensor, Tensor)");
   m.def(

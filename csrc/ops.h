@@ -31,11 +31,11 @@ std::tuple<Tensor, Tensor> silu_mul_hadamard_a4(const Tensor& gate, const Tensor
 
 Tensor linear_w2a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
                    const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& bias,
-                   int64_t group_size, ScalarType out_dtype);
+                   int64_t group_size, ScalarType out_dtype, const std::optional<Tensor>& residual);
 
 Tensor linear_w4a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
                    const Tensor& scale, const std::optional<Tensor>& bias, int64_t group_size,
-                   ScalarType out_dtype);
+                   ScalarType out_dtype, const std::optional<Tensor>& residual);
 
 Tensor linear_w8(const Tensor& x, const Tensor& weight, const Tensor& scale,
                  const std::optional<Tensor>& bias);

@@ -54,6 +54,7 @@ struct LinearA4Params {
   const int8_t* levels;    // [out, in / group_size, 4]; null if weight_bits is 4
   const uint16_t* scale;   // [out, in / group_size], float16 bits
   const void* bias;        // [out], of bias_dtype, or null
+  const void* residual;    // [tokens, out], of out_dtype, is added to the rounded result; or null
   void* y;                 // [tokens, out], of out_dtype
   ScalarType bias_dtype, out_dtype;
   int64_t tokens, out_features, in_features;

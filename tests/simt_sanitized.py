@@ -25,7 +25,7 @@ def gemv(module, bits, out, features, group, tokens, kernel="auto"):
         random.integers(-128, 128, (out, groups, 4), np.int8) if bits == 2 else None,
         np.full((out, groups), 0x3C00, np.uint16),
         np.ones(out, np.float32),
-        y, features, group, "float32", kernel, 90, 1, SMALL, 0,
+        np.ones_like(y), y, features, group, "float32", kernel, 90, 1, SMALL, 0,
     )  # fmt: skip
     assert np.isfinite(y).all()
 

@@ -131,6 +131,19 @@ def test_linear(bits, tokens, group, act_group):
 
 
 @pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("tokens", [0, 1, 40, (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_residual_is_added_as_by_an_addition_after_it(bits, tokens, dtype):
+    args = linear_inputs(bits, tokens, 70, 384, 64, bias=torch.float32)
+    op = getattr(ops, f"linear_w{bits}a4")
+    y = op(*args, dtype)
+    residual = torch.randn(y.shape).to(dtype)
+    assert torch.equal(op(*args, dtype, residual), y + residual)
+    strided = torch.randn(*y.shape[:-1], 2 * y.shape[-1]).to(dtype)[..., ::2]
+    assert torch.equal(op(*args, dtype, strided), y + strided)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 @pytest.mark.parametrize(
     "out,features,group,act_group",
@@ -309,6 +322,8 @@ def bad_calls():
     yield "linear_w2a4", replaced(good, 6, 0), "group_size=0"
     yield "linear_w2a4", replaced(good, 6, 2**40), "group_size=1099511627776"
     yield "linear_w2a4", replaced(good, 7, torch.int8), "out_dtype is int8"
+    yield "linear_w2a4", [*good, torch.ones(3, 7)], r"residual has shape \[3, 7\], expected \[3, 8\]"
+    yield "linear_w2a4", [*good, torch.ones(3, 8).half()], "residual has dtype float16, expected float32"
     mixed = [*linear_inputs(2, 3, 8, 96, 32, 48), torch.float32]
     yield "linear_w2a4", mixed, "group_size=32 and the activation group 48"
     four = [*linear_inputs(4, 3, 8, 64, 32), torch.float32]

@@ -49,7 +49,15 @@ def expected(case, dtype=torch.float32):
 
 
 def simulate(
-    case, gemv="auto", arch=90, seed=0, out_dtype="float32", shared=MOST_SHARED, module=None, processors=1
+    case,
+    gemv="auto",
+    arch=90,
+    seed=0,
+    out_dtype="float32",
+    shared=MOST_SHARED,
+    module=None,
+    processors=1,
+    residual=None,
 ):
     """Result and the name of the kernel that ran. Rows around the result must not be touched."""
     tokens, out = len(case["a_codes"]), len(case["weight"])
@@ -60,7 +68,8 @@ def simulate(
     optional = {k: None if case[k] is None else case[k].numpy() for k in ("levels", "bias")}
     name = (module or load()).linear_a4(
         case["a_codes"].numpy(), case["a_scale"].numpy(), case["weight"].numpy(), optional["levels"],
-        case["scale"].numpy().view(np.uint16), optional["bias"], y, case["in_features"],
+        case["scale"].numpy().view(np.uint16), optional["bias"],
+        None if residual is None else residual.view(torch.int16).numpy(), y, case["in_features"],
         case["group_size"], out_dtype, gemv, arch, processors, shared, seed,
     )  # fmt: skip
     assert (memory[0] == poison).all() and (memory[-1] == poison).all()
@@ -94,7 +103,9 @@ def test_against_the_reference(bits, out, features, group):
         assert_rounding(y, expected(case), case)
 
 
-@pytest.mark.parametrize("bits,group,tokens", [(2, 128, 1), (2, 256, 2), (2, 128, 8), (2, 64, 1), (4, 128, 1)])
+@pytest.mark.parametrize(
+    "bits,group,tokens", [(2, 128, 1), (2, 256, 2), (2, 128, 8), (2, 64, 1), (4, 128, 1)]
+)
 def test_bits_do_not_depend_on_how_many_tiles_a_block_takes(bits, group, tokens):
     # 68 rows: five tiles of 16, three of 32; one multiprocessor has two blocks.
     case = matrix(bits, 68, 1280, group, tokens)
@@ -165,6 +176,8 @@ def test_output_dtypes(dtype, gemv):
     wide = simulate(case, gemv)[0]
     y = simulate(case, gemv, out_dtype=dtype)[0]
     assert torch.equal(y, wide.to(getattr(torch, dtype)))
+    residual = torch.randn(2, 19).to(y.dtype)
+    assert torch.equal(simulate(case, gemv, out_dtype=dtype, residual=residual)[0], y + residual)
 
 
 def test_float16_overflows_to_infinity_as_in_torch():

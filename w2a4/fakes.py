@@ -74,14 +74,15 @@ def silu_mul_hadamard_a4(gate, up, had_k, block_size, clip, group_size=-1):
 
 
 @_fake
-def linear_w2a4(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype):
-    _one_device(a_codes=a_codes, a_scale=a_scale, weight=weight, levels=levels, scale=scale, bias=bias)
+def linear_w2a4(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype, residual=None):
+    _one_device(a_codes=a_codes, a_scale=a_scale, weight=weight, levels=levels, scale=scale, bias=bias,
+                residual=residual)  # fmt: skip
     return a_codes.new_empty((*a_codes.shape[:-1], scale.shape[0]), dtype=out_dtype)
 
 
 @_fake
-def linear_w4a4(a_codes, a_scale, weight, scale, bias, group_size, out_dtype):
-    _one_device(a_codes=a_codes, a_scale=a_scale, weight=weight, scale=scale, bias=bias)
+def linear_w4a4(a_codes, a_scale, weight, scale, bias, group_size, out_dtype, residual=None):
+    _one_device(a_codes=a_codes, a_scale=a_scale, weight=weight, scale=scale, bias=bias, residual=residual)
     return a_codes.new_empty((*a_codes.shape[:-1], scale.shape[0]), dtype=out_dtype)
 
 

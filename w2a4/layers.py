@@ -167,16 +167,18 @@ class _PackedLinear(_PackedModule):
         """The float32 weight `[out, in]` that the codes stand for."""
         return self.fitted().dequantize()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`, in x's dtype."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`[..., in]` to `[..., out]`, in x's dtype; residual, of that shape and dtype, is added."""
         if self.act_bits == 16:
             x = x if self.rotation is None else self.rotation.apply(x)
-            return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+            y = F.linear(x, self.dequantize().to(x.dtype), self.bias)
+            return y if residual is None else y + residual
         if gradients.wanted(x):
-            return gradients.refuse(self.forward(x.detach()), x, NO_GRADIENT)
+            y = gradients.refuse(self.forward(x.detach()), x, NO_GRADIENT)
+            return y if residual is None else y + residual
         quantize = ops.quantize_a4 if self.rotation is None else self.rotation.quantize
         codes, scale = quantize(x, self.act_clip, self.act_group_size)
-        return self._linear(codes, scale, x.dtype)
+        return self._linear(codes, scale, x.dtype, residual)
 
     def extra_repr(self) -> str:
         return (
@@ -201,10 +203,12 @@ class W2A4Linear(_PackedLinear):
 
     bits = 2
 
-    def _linear(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def _linear(
+        self, codes: Tensor, scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
         p = self._parameters  # at one token, the look-up of attributes of modules counts
         return ops.linear_w2a4(
-            codes, scale, p["weight"], p["levels"], p["scale"], p["bias"], self.group_size, dtype
+            codes, scale, p["weight"], p["levels"], p["scale"], p["bias"], self.group_size, dtype, residual
         )
 
 
@@ -216,9 +220,13 @@ class W4A4Linear(_PackedLinear):
 
     bits = 4
 
-    def _linear(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def _linear(
+        self, codes: Tensor, scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
         p = self._parameters
-        return ops.linear_w4a4(codes, scale, p["weight"], p["scale"], p["bias"], self.group_size, dtype)
+        return ops.linear_w4a4(
+            codes, scale, p["weight"], p["scale"], p["bias"], self.group_size, dtype, residual
+        )
 
 
 PACKED_LINEARS: dict[int, type[_PackedLinear]] = {2: W2A4Linear, 4: W4A4Linear}

@@ -26,9 +26,9 @@ _SCHEMAS = {
     "silu_mul_hadamard_a4": "(Tensor gate, Tensor up, Tensor? had_k, int block_size, Tensor clip, "
     "int group_size=-1) -> (Tensor, Tensor)",
     "linear_w2a4": "(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor levels, Tensor scale, "
-    "Tensor? bias, int group_size, ScalarType out_dtype) -> Tensor",
+    "Tensor? bias, int group_size, ScalarType out_dtype, Tensor? residual=None) -> Tensor",
     "linear_w4a4": "(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor scale, Tensor? bias, "
-    "int group_size, ScalarType out_dtype) -> Tensor",
+    "int group_size, ScalarType out_dtype, Tensor? residual=None) -> Tensor",
     "linear_w8": "(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
     "quantize_kv4": "(Tensor x, float clip) -> (Tensor, Tensor)",
     "append_kv4": "(Tensor x, Tensor(a!) codes, Tensor(b!) params, SymInt start, float clip, "
@@ -240,9 +240,9 @@ def silu_mul_hadamard_a4(
 
 def linear_w2a4(
     a_codes: Tensor, a_scale: Tensor, weight: Tensor, levels: Tensor, scale: Tensor,
-    bias: Tensor | None, group_size: int, out_dtype: torch.dtype,
+    bias: Tensor | None, group_size: int, out_dtype: torch.dtype, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`a @ W.T + bias`, 4-bit activations, non-uniform 2-bit weights.
+    """`a @ W.T + bias + residual`, 4-bit activations, non-uniform 2-bit weights.
 
     The bits are those of the reference, but for the CUDA GEMV, which adds groups in another order.
 
@@ -255,6 +255,7 @@ def linear_w2a4(
         bias: floating `[out]` or None.
         group_size: of the weights; it divides the activations' group `in / A` or is a multiple of it.
         out_dtype: float32, float16, bfloat16 or float64.
+        residual: `[..., out]` in out_dtype or None; added to the rounded result, as by an addition after it.
 
     Returns:
         `[..., out]`; a token's result does not depend on the other tokens, but on a CUDA device its last
@@ -269,13 +270,15 @@ def linear_w2a4(
     triton = (dispatch.backend != "auto" or not a_codes.is_cpu) and dispatch.prefers_triton(
         a_codes, a_scale, scale, group_size, out_dtype, _cuda is not None
     )
-    op = torch.ops.w2a4.gemm_w2a4 if triton else _ops.linear_w2a4
-    return op.default(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype)
+    args = a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype
+    if triton:
+        return _added(torch.ops.w2a4.gemm_w2a4.default(*args), residual)
+    return _ops.linear_w2a4.default(*args, _contiguous(residual))
 
 
 def linear_w4a4(
     a_codes: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor,
-    bias: Tensor | None, group_size: int, out_dtype: torch.dtype,
+    bias: Tensor | None, group_size: int, out_dtype: torch.dtype, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `linear_w2a4` with symmetric 4-bit weights: `weight` is uint8 `[out, ceil(in / 2)]`.
 
@@ -285,8 +288,18 @@ def linear_w4a4(
     triton = (dispatch.backend != "auto" or not a_codes.is_cpu) and dispatch.prefers_triton(
         a_codes, a_scale, scale, group_size, out_dtype, _cuda is not None
     )
-    op = torch.ops.w2a4.gemm_w4a4 if triton else _ops.linear_w4a4
-    return op.default(a_codes, a_scale, weight, scale, bias, group_size, out_dtype)
+    args = a_codes, a_scale, weight, scale, bias, group_size, out_dtype
+    if triton:
+        return _added(torch.ops.w2a4.gemm_w4a4.default(*args), residual)
+    return _ops.linear_w4a4.default(*args, _contiguous(residual))
+
+
+def _added(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else y + residual
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def linear_w8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

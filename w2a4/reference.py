@@ -133,8 +133,9 @@ def linear_w2a4(
     bias: Tensor | None,
     group_size: int,
     out_dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`a @ W.T + bias` with 4-bit activations and non-uniform 2-bit weights.
+    """`a @ W.T + bias + residual` with 4-bit activations and non-uniform 2-bit weights.
 
     Args:
         a_codes, a_scale: from `quantize_a4`, uint8 `[..., ceil(in / 2)]` and float32 `[..., A]`; the
@@ -145,13 +146,15 @@ def linear_w2a4(
         bias: floating `[out]` or None.
         group_size: inputs of one scale.
         out_dtype: of the result.
+        residual: `[..., out]` in out_dtype, added to the rounded result.
 
     Returns:
         `[..., out]`.
     """
     codes = unpack(weight, 2, scale.shape[1] * group_size).long()
     ints = torch.gather(levels, 2, codes.unflatten(1, (-1, group_size))).flatten(1)
-    return _linear(a_codes, a_scale, ints, scale, bias, group_size, out_dtype)
+    y = _linear(a_codes, a_scale, ints, scale, bias, group_size, out_dtype)
+    return y if residual is None else y + residual
 
 
 def linear_w4a4(
@@ -162,14 +165,16 @@ def linear_w4a4(
     bias: Tensor | None,
     group_size: int,
     out_dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`a @ W.T + bias` with 4-bit activations and symmetric 4-bit weights.
+    """`a @ W.T + bias + residual` with 4-bit activations and symmetric 4-bit weights.
 
     As `linear_w2a4`, but `weight` is uint8 `[out, ceil(in / 2)]` of signed nibbles and a weight is
     `scale * code`.
     """
     ints = unpack(weight, 4, scale.shape[1] * group_size, signed=True)
-    return _linear(a_codes, a_scale, ints, scale, bias, group_size, out_dtype)
+    y = _linear(a_codes, a_scale, ints, scale, bias, group_size, out_dtype)
+    return y if residual is None else y + residual
 
 
 def linear_w8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -100,10 +100,13 @@ void run_panels(const LinearA4Params& p, const LinearA4Kernels& kernels) {
 void linear_a4(const LinearA4Params& p) {
   if (p.tokens == 0 || p.out_features == 0) return;
   const LinearA4Kernels* kernels = cpu::kernels();
-  if (!kernels) return linear_a4_base(p);
   // Rows are decoded byte by byte, so a block has to begin at a byte.
   const bool by_bytes = p.block % (8 / p.weight_bits) == 0 || p.block == p.in_features;
-  p.tokens <= kFewTokens&& by_bytes ? run_rows(p, *kernels) : run_panels(p, *kernels);
+  if (!kernels)
+    linear_a4_base(p);
+  else
+    p.tokens <= kFewTokens&& by_bytes ? run_rows(p, *kernels) : run_panels(p, *kernels);
+  if (p.residual) add({p.residual, p.y, p.out_dtype, p.tokens * p.out_features});
 }
 
 }  // namespace w2a4::cpu

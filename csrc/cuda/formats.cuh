@@ -140,6 +140,18 @@ W2A4_DEVICE void store_number(void* data, ScalarType dtype, int64_t at, float x)
   }
 }
 
+// x as the dtype holds it.
+W2A4_DEVICE float round_number(ScalarType dtype, float x) {
+  switch (dtype) {
+    case ScalarType::Half:
+      return float_from_half(half_from_float(x));
+    case ScalarType::BFloat16:
+      return float_from_bfloat16(bfloat16_from_float(x));
+    default:
+      return x;
+  }
+}
+
 W2A4_DEVICE int64_t offset_of(const Strided4& t, int64_t batch, int64_t head, int64_t token) {
   return batch * t.batch + head * t.head + token * t.token;
 }

@@ -44,7 +44,10 @@ W2A4_DEVICE void finish_rows(const LinearA4Params& p, const unsigned char* share
       sum = add_rn(sum, reinterpret_cast<const float*>(shared + w * stride)[i]);
     if (kScale) sum = mul_rn(sum, p.a_scale[token]);
     if (p.bias) sum = add_rn(sum, load_number(p.bias, p.bias_dtype, row));
-    store_number(p.y, p.out_dtype, token * p.out_features + row, sum);
+    const int64_t at = token * p.out_features + row;
+    if (p.residual)
+      sum = add_rn(round_number(p.out_dtype, sum), load_number(p.residual, p.out_dtype, at));
+    store_number(p.y, p.out_dtype, at, sum);
   }
 }
 

@@ -19,14 +19,14 @@ cuda::Gemv variant(const std::string& name) {
                           : cuda::Gemv::kAuto;
 }
 
-// y is [tokens, out]: float32, or uint16 holding float16 ("float16") or bfloat16 ("bfloat16").
-// Returns the name of the kernel that ran.
+// y, and residual if it is not None, are [tokens, out]: float32, or uint16 holding float16
+// ("float16") or bfloat16 ("bfloat16"). Returns the name of the kernel that ran.
 std::string linear_a4(const Array<uint8_t>& a_codes, const Array<float>& a_scale,
                       const Array<uint8_t>& weight, const py::object& levels,
-                      const Array<uint16_t>& scale, const py::object& bias, py::array& y,
-                      int64_t in_features, int64_t group_size, const std::string& out_dtype,
-                      const std::string& gemv, int arch, int processors, size_t most_shared,
-                      unsigned seed) {
+                      const Array<uint16_t>& scale, const py::object& bias,
+                      const py::object& residual, py::array& y, int64_t in_features,
+                      int64_t group_size, const std::string& out_dtype, const std::string& gemv,
+                      int arch, int processors, size_t most_shared, unsigned seed) {
   LinearA4Params p{};
   p.a_codes = a_codes.data();
   p.a_scale = a_scale.data();
@@ -37,6 +37,8 @@ std::string linear_a4(const Array<uint8_t>& a_codes, const Array<float>& a_scale
   p.scale = scale.data();
   p.bias = bias.is_none() ? nullptr : bias_array.data();
   p.bias_dtype = ScalarType::Float;
+  const auto residual_array = residual.is_none() ? py::array() : residual.cast<py::array>();
+  p.residual = residual.is_none() ? nullptr : residual_array.data();
   p.y = y.mutable_data();
   p.out_dtype = dtype_of(out_dtype);
   p.tokens = a_codes.shape(0);

@@ -242,9 +242,9 @@ def _traced_layer(
     own_cache = cache_of(others).layers[attn.layer_idx]
     joint = torch.cat(qkv, -1)
     context = _attended(attn, joint, *heads, position_embeddings, attention_mask, own_cache)
-    hidden_states = hidden_states + attn.o_proj.forward(context.flatten(-2))
+    hidden_states = attn.o_proj.forward(context.flatten(-2), hidden_states)
     gate, up = _norm_linears(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), hidden_states)
-    return hidden_states + _down(mlp.down_proj, gate, up)
+    return _down(mlp.down_proj, gate, up, hidden_states)
 
 
 def fused_parts(model: Any) -> list[Parts] | None:
@@ -285,8 +285,8 @@ def decoder_layer(
     used = cache if own_cache is None else own_cache
     rotary = position_embeddings
     context = _attended(parts.attn, qkv, *parts.heads, rotary, attention_mask, used, cache_position)
-    hidden_states = hidden_states + parts.o_proj.forward(context.flatten(-2))
-    return hidden_states + _mlp_part(parts, hidden_states)
+    hidden_states = parts.o_proj.forward(context.flatten(-2), hidden_states)
+    return _mlp_part(parts, hidden_states)
 
 
 def _own_cache(attn: nn.Module, x: Tensor, cache: Any) -> KV4Layer | None:
@@ -375,9 +375,9 @@ def _attended(
 
 
 def _mlp_part(parts: Parts, hidden_states: Tensor) -> Tensor:
-    """Norm and MLP."""
+    """Norm, MLP and what goes around them."""
     (both,) = _norm_linears(parts.norms[1], (parts.joint_gate_up.current(),), hidden_states)
-    return _down(parts.down_proj, *both.chunk(2, -1))
+    return _down(parts.down_proj, *both.chunk(2, -1), hidden_states)
 
 
 def _norm_linears(norm: LlamaRMSNorm, linears: tuple[_PackedLinear, ...], x: Tensor) -> list[Tensor]:
@@ -387,13 +387,13 @@ def _norm_linears(norm: LlamaRMSNorm, linears: tuple[_PackedLinear, ...], x: Ten
     return [linear._linear(codes, scale, x.dtype) for linear in linears]
 
 
-def _down(down: _PackedLinear, gate: Tensor, up: Tensor) -> Tensor:
-    """`down(silu(gate) * up)`."""
+def _down(down: _PackedLinear, gate: Tensor, up: Tensor, residual: Tensor) -> Tensor:
+    """`down(silu(gate) * up) + residual`."""
     r4 = OnlineRotation.for_ops(down.rotation, gate.device)
     if r4 is None:
-        return down.forward(torch.nn.functional.silu(gate) * up)
+        return down.forward(torch.nn.functional.silu(gate) * up, residual)
     codes, scale = ops.silu_mul_hadamard_a4(gate, up, *r4, down.act_clip, down.act_group_size)
-    return down._linear(codes, scale, gate.dtype)
+    return down._linear(codes, scale, gate.dtype, residual)
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
