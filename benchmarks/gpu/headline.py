@@ -31,7 +31,7 @@ from benchmarks import (
     peers,
     timeline,
 )
-from benchmarks.faults import FAULT, device_fault
+from benchmarks.faults import FAULT, device_fault, frames
 from benchmarks.files import append_line
 from benchmarks.harness import Case, Options, Subject, copy_row, measure, metadata
 from benchmarks.random_llama import packed_llama
@@ -73,7 +73,7 @@ class Run:
                     self.emit(**row.to_dict())
             except Exception as error:
                 self.emit(op=case.op, shape=case.shape, tokens=case.tokens, dtype=case.dtype, correct=False,
-                          error=describe(error))  # fmt: skip
+                          error=describe(error), where=frames(error))  # fmt: skip
                 leave_if_poisoned(self, error)
 
 
@@ -87,7 +87,7 @@ def leave_if_poisoned(run: Run, error: BaseException) -> None:
     """End the process if no CUDA call can succeed any more; another one does what is left."""
     fault = device_fault()
     if fault:
-        run.emit(status="died", why=f"{describe(error)}; {fault}")
+        run.emit(status="died", why=f"{describe(error)}; {fault}", where=frames(error))
         sys.stdout.flush()
         os._exit(FAULT)
 
@@ -290,7 +290,7 @@ def work(
             STAGES[name](run, *([argument] if argument else []))
         except Exception as error:
             leave_if_poisoned(run, error)
-            status = {"status": "failed", "why": describe(error)}
+            status = {"status": "failed", "why": describe(error), "where": frames(error)}
         run.emit(seconds=round(time.monotonic() - begun, 1), **status)
         forget(device)
 

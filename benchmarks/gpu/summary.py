@@ -40,6 +40,7 @@ def failures(lines: list[Line]) -> list[str]:
     """What was wrong: rows, smoke cases and tests that are not right, by name."""
     wrong = [
         f"{line['op']} {line['shape']}, {line['tokens']} tokens: {line.get('error') or 'a wrong result'}"
+        f"{place(line)}"
         for line in lines
         if line.get("correct") is False and "op" in line
     ]
@@ -84,10 +85,15 @@ def distance(target: Target) -> float:
     return max(math.log(low / target.measured), math.log(target.measured / high), 0.0)
 
 
+def place(line: Line) -> str:
+    """Where what is told of was raised, if that is known."""
+    return f", at {' > '.join(line['where'][-3:])}" if line.get("where") else ""
+
+
 def missing(lines: list[Line], found: list[Target]) -> list[str]:
     """Stages that gave nothing or not all, and targets that no row tells."""
     out = [
-        f"{name} ({line['status']}{': ' + line['why'] if line.get('why') else ''})"
+        f"{name} ({line['status']}{': ' + line['why'] if line.get('why') else ''}{place(line)})"
         for name, line in statuses(lines).items()
         if line["status"] != "ok"
     ]
