@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import skip
-from benchmarks.timing import Copies, Workload, tensor_bytes
+from benchmarks.timing import Copies, Workload, copies_on, tensor_bytes
 from w2a4.rotation.hadamard import HadamardSpec, had_k_matrix
 
 
@@ -122,5 +122,4 @@ def int_mm(tokens: int, out: int, features: int, device: str) -> Workload | None
 @lru_cache(maxsize=2)
 def copy_of(bytes: int, device: str) -> Workload:
     """A copy that reads and writes so many bytes in all."""
-    source = torch.empty(max(bytes // 2, 1), dtype=torch.uint8, device=device).random_()
-    return Workload("copy", torch.Tensor.copy_, Copies(torch.zeros_like(source), source))
+    return copies_on(device, bytes)[0]

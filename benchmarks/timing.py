@@ -66,6 +66,25 @@ class Workload:
         return [partial(self.call, *items) for items in self.data.take(count)]
 
 
+def copies_on(device: str, bytes: int) -> list[Workload]:
+    """Ways to copy that read and write so many bytes in all, of the same data; on a GPU those of kernels.
+
+    There `copy_` is a memcpy, which in a CUDA graph reaches only two thirds of what a kernel does.
+    """
+    if device == "cpu":
+        source = torch.empty(max(bytes // 2, 1), dtype=torch.uint8).random_()
+        return [Workload("copy", torch.Tensor.copy_, Copies(torch.zeros_like(source), source))]
+    source = torch.empty(-(-bytes // 32), 4, dtype=torch.int32, device=device).random_()
+    target = torch.zeros_like(source)
+    kinds = [(target, source), (target.view(torch.int64), source.view(torch.int64))]
+    return [Workload("copy", _copy_by_kernel, Copies(*pair)) for pair in kinds]
+
+
+def _copy_by_kernel(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Elementwise, in vectors of 16 bytes."""
+    torch.add(source, 0, out=target)
+
+
 def tensor_bytes(*items: Any) -> int:
     """Bytes of the tensors among these."""
     return sum(item.numel() * item.element_size() for item in items if isinstance(item, torch.Tensor))

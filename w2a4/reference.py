@@ -39,7 +39,7 @@ def hadamard(x: Tensor, had_k: Tensor | None, block_size: int, transpose: bool =
 def hadamard_by_doublings(
     x: Tensor, had_k: Tensor | None, block_size: int, transpose: bool = False
 ) -> Tensor:
-    """`hadamard` in x's own dtype and without its matrix: for float64 on devices whose kernels hold 32 bits."""
+    """`hadamard` in x's own dtype, without its matrix: float64 on devices whose kernels hold 32 bits."""
     k = 1 if had_k is None else had_k.shape[0]
     y, width = x.unflatten(-1, (-1, k, block_size // k)), 1
     while width < block_size // k:

@@ -10,11 +10,13 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.files import read_lines
-from benchmarks.targets import Target, targets
+from benchmarks.targets import Target, known_copy, targets
 
 Line = dict[str, Any]
 #: Surprises that are told.
 MOST = 3
+#: Two ways to measure the bandwidth of a copy give the same but for this share.
+COPIES_AGREE = 0.07
 
 
 def rows_of(lines: list[Line]) -> list[Line]:
@@ -55,7 +57,16 @@ def failures(lines: list[Line]) -> list[str]:
         for name, holds in line.get("layouts", {}).items()
         if not holds
     ]
-    return [*layouts, *dict.fromkeys(wrong), *dict.fromkeys(tests)]
+    return [*layouts, *bandwidths(lines), *dict.fromkeys(wrong), *dict.fromkeys(tests)]
+
+
+def bandwidths(lines: list[Line]) -> list[str]:
+    """Nothing, or that the copy which every bound comes from is not the one that `mma_rate` measured."""
+    known = known_copy(lines)
+    copies = [line["gbps"] for line in lines if line.get("op") == "copy" and line.get("gbps")]
+    if known is None or not copies or abs(max(copies) / known - 1) <= COPIES_AGREE:
+        return []
+    return [f"a copy: {max(copies):.0f} GB/s by the benches' kernel, {known:.0f} by mma_rate's"]
 
 
 def surprises(lines: list[Line], found: list[Target]) -> list[str]:
@@ -105,7 +116,7 @@ def summary(results: Path) -> str:
     lines, _ = read_lines(results)
     if not lines:
         return f"{results} holds no results"
-    found = targets(rows_of(lines))
+    found = targets(rows_of(lines), known_copy(lines))
     stages = [(name, line["status"], line.get("seconds", ""), line.get("why", "")[:80])
               for name, line in statuses(lines).items()]  # fmt: skip
     met = {None: "not measured", True: "yes", False: "NO"}
