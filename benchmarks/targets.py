@@ -102,7 +102,7 @@ def targets(rows: list[dict], copy_gbps: float | None = None) -> list[Target]:
         *(
             at_least(f"linear_w2a4 at one token against {peer}", 1.0,
                      [r["ratio"] for r in one if r["peer"] == peer])
-            for peer in ("humming.w2a16", "humming.w2a4", "gemlite.a16w2")
+            for peer in ("humming.w2a16", "humming.w2a8", "gemlite.a16w2")
         ),
         at_most("linear of 1 to 64 tokens, time over that of the next whole tile", 1.15, _cliffs(good)),
     ]  # fmt: skip

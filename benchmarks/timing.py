@@ -28,9 +28,10 @@ REPEATS, LEAST_REPEATS = 20, 5
 LAUNCHES = 64
 #: Shortest sample on the CPU, in seconds: far above the clock's resolution.
 SAMPLE_SECONDS = 1e-3
-#: Bytes that all copies together may fill on the CPU, and how many of one workload there may be.
+#: Bytes that all copies together may fill on the CPU, and how many of one workload there may be. On a GPU
+#: each is a launch in a graph: thousands take seconds to capture, and of a peer in many ops many seconds.
 MAX_BYTES = 6 << 30
-MAX_COPIES = 8192
+MAX_COPIES = {"cpu": 8192, "cuda": 1024}
 #: Samples are called noisy where the middle half of them spreads by more than this factor.
 NOISY = 1.5
 
@@ -104,16 +105,18 @@ def _bytes_of(file: Path) -> int:
     return int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]] if text[-1].isalpha() else int(text)
 
 
-def copies_for(bytes: int, cache_bytes: int, max_bytes: int = MAX_BYTES) -> tuple[int, bool]:
+def copies_for(
+    bytes: int, cache_bytes: int, max_bytes: int = MAX_BYTES, device: str = "cpu"
+) -> tuple[int, bool]:
     """How many copies fill `COLD_FACTOR` caches, and whether a limit made them fewer."""
     wanted = math.ceil(COLD_FACTOR * cache_bytes / max(bytes, 1))
-    allowed = min(max_bytes // max(bytes, 1), MAX_COPIES)
+    allowed = min(max_bytes // max(bytes, 1), MAX_COPIES[device])
     return max(min(wanted, allowed), 1), wanted > max(allowed, 1)
 
 
 def can_be_cold(bytes: int, device: str) -> bool:
     """Is this more than what always stays in a cache, e.g. the activations of one token?"""
-    return bytes * MAX_COPIES >= COLD_FACTOR * last_level_cache(device)
+    return bytes * MAX_COPIES[device] >= COLD_FACTOR * last_level_cache(device)
 
 
 class Times(NamedTuple):
@@ -127,7 +130,7 @@ class Times(NamedTuple):
 def median_us(workloads: list[Workload], device: str, cold: bool, seconds: float = math.inf) -> Times:
     """Time workloads that take turns, on the CPU for about so many seconds."""
     budget = _memory_budget(device) // len(workloads)
-    counts = [copies_for(w.data.bytes, last_level_cache(device), budget) for w in workloads]
+    counts = [copies_for(w.data.bytes, last_level_cache(device), budget, device) for w in workloads]
     calls = [w.calls(count if cold else 1) for w, (count, _) in zip(workloads, counts, strict=True)]
     samples = _cuda_us(calls) if device == "cuda" else _cpu_us(calls, not cold, seconds)
     notes = []

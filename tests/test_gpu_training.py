@@ -29,9 +29,9 @@ def likeness(got, want):
 def assert_as_good(gpu, cpu, alike):
     """Two models come as near to the float one, and each other.
 
-    Fitting codes is chaotic: weights of this model that differ by 1e-7 get codes half of which differ, and with
-    2 bits logits of a likeness of 0.96, but theirs to the float model's stays the same to 0.002. One device
-    sums in another order than the other, which is such a difference.
+    Fitting codes is chaotic: weights of this model that differ by 1e-7 get codes half of which differ, and
+    with 2 bits logits of a likeness of 0.96, while theirs to the float model's stays the same to 0.002. One
+    device sums in another order than the other, which is such a difference.
     """
     ids = calibration()[:2]
     exact, one, other = (logits(model, ids) for model in (llama(), gpu, cpu))

@@ -42,6 +42,8 @@ from w2a4.training.run import train as run_training
 
 #: Tokens of the prompts that a GEMM is for.
 PROMPT = 2048
+#: Where other projects are measured: each of their kernels is compiled and tuned for ten seconds a shape.
+PROJECT_SHAPES = (LinearShape(4096, 4096), LinearShape(28672, 4096))
 TINY = Model(128, 256, 4, 2, 32, 2, 512)
 
 
@@ -150,11 +152,13 @@ def hadamard(run: Run) -> None:
     dtype = _dtype(run)
     widths = (64, 96) if run.small else (4096, 11008, 14336, 28672)
     rows = 4 if run.small else None
+    wanted = [(width, rows or -(-bench_hadamard.LARGE // (2 * width * dtype.itemsize))) for width in widths]
+    if not run.small:  # beside hadamard_a4 below
+        wanted += [(width, tokens) for width in (11008, 14336) for tokens in (1, PROMPT)]
     cases = [
         Case("hadamard", str(width), count, _name(dtype),
              partial(bench_hadamard.subject, width, count, dtype, run.device))
-        for width in widths
-        for count in (rows or -(-bench_hadamard.LARGE // (2 * width * dtype.itemsize)),)
+        for width, count in wanted
     ]  # fmt: skip
     cases += [
         Case(op, str(width), tokens, _name(dtype),
@@ -191,8 +195,8 @@ def project(name: str, run: Run) -> None:
 
     run.measure(
         Case("linear_w2a4", str(shape), 1, _name(_dtype(run)), partial(beside, make, shape))
-        for shape in gemv_shapes(run.small)
         for make in peers.PROJECTS[name]
+        for shape in (gemv_shapes(True) if run.small else PROJECT_SHAPES)
     )
 
 
