@@ -270,6 +270,18 @@ def test_a_case_that_raises_is_a_wrong_row(tmp_path):
     assert "test_gpu_run.py" in summary.failures([line])[0]
 
 
+def test_a_peer_that_fails_costs_its_own_rows_only(tmp_path, monkeypatch):
+    def broken(x, out, group):
+        raise ValueError("not on this device")
+
+    monkeypatch.setitem(headline.peers.PROJECTS, "theirs", (broken,))
+    headline.project("theirs", headline.Run(tmp_path / "r", "cpu", gbps=1.0, stage="theirs"))
+    lines, _ = files.read_lines(tmp_path / "r")
+    assert summary.failures(lines) == [] and all(line["us"] for line in lines if "op" in line)
+    told = summary.missing(lines, [])
+    assert told[0].startswith("theirs on 128x64: ValueError: not on this device, at ") and len(told) == 2
+
+
 def test_kernels_stand_beside_their_bytes():
     shape = headline.TINY
     model = headline.packed_llama(shape, 64, "cpu", torch.float32)

@@ -190,7 +190,14 @@ def project(name: str, run: Run) -> None:
         dtype = _dtype(run)
         ours = bench_gemv.subject("linear_w2a4", shape, 1, dtype, run.device, projects=False)
         x = torch.randn(1, shape.features, dtype=dtype, device=run.device)
-        peer = make(x, shape.out, shape.group)
+        try:
+            peer = make(x, shape.out, shape.group)
+            if peer is not None:
+                peer.calls(1)[0]()  # which compiles it
+        except Exception as error:  # theirs, so nothing of ours is wrong
+            leave_if_poisoned(run, error)
+            run.emit(peer=name, shape=str(shape), peer_error=describe(error), where=frames(error))
+            peer = None
         return Subject(ours.ours, [] if peer is None else [peer], ours.bytes, ours.check)
 
     run.measure(

@@ -108,6 +108,8 @@ def missing(lines: list[Line], found: list[Target]) -> list[str]:
         for name, line in statuses(lines).items()
         if line["status"] != "ok"
     ]
+    out += [f"{line['peer']} on {line['shape']}: {line['peer_error']}{place(line)}"
+            for line in lines if line.get("peer_error")]  # fmt: skip
     return out + [target.name for target in found if target.measured is None]
 
 
