@@ -282,6 +282,19 @@ def test_a_peer_that_fails_costs_its_own_rows_only(tmp_path, monkeypatch):
     assert told[0].startswith("theirs on 128x64: ValueError: not on this device, at ") and len(told) == 2
 
 
+def test_the_copy_is_that_of_mma_rate():
+    rate = {"stage": "mma_rate", "copy_gbps": 4195.4}
+    copy = row(op="copy", shape="1", cache="cold", gbps=2714.0, us=1.0)
+    assert summary.bandwidths([rate, copy]) == [
+        "a copy: 2714 GB/s by the benches' kernel, 4195 by mma_rate's"
+    ]
+    assert summary.bandwidths([rate, {**copy, "gbps": 4100.0}]) == summary.bandwidths([copy]) == []
+    gemv = row(op="linear_w2a4", shape="28672x4096", tokens=1, dtype="float16", cache="cold", us=1.0,
+               bytes=int(6e7), gbps=2097.7)  # fmt: skip
+    share = next(t for t in targets([copy, gemv], 4195.4) if "share" in t.name)
+    assert share.measured == 0.5
+
+
 def test_kernels_stand_beside_their_bytes():
     shape = headline.TINY
     model = headline.packed_llama(shape, 64, "cpu", torch.float32)
