@@ -24,8 +24,9 @@ import torch
 COLD_FACTOR = 5
 #: Samples of which the median is taken; on the CPU as many of them as fit the time, and five at least.
 REPEATS, LEAST_REPEATS = 20, 5
-#: Launches in one CUDA graph, at least.
-LAUNCHES = 64
+#: Launches in one CUDA graph: so many of what is short, and at least a few of what is long, so that it takes
+#: some GRAPH_MS. All copies of cold data are in it in any case.
+LAUNCHES, LEAST_LAUNCHES, GRAPH_MS = 64, 8, 15.0
 #: Shortest sample on the CPU, in seconds: far above the clock's resolution.
 SAMPLE_SECONDS = 1e-3
 #: Bytes that all copies together may fill on the CPU, and how many of one workload there may be. On a GPU
@@ -188,7 +189,7 @@ def _calls_a_sample(stream) -> int:
 
 
 def _cuda_us(calls: list[list[Callable]]) -> list[list[float]]:
-    launches = [max(LAUNCHES, len(copies)) for copies in calls]
+    launches = [max(_launches(copies[0]), len(copies)) for copies in calls]
     graphs = [_capture(copies, count) for copies, count in zip(calls, launches, strict=True)]
     samples: list[list[float]] = [[] for _ in calls]
     for repeat in range(REPEATS + 2):  # the first two only warm up
@@ -201,6 +202,17 @@ def _cuda_us(calls: list[list[Callable]]) -> list[list[float]]:
             if repeat >= 2:
                 sample.append(start.elapsed_time(stop) / count * 1e3)
     return samples
+
+
+def _launches(call: Callable) -> int:
+    """How many of a call fill a graph; the first one compiles and tunes, the second is timed."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return min(LAUNCHES, max(LEAST_LAUNCHES, math.ceil(GRAPH_MS / max(start.elapsed_time(stop), 1e-3))))
 
 
 def _capture(copies: list[Callable], launches: int) -> torch.cuda.CUDAGraph:
