@@ -172,8 +172,11 @@ def measure(model: Any, contexts: list[int], batch: int, count: int, device: str
 def is_right(model: Any, device: str) -> bool:
     """The engine gives the tokens of `model.generate`, over several chunks of the cache."""
     (ids,) = prompts(model.config.vocab_size, 1, 40)
-    want = greedy(model, ids[None].to(device), 24)[0, 40:]
-    return torch.equal(Engine(model).generate([ids], 24)[0], want.cpu())
+    want = greedy(model, ids[None].to(device), 24)[0, 40:].tolist()
+    got = Engine(model).generate([ids], 24)[0].tolist()
+    if got != want:
+        print(f"tokens of the engine: {got}, of generate: {want}", file=sys.stderr)
+    return got == want
 
 
 def moved_bytes(model: Any, context: int, batch: int) -> int:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_run pack --out DIR      on a machine with nvcc: what travels
     python -m benchmarks.gpu_run run --out DIR       at most 9.5 minutes: correct? how fast? beside whom?
+        --only gemv,engine                           a part of it
     python -m benchmarks.gpu_run again --out DIR     three minutes: failed tests, tiles, timeline, two wheels
     python -m benchmarks.gpu_run train --out DIR     ten minutes: a small model to W2A4KV4
     python -m benchmarks.gpu_run table FILE          what a results.jsonl says
@@ -56,6 +57,18 @@ def _shapes(context, parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _stages(context, parameter, value: str | None) -> list[str] | None:
+    """Names of stages, or None for all; refused before anything is installed."""
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",")]
+    try:
+        plan.chosen(plan.stages(Path(), None, None, "cuda"), names)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r}: {error}") from None
+    return names
+
+
 @click.group(help=(__doc__ or "").replace("\n\n    ", "\n\n\b\n    "))
 def main() -> None:
     pass
@@ -105,10 +118,12 @@ def end(session: Session) -> None:
 @carry_option
 @device_option
 @budget_option(BUDGET)
-def run(out: Path, carry: Path | None, device: str, budget: float) -> None:
-    """Every kernel, the headline figures, the peers, the tests, sanitizers, training, counters."""
+@click.option("--only", metavar="STAGE,...", callback=_stages, help="These stages, in the order of all.")
+def run(out: Path, carry: Path | None, device: str, budget: float, only: list[str] | None) -> None:
+    """Every kernel, the headline figures, the tests, sanitizers, counters, the peers, training."""
     session, carried, gpu = begin(out, carry, device, budget)
-    session.run(plan.stages(out.resolve(), carried, gpu and gpu.arch, device))
+    stages = plan.stages(out.resolve(), carried, gpu and gpu.arch, device)
+    session.run(stages if only is None else plan.chosen(stages, only))
     end(session)
 
 

@@ -22,6 +22,8 @@ from benchmarks.files import ROOT
 BEGUN, RIGHT, WRONG, LEFT_OUT = "begun", "ok", "WRONG", "left-out"
 #: Seconds until a process tells of its first case: it imports torch, on a machine that is busy.
 STARTUP = 90.0
+#: Seconds that a process may take to end after its last case, before it is killed.
+ENDING = 2.0
 
 #: Told the name of a case that ended its process, the seconds it had taken, and what happened.
 Lost = Callable[[str, float, str], None]
@@ -48,7 +50,7 @@ def run(command: list[str], names: list[str], limit: float, lost: Lost) -> bool:
     left, right = list(names), True
     while left:
         child = Child([*command, "--only", ",".join(left)], limit)
-        told = child.follow()
+        told = child.follow(len(left))
         right &= WRONG not in told.values()
         left = [name for name in left if name not in told]
         if not left:
@@ -86,12 +88,18 @@ class Child:
             self._lines.put(line)
         self._lines.put(None)
 
-    def follow(self) -> dict[str, str]:
-        """Word of each case that ended, until the process is gone."""
+    def follow(self, count: int) -> dict[str, str]:
+        """Word of each case that ended, until all of so many have, or the process is gone.
+
+        The end of its output is not waited for: a process of its own may hold that for longer.
+        """
         told: dict[str, str] = {}
         begun, allowed = time.monotonic(), STARTUP
         try:
-            while (line := self._lines.get(timeout=max(0.0, begun + allowed - time.monotonic()))) is not None:
+            while len(told) < count:
+                line = self._lines.get(timeout=max(0.0, begun + allowed - time.monotonic()))
+                if line is None:
+                    break
                 print(line, end="", flush=True)
                 word, _, rest = line.partition(" ")
                 name = rest.split(" ")[0].strip()
@@ -99,7 +107,7 @@ class Child:
                     self.current, begun, allowed = name, time.monotonic(), self.limit
                 elif word in (RIGHT, WRONG, LEFT_OUT):
                     told[name], self.current = word, None
-            self.reason = ended(self._process.wait(timeout=10))
+            self.reason = ended(self._process.wait(timeout=ENDING))
         except (queue.Empty, subprocess.TimeoutExpired):
             self.reason = f"took more than {allowed:g} s"
         finally:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import skip
-from benchmarks.timing import Copies, Workload, tensor_bytes
+from benchmarks.timing import Copies, Workload, copies_on, tensor_bytes
 from w2a4.rotation.hadamard import HadamardSpec, had_k_matrix
 
 
@@ -53,13 +53,14 @@ def eager_hadamard(x: Tensor, spec: HadamardSpec) -> Tensor:
 
 def dense_hadamard(spec: HadamardSpec, dtype: torch.dtype, device: str) -> Tensor:
     """One block of the transform as a matrix `[block_size, block_size]`."""
-    block = torch.ones(1, 1, dtype=torch.int8) if spec.k == 1 else had_k_matrix(spec.k)
+    block = had_k_matrix(spec.k, device)
+    block = torch.ones(1, 1, dtype=torch.int8, device=device) if block is None else block
     while block.shape[0] < spec.block_size:
         block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)), 0)
     if spec.k > 1:  # the doublings are the inner factor of the op's matrix; here they came out outer
         inner = spec.block_size // spec.k
         block = block.view(inner, spec.k, inner, spec.k).permute(1, 0, 3, 2).reshape(block.shape)
-    return block.to(device).to(dtype) / spec.block_size**0.5
+    return block.to(dtype) / spec.block_size**0.5
 
 
 def fast_hadamard_transform(x: Tensor, spec: HadamardSpec) -> Workload | None:
@@ -88,8 +89,11 @@ def gemlite_w2(x: Tensor, out: int, group: int) -> Workload | None:
 
 
 def humming_w2(x: Tensor, out: int, group: int, act_bits: int = 16) -> Workload | None:
-    """Humming's kernel: uniform 2-bit weights, a scale a group; fp16 activations, or quantised to 4 bits."""
+    """Humming's kernel: uniform 2-bit weights, a scale a group; fp16 activations, or of 8 or 4 bits."""
     if x.dtype != torch.float16 or not installed("humming"):
+        return None
+    if act_bits == 4 and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9:
+        skip("humming.w2a4", "its tuner has no configurations for 4-bit activations on sm_90")
         return None
     from humming.layer import HummingLayer
 
@@ -107,7 +111,10 @@ def humming_w2(x: Tensor, out: int, group: int, act_bits: int = 16) -> Workload 
 
 
 #: Adapters of each other project, `(x, out, group) -> Workload or None`.
-PROJECTS = {"humming": (humming_w2, partial(humming_w2, act_bits=4)), "gemlite": (gemlite_w2,)}
+PROJECTS = {
+    "humming": (humming_w2, partial(humming_w2, act_bits=8), partial(humming_w2, act_bits=4)),
+    "gemlite": (gemlite_w2,),
+}
 
 
 def int_mm(tokens: int, out: int, features: int, device: str) -> Workload | None:
@@ -122,5 +129,4 @@ def int_mm(tokens: int, out: int, features: int, device: str) -> Workload | None
 @lru_cache(maxsize=2)
 def copy_of(bytes: int, device: str) -> Workload:
     """A copy that reads and writes so many bytes in all."""
-    source = torch.empty(max(bytes // 2, 1), dtype=torch.uint8, device=device).random_()
-    return Workload("copy", torch.Tensor.copy_, Copies(torch.zeros_like(source), source))
+    return copies_on(device, bytes)[0]

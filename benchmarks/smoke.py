@@ -23,7 +23,7 @@ import click
 import torch
 
 from benchmarks import isolate, smoke_cases
-from benchmarks.faults import FAULT, device_fault
+from benchmarks.faults import FAULT, device_fault, frames
 from benchmarks.files import append_line
 from benchmarks.smoke_cases import Case
 from w2a4 import dispatch
@@ -80,8 +80,9 @@ def require_triton(device: str) -> None:
 
 
 def shown(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
+    lines, places = str(error).strip().splitlines(), frames(error)
+    told = f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
+    return f"{told} (at {places[-1]})" if places else told
 
 
 def run(cases: list[Case], device: str, path: Path | None) -> bool:

@@ -55,12 +55,21 @@ def at_most(name: str, bound: float, values: Iterable[float], predicted: Range |
     return Target(name, f"<= {bound:g}", worst, None if worst is None else worst <= bound, predicted)
 
 
-def targets(rows: list[dict]) -> list[Target]:
-    """Every target that the benchmarks' rows can tell; only cold rows count, and only correct ones."""
+def known_copy(lines: list[dict]) -> float | None:
+    """GB/s of a copy by `mma_rate`'s own kernel, if that ran before."""
+    return max((line["copy_gbps"] for line in lines if line.get("copy_gbps")), default=None)
+
+
+def targets(rows: list[dict], copy_gbps: float | None = None) -> list[Target]:
+    """Every target that the benchmarks' rows can tell; only cold rows count, and only correct ones.
+
+    Args:
+        copy_gbps: what else is known of the bandwidth of a copy, see `known_copy`.
+    """
     good = [row for row in rows if row["correct"] and row["us"] and row["cache"] == "cold"]
     gemv = [row for row in good if row["op"] == "linear_w2a4" and row["dtype"] == "float16"]
     one = [row for row in gemv if row["tokens"] == 1]
-    copies = [row["gbps"] for row in good if row["op"] == "copy"]
+    copies = [row["gbps"] for row in good if row["op"] == "copy"] + [copy_gbps] * (copy_gbps is not None)
     return [
         *(
             at_least(f"linear_w2a4 {shape} against cuBLAS float16", ratio,
@@ -93,7 +102,7 @@ def targets(rows: list[dict]) -> list[Target]:
         *(
             at_least(f"linear_w2a4 at one token against {peer}", 1.0,
                      [r["ratio"] for r in one if r["peer"] == peer])
-            for peer in ("humming.w2a16", "humming.w2a4", "gemlite.a16w2")
+            for peer in ("humming.w2a16", "humming.w2a8", "gemlite.a16w2")
         ),
         at_most("linear of 1 to 64 tokens, time over that of the next whole tile", 1.15, _cliffs(good)),
     ]  # fmt: skip

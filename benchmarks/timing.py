@@ -24,13 +24,15 @@ import torch
 COLD_FACTOR = 5
 #: Samples of which the median is taken; on the CPU as many of them as fit the time, and five at least.
 REPEATS, LEAST_REPEATS = 20, 5
-#: Launches in one CUDA graph, at least.
-LAUNCHES = 64
+#: Launches in one CUDA graph: so many of what is short, and at least a few of what is long, so that it takes
+#: some GRAPH_MS. All copies of cold data are in it in any case.
+LAUNCHES, LEAST_LAUNCHES, GRAPH_MS = 64, 8, 15.0
 #: Shortest sample on the CPU, in seconds: far above the clock's resolution.
 SAMPLE_SECONDS = 1e-3
-#: Bytes that all copies together may fill on the CPU, and how many of one workload there may be.
+#: Bytes that all copies together may fill on the CPU, and how many of one workload there may be. On a GPU
+#: each is a launch in a graph: thousands take seconds to capture, and of a peer in many ops many seconds.
 MAX_BYTES = 6 << 30
-MAX_COPIES = 8192
+MAX_COPIES = {"cpu": 8192, "cuda": 1024}
 #: Samples are called noisy where the middle half of them spreads by more than this factor.
 NOISY = 1.5
 
@@ -66,6 +68,25 @@ class Workload:
         return [partial(self.call, *items) for items in self.data.take(count)]
 
 
+def copies_on(device: str, bytes: int) -> list[Workload]:
+    """Ways to copy that read and write so many bytes in all, of the same data; on a GPU those of kernels.
+
+    There `copy_` is a memcpy, which in a CUDA graph reaches only two thirds of what a kernel does.
+    """
+    if device == "cpu":
+        source = torch.empty(max(bytes // 2, 1), dtype=torch.uint8).random_()
+        return [Workload("copy", torch.Tensor.copy_, Copies(torch.zeros_like(source), source))]
+    source = torch.empty(-(-bytes // 32), 4, dtype=torch.int32, device=device).random_()
+    target = torch.zeros_like(source)
+    kinds = [(target, source), (target.view(torch.int64), source.view(torch.int64))]
+    return [Workload("copy", _copy_by_kernel, Copies(*pair)) for pair in kinds]
+
+
+def _copy_by_kernel(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Elementwise, in vectors of 16 bytes."""
+    torch.add(source, 0, out=target)
+
+
 def tensor_bytes(*items: Any) -> int:
     """Bytes of the tensors among these."""
     return sum(item.numel() * item.element_size() for item in items if isinstance(item, torch.Tensor))
@@ -85,16 +106,18 @@ def _bytes_of(file: Path) -> int:
     return int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]] if text[-1].isalpha() else int(text)
 
 
-def copies_for(bytes: int, cache_bytes: int, max_bytes: int = MAX_BYTES) -> tuple[int, bool]:
+def copies_for(
+    bytes: int, cache_bytes: int, max_bytes: int = MAX_BYTES, device: str = "cpu"
+) -> tuple[int, bool]:
     """How many copies fill `COLD_FACTOR` caches, and whether a limit made them fewer."""
     wanted = math.ceil(COLD_FACTOR * cache_bytes / max(bytes, 1))
-    allowed = min(max_bytes // max(bytes, 1), MAX_COPIES)
+    allowed = min(max_bytes // max(bytes, 1), MAX_COPIES[device])
     return max(min(wanted, allowed), 1), wanted > max(allowed, 1)
 
 
 def can_be_cold(bytes: int, device: str) -> bool:
     """Is this more than what always stays in a cache, e.g. the activations of one token?"""
-    return bytes * MAX_COPIES >= COLD_FACTOR * last_level_cache(device)
+    return bytes * MAX_COPIES[device] >= COLD_FACTOR * last_level_cache(device)
 
 
 class Times(NamedTuple):
@@ -108,7 +131,7 @@ class Times(NamedTuple):
 def median_us(workloads: list[Workload], device: str, cold: bool, seconds: float = math.inf) -> Times:
     """Time workloads that take turns, on the CPU for about so many seconds."""
     budget = _memory_budget(device) // len(workloads)
-    counts = [copies_for(w.data.bytes, last_level_cache(device), budget) for w in workloads]
+    counts = [copies_for(w.data.bytes, last_level_cache(device), budget, device) for w in workloads]
     calls = [w.calls(count if cold else 1) for w, (count, _) in zip(workloads, counts, strict=True)]
     samples = _cuda_us(calls) if device == "cuda" else _cpu_us(calls, not cold, seconds)
     notes = []
@@ -166,7 +189,7 @@ def _calls_a_sample(stream) -> int:
 
 
 def _cuda_us(calls: list[list[Callable]]) -> list[list[float]]:
-    launches = [max(LAUNCHES, len(copies)) for copies in calls]
+    launches = [max(_launches(copies[0]), len(copies)) for copies in calls]
     graphs = [_capture(copies, count) for copies, count in zip(calls, launches, strict=True)]
     samples: list[list[float]] = [[] for _ in calls]
     for repeat in range(REPEATS + 2):  # the first two only warm up
@@ -179,6 +202,17 @@ def _cuda_us(calls: list[list[Callable]]) -> list[list[float]]:
             if repeat >= 2:
                 sample.append(start.elapsed_time(stop) / count * 1e3)
     return samples
+
+
+def _launches(call: Callable) -> int:
+    """How many of a call fill a graph; the first one compiles and tunes, the second is timed."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return min(LAUNCHES, max(LEAST_LAUNCHES, math.ceil(GRAPH_MS / max(start.elapsed_time(stop), 1e-3))))
 
 
 def _capture(copies: list[Callable], launches: int) -> torch.cuda.CUDAGraph:

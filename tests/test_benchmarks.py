@@ -63,7 +63,7 @@ def test_copies_fill_five_caches_or_reach_a_limit():
     assert timing.copies_for(10 << 20, 32 << 20) == (16, False)
     assert timing.copies_for(1 << 30, 32 << 20) == (1, False)
     assert timing.copies_for(10 << 20, 32 << 20, max_bytes=40 << 20) == (4, True)
-    assert timing.copies_for(100, 32 << 20) == (timing.MAX_COPIES, True)
+    assert timing.copies_for(100, 32 << 20) == (timing.MAX_COPIES["cpu"], True)
     assert timing.copies_for(1 << 40, 32 << 20) == (1, False), "one copy is always there"
 
 
@@ -484,3 +484,12 @@ def test_a_benchmark_runs(tmp_path):
     measured = {(entry["op"], entry["shape"], entry["peer"]) for entry in content["rows"] if entry["correct"]}
     assert {("hadamard", "1536", "copy"), ("hadamard", "64", "dense")} < measured
     assert content["rows"][0]["op"] == "copy" and "1536" in run.stdout
+
+
+def test_copies_on_a_gpu_are_kernels():
+    for way in timing.copies_on("meta", 1000):
+        assert way.data.bytes == 1024 and way.call is not torch.Tensor.copy_
+        way.calls(2)[1]()
+    source, target = torch.arange(8), torch.zeros(8, dtype=torch.int64)
+    timing._copy_by_kernel(target, source)
+    assert torch.equal(target, source)

@@ -114,6 +114,17 @@ def test_the_float_model_on_a_device_that_is_not_there(cuda_kernels):
         assert linted(steps, torch.empty(2, dtype=torch.long, device=DEVICE), 48) == []
 
 
+@pytest.mark.parametrize("kind", ["packed", "float"])
+def test_the_engine_brings_prompts_to_the_device(kind, cuda_kernels):
+    """The benches' prompts lie on the CPU."""
+    model = packed_model() if kind == "packed" else float_model()
+    fused_parts(model)
+    with fake_cuda(model), engine.inference(model):
+        steps = engine.Engine(model, 48).sequences([torch.empty(9, dtype=torch.long)], 8)
+        assert steps.graphs is not None and steps.logits.device == DEVICE
+        assert linted(steps, torch.empty(1, dtype=torch.long, device=DEVICE)) == []
+
+
 @pytest.mark.parametrize("recipe", ["w2", "random r3", "signs in r3, r4"])
 def test_what_a_graph_reads_is_kept(recipe, one_by_one):
     """Other models may push tables of rotations out of their cache while graphs still read them."""

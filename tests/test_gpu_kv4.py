@@ -21,7 +21,7 @@ from test_simt_kv4 import (
 )
 from watch import SLOW
 
-from w2a4 import ops, reference
+from w2a4 import dispatch, ops, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -94,11 +94,13 @@ def assert_attention(q, kv, length, mask=None, causal=True, scaling=0.125, sinks
     q, mask, starts, *kv = on_gpu(q, mask, starts, *kv)
     sinks = None if sinks is None else on_gpu(*sinks)
     got = ops.attention_kv4(q, *kv, length, mask, causal, scaling, *(sinks or (None, None)), starts)
+    allowed = exact_attention
+    if dispatch.attention_kernel(q.device, q.shape[2], q.shape[3], q.dtype, True) == "triton":
+        allowed = pytest.importorskip("triton_interpreted_attention").allowed  # of 16-bit tensor cores
     with torch.device("cuda"):  # in float64 there too, since a CPU takes seconds
-        exact, error = exact_attention(q, kv, length, mask, causal, scaling, sinks, starts)
+        exact, error = allowed(q, kv, length, mask, causal, scaling, sinks, starts)
     last, step = ROUNDING[q.dtype]
-    allowed = error * (1 + last) + last * exact.abs() + step
-    assert ((got.double() - exact).abs() <= allowed).all()
+    assert ((got.double() - exact).abs() <= error * (1 + last) + last * exact.abs() + step).all()
     return got
 
 
@@ -107,7 +109,7 @@ def assert_attention(q, kv, length, mask=None, causal=True, scaling=0.125, sinks
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 def test_attention_kv4(head_dim, repeat, tokens, dtype):
     q = torch.randn(2, 2 * repeat, tokens, head_dim).to(dtype)
-    for length in (1, CHUNK, 3 * CHUNK + 7):
+    for length in (tokens, CHUNK, 3 * CHUNK + 7):
         assert_attention(
             q, packed(2, 2, length, head_dim, capacity=length + 4), length, scaling=head_dim**-0.5
         )
@@ -225,7 +227,7 @@ def test_attention_kv4_prefill(head_dim, dtype, tokens, length):
     )
     with torch.device("cuda"):
         mask = (torch.rand(2, 1, tokens, length) > 0.5) & (torch.arange(tokens) != 2)[:, None]
-        sinks = torch.randn(2, 2, 5, 2, head_dim).transpose(1, 3).unbind(2)
+        sinks = torch.randn(2, 5, 2, 2, head_dim).transpose(1, 3).unbind(2)
         starts = torch.tensor([length - tokens, 0])
     for arguments in ({}, {"mask": mask, "sinks": sinks, "starts": starts}):
         arguments["scaling"] = head_dim**-0.5

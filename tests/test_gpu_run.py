@@ -227,12 +227,24 @@ def test_neither_installed_nor_built(carried, tmp_path, monkeypatch):
 def test_the_plan_fits_and_keeps_its_order(carried):
     stages = plan.stages(Path("out"), Carried.read(carried), 90, "cuda")
     names = [stage.name for stage in stages]
-    assert names == ["mma_rate", "smoke", "gemv", "engine", "kv4", "hadamard", "gemm", "humming", "gemlite",
-                     "tests", "memcheck", "racecheck", "train", "step", "ncu"]  # fmt: skip
+    assert names == ["mma_rate", "smoke", "gemv", "engine", "kv4", "hadamard", "gemm", "tests",
+                     "memcheck", "racecheck", "ncu", "humming", "gemlite", "train", "step"]  # fmt: skip
     shared = [stage.name for stage in stages if stage.command is None]
     assert set(shared) <= set(headline.STAGES) and names.index("gemm") - names.index("gemv") == 4
     assert "mma_rate_sm_90" in " ".join(stages[0].command)
     assert gpu_run.BUDGET < 10
+
+
+def test_a_part_of_the_plan(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(Session, "run", lambda session, stages: ran.extend(stage.name for stage in stages))
+    arguments = ["run", "--device", "cpu", "--out", str(tmp_path), "--only"]
+    result = CliRunner().invoke(gpu_run.main, [*arguments, "kv4, smoke"])
+    assert ran == ["smoke", "kv4"], result.output
+    result = CliRunner().invoke(gpu_run.main, [*arguments, "kv4,gem"])
+    assert result.exit_code == 2 and "'kv4,gem': 'gem' is no stage; there are mma_rate, smoke," in " ".join(
+        result.output.replace("│", " ").split()
+    )
 
 
 def test_rows_of_the_headline_stages(tmp_path):
@@ -254,6 +266,33 @@ def test_a_case_that_raises_is_a_wrong_row(tmp_path):
     run.measure([headline.Case("op", "1x1", 1, "float32", build)])
     ((line,), _) = files.read_lines(tmp_path / "r")
     assert line["correct"] is False and line["error"] == "RuntimeError: cannot"
+    assert line["where"][-1].endswith('in build: raise RuntimeError("cannot\\nsecond line")')
+    assert "test_gpu_run.py" in summary.failures([line])[0]
+
+
+def test_a_peer_that_fails_costs_its_own_rows_only(tmp_path, monkeypatch):
+    def broken(x, out, group):
+        raise ValueError("not on this device")
+
+    monkeypatch.setitem(headline.peers.PROJECTS, "theirs", (broken,))
+    headline.project("theirs", headline.Run(tmp_path / "r", "cpu", gbps=1.0, stage="theirs"))
+    lines, _ = files.read_lines(tmp_path / "r")
+    assert summary.failures(lines) == [] and all(line["us"] for line in lines if "op" in line)
+    told = summary.missing(lines, [])
+    assert told[0].startswith("theirs on 128x64: ValueError: not on this device, at ") and len(told) == 2
+
+
+def test_the_copy_is_that_of_mma_rate():
+    rate = {"stage": "mma_rate", "copy_gbps": 4195.4}
+    copy = row(op="copy", shape="1", cache="cold", gbps=2714.0, us=1.0)
+    assert summary.bandwidths([rate, copy]) == [
+        "a copy: 2714 GB/s by the benches' kernel, 4195 by mma_rate's"
+    ]
+    assert summary.bandwidths([rate, {**copy, "gbps": 4100.0}]) == summary.bandwidths([copy]) == []
+    gemv = row(op="linear_w2a4", shape="28672x4096", tokens=1, dtype="float16", cache="cold", us=1.0,
+               bytes=int(6e7), gbps=2097.7)  # fmt: skip
+    share = next(t for t in targets([copy, gemv], 4195.4) if "share" in t.name)
+    assert share.measured == 0.5
 
 
 def test_kernels_stand_beside_their_bytes():

@@ -22,13 +22,25 @@ def logits(model, ids):
         return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
 
 
-def close(got, want):
-    """Codes may differ where a sum is rounded differently; the function must not."""
-    return torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.98
+def likeness(got, want):
+    return float(torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0))
 
 
-@pytest.mark.parametrize("recipe", [pytest.param("w4a4kv4", marks=SLOW), "w2a4kv4"])
-def test_layers_visit_the_gpu(recipe):
+def assert_as_good(gpu, cpu, alike):
+    """Two models come as near to the float one, and each other.
+
+    Fitting codes is chaotic: weights of this model that differ by 1e-7 get codes half of which differ, and
+    with 2 bits logits of a likeness of 0.96, while theirs to the float model's stays the same to 0.002. One
+    device sums in another order than the other, which is such a difference.
+    """
+    ids = calibration()[:2]
+    exact, one, other = (logits(model, ids) for model in (llama(), gpu, cpu))
+    assert likeness(one, exact) == pytest.approx(likeness(other, exact), abs=0.02)
+    assert likeness(one, other) > alike
+
+
+@pytest.mark.parametrize("recipe,alike", [pytest.param("w4a4kv4", 0.98, marks=SLOW), ("w2a4kv4", 0.93)])
+def test_layers_visit_the_gpu(recipe, alike):
     ids = calibration()
     models = []
     for device in (None, CUDA):
@@ -36,8 +48,13 @@ def test_layers_visit_the_gpu(recipe):
         w2a4.quantize(model, None, recipe, ids, progress=False, device=device)
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
         models.append(model)
-    assert close(logits(models[1], ids[:2]), logits(models[0], ids[:2]))
-    assert close(logits(models[1].to(CUDA), ids[:2]), logits(models[0], ids[:2]))
+    assert_as_good(models[1], models[0], alike)
+    # The same codes: what is left is the arithmetic, which flips no more than a code here and there.
+    for model in models:
+        here, kept = logits(model, ids[:2]), {k: v.clone() for k, v in model.state_dict().items()}
+        assert likeness(logits(model.to(CUDA), ids[:2]), here) > 0.99
+        assert torch.equal(logits(model.to("cpu"), ids[:2]), here), "something stayed on the device"
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
 
 
 @LONG
@@ -49,8 +66,7 @@ def test_training(route, tmp_path):
         for device in (torch.device("cpu"), CUDA)
     ]
     assert models[1].device.type == ("cpu" if route == "block" else "cuda")
-    ids = calibration()[:2]
-    assert close(logits(models[1], ids), logits(models[0], ids))
+    assert_as_good(models[1], models[0], alike=0.96)
 
 
 def test_the_teacher_writes(tmp_path, monkeypatch):

@@ -37,6 +37,16 @@ def test_hadamard(had_k, block, transpose, dtype):
     assert_close(y.double(), exact, atol=2 * float(torch_error) + 1e-6 * (dtype != torch.float64) + 1e-14)
 
 
+@pytest.mark.parametrize("had_k,block", [(None, 1), (None, 64), (HAD12, 12), (HAD12, 96)])
+@pytest.mark.parametrize("shape", [(0,), (3,), (2, 5)])
+def test_hadamard_by_doublings(had_k, block, shape):
+    """For float64 where kernels hold 32 bits, differentiable."""
+    x = torch.randn(*shape, 2 * block, dtype=torch.float64)
+    for transpose in (False, True):
+        args = x, had_k, block, transpose
+        assert_close(reference.hadamard_by_doublings(*args), reference.hadamard(*args), atol=1e-14)
+
+
 @pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32), (32,)])
 def test_hadamard_of_few(shape):
     x = torch.randn(shape)

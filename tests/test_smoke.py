@@ -1,5 +1,6 @@
 """benchmarks.smoke, rehearsed on the CPU: its cases, its lines, what becomes of wrong and of broken ones."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -127,7 +128,7 @@ def test_what_is_broken_costs_no_other_case(tmp_path):
     assert code == 1, output
     assert list(lines) == ["wrong", "raises", "crash", "right", "hangs", "leaves", "last"]
     assert [op for op, line in lines.items() if line["correct"]] == ["right", "last"]
-    assert lines["raises"]["error"] == "ZeroDivisionError: division by zero"
+    assert lines["raises"]["error"].startswith("ZeroDivisionError: division by zero (at ")
     assert lines["crash"]["error"] == "the process was ended by SIGSEGV"
     assert lines["hangs"]["error"] == "took more than 3 s" and 3 <= lines["hangs"]["seconds"] < 20
     assert lines["leaves"]["error"] == "the process left after a fault of the GPU"
@@ -168,3 +169,23 @@ def test_it_answers_in_a_line(monkeypatch):
     assert "no case and no op is called nothing" in answer("--only", "hadamard,nothing")[1]
     code, output = answer("--device", "cpu", "--small", "--list")
     assert code == 0 and "linear_w2a4-64x256-1-float16-cpu" in output.split()
+
+
+def test_errors_tell_where_they_began():
+    def raised() -> Exception:
+        try:
+            try:
+                torch.zeros(2) @ torch.zeros(3)
+            except RuntimeError as error:
+                raise ValueError("of that") from error
+        except ValueError as error:
+            return error
+
+    (place,) = faults.frames(raised())
+    line = inspect.getsourcelines(raised)[1] + 3
+    assert place == f"tests/test_smoke.py:{line} in raised: torch.zeros(2) @ torch.zeros(3)"
+    with pytest.raises(json.JSONDecodeError) as caught:
+        json.loads("{")
+    *ours, last = faults.frames(caught.value)
+    assert ours[-1].startswith("tests/test_smoke.py:") and "json/decoder.py:" in last
+    assert faults.frames(ValueError("never raised")) == []

@@ -207,6 +207,7 @@ class Engine:
         `generate` drives them; under `inference`, so can others that want the logits of every step.
         """
         parts, device = fused_parts(self.model), self.model.device
+        rows = [row.to(device) for row in rows]  # of other callers than `generate`, wherever they lie
         make: Callable[[], PackedSequences | StaticSequences]
         if parts and self.cuda_graphs and ops.has_cuda_kernels(device):
             make = functools.partial(PackedSequences, self.model, rows, self.max_length, parts, graphs=True)

@@ -18,6 +18,7 @@ from .fitting.rtn import fit_rtn
 from .fitting.weight import QuantizedWeight
 from .packing import pack, packed_width, unpack
 from .quantizers import fp16_scale
+from .reference import divide
 from .rotation.online import OnlineRotation
 
 #: What a backward pass through packed weights is told.
@@ -234,7 +235,7 @@ PACKED_LINEARS: dict[int, type[_PackedLinear]] = {2: W2A4Linear, 4: W4A4Linear}
 
 def _fit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit rows: int8 `[rows, columns]` and float16 `[rows]`."""
-    scale = fp16_scale(weight.float().abs().amax(1) / 127)
+    scale = fp16_scale(divide(weight.float().abs().amax(1), 127))
     return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 

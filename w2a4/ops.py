@@ -160,6 +160,8 @@ def hadamard(x: Tensor, had_k: Tensor | None, block_size: int, transpose: bool =
 
     Equivalent: `(x.unflatten(-1, (-1, block_size)) @ H).flatten(-2)`.
     """
+    if x.dtype == torch.float64 and has_cuda_kernels(x.device):  # they hold 32 bits
+        return reference.hadamard_by_doublings(x, had_k, block_size, transpose)
     return _ops.hadamard.default(x.contiguous(), had_k, block_size, transpose)
 
 
@@ -455,16 +457,14 @@ def decoder_layer(
     qkv_proj: list[Tensor], o_proj: list[Tensor], gate_up_proj: list[Tensor], down_proj: list[Tensor],
     group_sizes: list[int], act_group_sizes: list[int],
     r3: tuple[Tensor | None, int], r4: tuple[Tensor | None, int],
-    k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor,
-    k_sink: Tensor | None, v_sink: Tensor | None, start: int, kv_clip: float, scaling: float,
-    starts: Tensor | None = None,
+    k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, k_sink: Tensor | None,
+    v_sink: Tensor | None, start: int, kv_clip: float, scaling: float, starts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A decoder layer of a packed LLaMA, to the bit what its ops give one after another.
 
     Args:
         x: `[batch, tokens, hidden]`, see `has_layer_kernel`.
-        cos, sin: see `rope_append_kv4`.
-        mask: see `attention_kv4`; None is causal.
+        cos, sin, mask: see `rope_append_kv4` and `attention_kv4`; a mask of None is causal.
         norms, eps: the weights of both RMSNorms.
         qkv_proj, o_proj, gate_up_proj, down_proj: weight, scale and act_clip of each linear, of q/k/v and of
             gate/up one below the other, then levels if its weights have 2 bits, then bias if it has one.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .config import resolve_group_size
+from .reference import divide
 
 #: How close to 0 or 1 a sigmoid of LDP is initialised. Nearer, its parameter would hardly move; at
 #: 0.001 of the range a level is off by less than the rounding to int8 (1 / 254).
@@ -48,7 +49,7 @@ def fake_quant_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> Tensor:
     groups = _for_kernels(x).unflatten(-1, (-1, x.shape[-1] if group_size == -1 else group_size))
     if ops.has_training_kernels(groups):
         return _FakeQuantRows.apply(groups, clip, False).flatten(-2).to(x.dtype)
-    scale = clip * groups.abs().amax(-1, keepdim=True) / 7
+    scale = divide(clip * groups.abs().amax(-1, keepdim=True), 7)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     codes = (groups / scale).clamp(-8, 7)
     return (straight_through(codes, codes.round()) * scale).flatten(-2).to(x.dtype)
@@ -75,7 +76,7 @@ def fake_quant_kv4(x: Tensor, clip: Tensor | float) -> Tensor:
         return _FakeQuantRows.apply(rows, clip, True).to(x.dtype)
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     middle, half = (low + high) * 0.5, (high - low) * 0.5 * clip
-    scale, zero = _half((half + half) / 15), _half(middle - half)
+    scale, zero = _half(divide(half + half, 15)), _half(middle - half)
     codes = ((rows - zero) / torch.where(scale == 0, torch.ones_like(scale), scale)).clamp(0, 15)
     return (straight_through(codes, codes.round()) * scale + zero).to(x.dtype)
 
@@ -284,7 +285,7 @@ def _sorted_levels(groups: Tensor, beta: Tensor, gamma: Tensor, s1: Tensor, s2: 
 def _round_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
     """Levels `[..., 4]` as int8 `[..., 4]` and a float16 scale `[...]`."""
     levels = levels.detach()
-    scale = fp16_scale(levels.abs().amax(-1) / 127)
+    scale = fp16_scale(divide(levels.abs().amax(-1), 127))
     ints = (levels / scale.to(levels.dtype)[..., None]).round().clamp(-127, 127)
     return ints.to(torch.int8), scale
 

@@ -36,6 +36,22 @@ def hadamard(x: Tensor, had_k: Tensor | None, block_size: int, transpose: bool =
     return (x.double().unflatten(-1, (-1, block_size)) @ h).flatten(-2).to(x.dtype)
 
 
+def hadamard_by_doublings(
+    x: Tensor, had_k: Tensor | None, block_size: int, transpose: bool = False
+) -> Tensor:
+    """`hadamard` in x's own dtype, without its matrix: float64 on devices whose kernels hold 32 bits."""
+    k = 1 if had_k is None else had_k.shape[0]
+    y, width = x.unflatten(-1, (-1, k, block_size // k)), 1
+    while width < block_size // k:
+        a, b = y.unflatten(-1, (-1, 2, width)).unbind(-2)
+        y = torch.stack((a + b, a - b), -2).flatten(-3)
+        width *= 2
+    if had_k is not None:
+        signs = had_k.to(x.device, x.dtype)
+        y = (signs if transpose else signs.T) @ y
+    return y.reshape(x.shape) / block_size**0.5
+
+
 def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, Tensor]:
     """Symmetric 4-bit quantisation of activations, one scale a token and group.
 
@@ -49,13 +65,13 @@ def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, 
         A group of zeros has scale 1 and codes 0; one with NaN or infinity has that as its scale and codes 0.
     """
     groups = x.float().unflatten(-1, (-1, x.shape[-1] if group_size == -1 else group_size))
-    scale = _divide(clip * groups.abs().amax(-1), 7)
+    scale = divide(clip * groups.abs().amax(-1), 7)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     codes = (groups / scale[..., None]).nan_to_num(0.0).round().clamp(-8, 7).flatten(-2)
     return pack(codes.to(torch.int8), 4), scale
 
 
-def _divide(x: Tensor, divisor: int) -> Tensor:
+def divide(x: Tensor, divisor: int) -> Tensor:
     """`x / divisor`, rounded once: on CUDA a Python number would be multiplied by its reciprocal."""
     return x / torch.full_like(x, divisor)
 
@@ -210,7 +226,7 @@ def quantize_kv4(x: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     x = x.float()
     low, high = x.amin(-1), x.amax(-1)
     middle, half = (low + high) * 0.5, (high - low) * 0.5 * clip
-    scale = _divide(half + half, 15).half()
+    scale = divide(half + half, 15).half()
     zero = (middle - half).half()
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
     codes = ((x - zero.float()[..., None]) / divisor[..., None]).nan_to_num(0.0).round().clamp(0, 15)

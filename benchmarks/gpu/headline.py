@@ -31,17 +31,19 @@ from benchmarks import (
     peers,
     timeline,
 )
-from benchmarks.faults import FAULT, device_fault
-from benchmarks.files import append_line
+from benchmarks.faults import FAULT, device_fault, frames
+from benchmarks.files import append_line, read_lines
 from benchmarks.harness import Case, Options, Subject, copy_row, measure, metadata
 from benchmarks.random_llama import packed_llama
 from benchmarks.shapes import MODELS, LinearShape, Model
-from benchmarks.targets import GEMV_RATIOS
+from benchmarks.targets import GEMV_RATIOS, known_copy
 from w2a4.evaluate import perplexity
 from w2a4.training.run import train as run_training
 
 #: Tokens of the prompts that a GEMM is for.
 PROMPT = 2048
+#: Where other projects are measured: each of their kernels is compiled and tuned for ten seconds a shape.
+PROJECT_SHAPES = (LinearShape(4096, 4096), LinearShape(28672, 4096))
 TINY = Model(128, 256, 4, 2, 32, 2, 512)
 
 
@@ -73,7 +75,7 @@ class Run:
                     self.emit(**row.to_dict())
             except Exception as error:
                 self.emit(op=case.op, shape=case.shape, tokens=case.tokens, dtype=case.dtype, correct=False,
-                          error=describe(error))  # fmt: skip
+                          error=describe(error), where=frames(error))  # fmt: skip
                 leave_if_poisoned(self, error)
 
 
@@ -87,7 +89,7 @@ def leave_if_poisoned(run: Run, error: BaseException) -> None:
     """End the process if no CUDA call can succeed any more; another one does what is left."""
     fault = device_fault()
     if fault:
-        run.emit(status="died", why=f"{describe(error)}; {fault}")
+        run.emit(status="died", why=f"{describe(error)}; {fault}", where=frames(error))
         sys.stdout.flush()
         os._exit(FAULT)
 
@@ -150,11 +152,13 @@ def hadamard(run: Run) -> None:
     dtype = _dtype(run)
     widths = (64, 96) if run.small else (4096, 11008, 14336, 28672)
     rows = 4 if run.small else None
+    wanted = [(width, rows or -(-bench_hadamard.LARGE // (2 * width * dtype.itemsize))) for width in widths]
+    if not run.small:  # beside hadamard_a4 below
+        wanted += [(width, tokens) for width in (11008, 14336) for tokens in (1, PROMPT)]
     cases = [
         Case("hadamard", str(width), count, _name(dtype),
              partial(bench_hadamard.subject, width, count, dtype, run.device))
-        for width in widths
-        for count in (rows or -(-bench_hadamard.LARGE // (2 * width * dtype.itemsize)),)
+        for width, count in wanted
     ]  # fmt: skip
     cases += [
         Case(op, str(width), tokens, _name(dtype),
@@ -186,13 +190,20 @@ def project(name: str, run: Run) -> None:
         dtype = _dtype(run)
         ours = bench_gemv.subject("linear_w2a4", shape, 1, dtype, run.device, projects=False)
         x = torch.randn(1, shape.features, dtype=dtype, device=run.device)
-        peer = make(x, shape.out, shape.group)
+        try:
+            peer = make(x, shape.out, shape.group)
+            if peer is not None:
+                peer.calls(1)[0]()  # which compiles it
+        except Exception as error:  # theirs, so nothing of ours is wrong
+            leave_if_poisoned(run, error)
+            run.emit(peer=name, shape=str(shape), peer_error=describe(error), where=frames(error))
+            peer = None
         return Subject(ours.ours, [] if peer is None else [peer], ours.bytes, ours.check)
 
     run.measure(
         Case("linear_w2a4", str(shape), 1, _name(_dtype(run)), partial(beside, make, shape))
-        for shape in gemv_shapes(run.small)
         for make in peers.PROJECTS[name]
+        for shape in (gemv_shapes(True) if run.small else PROJECT_SHAPES)
     )
 
 
@@ -279,7 +290,7 @@ def work(
     run = Run(results, device, carry, variant)
     run.emit(stage="machine", **metadata(device))
     copy = copy_row(device)
-    run.gbps = copy.gbps
+    run.gbps = max(copy.gbps, known_copy(read_lines(results)[0]) or 0.0)
     run.emit(stage="copy", **copy.to_dict())
     for run.stage in names:
         run.emit(event="begin")
@@ -290,7 +301,7 @@ def work(
             STAGES[name](run, *([argument] if argument else []))
         except Exception as error:
             leave_if_poisoned(run, error)
-            status = {"status": "failed", "why": describe(error)}
+            status = {"status": "failed", "why": describe(error), "where": frames(error)}
         run.emit(seconds=round(time.monotonic() - begun, 1), **status)
         forget(device)
 

@@ -26,22 +26,35 @@ def stages(out: Path, carried: Carried | None, gpu_arch: int | None, device: str
     smoke = ("-m", "benchmarks.smoke", "--device", device, *(("--small",) if cpu else ()))
     plan = [
         mma_rate(results, carried, gpu_arch),
-        Stage("smoke", 75, python(*smoke, "--isolate", "--jsonl", results)),
-        Stage("gemv", 40),
+        Stage("smoke", 60, python(*smoke, "--isolate", "--jsonl", results)),
+        Stage("gemv", 30),
         Stage("engine", 90, needs=() if cpu else ("memory",)),
-        Stage("kv4", 30),
+        Stage("kv4", 20),
         Stage("hadamard", 30),
-        Stage("gemm", 45),
-        Stage("humming", 30, needs=("gpu", "humming", "nvcc")),
-        Stage("gemlite", 30, needs=("gpu", "gemlite")),
+        Stage("gemm", 30),
         tests(results, cpu),
-        sanitizer("memcheck", 60),
+        sanitizer("memcheck", 45),
         sanitizer("racecheck", 60),
+        profile(out),
+        Stage("humming", 45, needs=("gpu", "humming", "nvcc")),
+        Stage("gemlite", 40, needs=("gpu", "gemlite")),
         Stage("train", 100),
         Stage("step", 60),
-        profile(out),
     ]
     return plan
+
+
+def chosen(stages: list[Stage], names: list[str]) -> list[Stage]:
+    """Those of these names, in the plan's order.
+
+    Raises:
+        ValueError: no stage is called so; the message lists all.
+    """
+    known = [stage.name for stage in stages]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no stage; there are {', '.join(known)}")
+    return [stage for stage in stages if stage.name in names]
 
 
 def mma_rate(results: str, carried: Carried | None, arch: int | None) -> Stage:
@@ -62,7 +75,7 @@ def tests(results: str, cpu: bool) -> Stage:
     """Those for a GPU, side by side; on a CPU a few others, so that the way is tried."""
     marks, files = ("not slow", REHEARSED) if cpu else ("gpu and not slow", gpu_tests())
     chosen = ("-m", marks, "-n", str(2 if cpu else WORKERS), *(str(ROOT / name) for name in files))
-    return Stage("tests", 170, (*pytest(results), *chosen), needs=("xdist",))
+    return Stage("tests", 120, (*pytest(results), *chosen), needs=("xdist",))
 
 
 def gpu_tests() -> tuple[str, ...]:
@@ -88,4 +101,4 @@ def profile(out: Path) -> Stage:
     which = ("--kernel-id", f"::regex:{'|'.join(PROFILED)}:1", "--launch-count", str(2 * len(PROFILED)))
     counters = ("ncu", "--set", "full", "--clock-control", "none", *which)
     report = ("--force-overwrite", "--export", str(out / "kernels"))
-    return Stage("ncu", 60, (*counters, *report, *LAUNCHES), needs=("gpu", "ncu"))
+    return Stage("ncu", 45, (*counters, *report, *LAUNCHES), needs=("gpu", "ncu"))

@@ -10,11 +10,13 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.files import read_lines
-from benchmarks.targets import Target, targets
+from benchmarks.targets import Target, known_copy, targets
 
 Line = dict[str, Any]
 #: Surprises that are told.
 MOST = 3
+#: Two ways to measure the bandwidth of a copy give the same but for this share.
+COPIES_AGREE = 0.07
 
 
 def rows_of(lines: list[Line]) -> list[Line]:
@@ -40,6 +42,7 @@ def failures(lines: list[Line]) -> list[str]:
     """What was wrong: rows, smoke cases and tests that are not right, by name."""
     wrong = [
         f"{line['op']} {line['shape']}, {line['tokens']} tokens: {line.get('error') or 'a wrong result'}"
+        f"{place(line)}"
         for line in lines
         if line.get("correct") is False and "op" in line
     ]
@@ -54,7 +57,16 @@ def failures(lines: list[Line]) -> list[str]:
         for name, holds in line.get("layouts", {}).items()
         if not holds
     ]
-    return [*layouts, *dict.fromkeys(wrong), *dict.fromkeys(tests)]
+    return [*layouts, *bandwidths(lines), *dict.fromkeys(wrong), *dict.fromkeys(tests)]
+
+
+def bandwidths(lines: list[Line]) -> list[str]:
+    """Nothing, or that the copy which every bound comes from is not the one that `mma_rate` measured."""
+    known = known_copy(lines)
+    copies = [line["gbps"] for line in lines if line.get("op") == "copy" and line.get("gbps")]
+    if known is None or not copies or abs(max(copies) / known - 1) <= COPIES_AGREE:
+        return []
+    return [f"a copy: {max(copies):.0f} GB/s by the benches' kernel, {known:.0f} by mma_rate's"]
 
 
 def surprises(lines: list[Line], found: list[Target]) -> list[str]:
@@ -84,13 +96,20 @@ def distance(target: Target) -> float:
     return max(math.log(low / target.measured), math.log(target.measured / high), 0.0)
 
 
+def place(line: Line) -> str:
+    """Where what is told of was raised, if that is known."""
+    return f", at {' > '.join(line['where'][-3:])}" if line.get("where") else ""
+
+
 def missing(lines: list[Line], found: list[Target]) -> list[str]:
     """Stages that gave nothing or not all, and targets that no row tells."""
     out = [
-        f"{name} ({line['status']}{': ' + line['why'] if line.get('why') else ''})"
+        f"{name} ({line['status']}{': ' + line['why'] if line.get('why') else ''}{place(line)})"
         for name, line in statuses(lines).items()
         if line["status"] != "ok"
     ]
+    out += [f"{line['peer']} on {line['shape']}: {line['peer_error']}{place(line)}"
+            for line in lines if line.get("peer_error")]  # fmt: skip
     return out + [target.name for target in found if target.measured is None]
 
 
@@ -99,7 +118,7 @@ def summary(results: Path) -> str:
     lines, _ = read_lines(results)
     if not lines:
         return f"{results} holds no results"
-    found = targets(rows_of(lines))
+    found = targets(rows_of(lines), known_copy(lines))
     stages = [(name, line["status"], line.get("seconds", ""), line.get("why", "")[:80])
               for name, line in statuses(lines).items()]  # fmt: skip
     met = {None: "not measured", True: "yes", False: "NO"}

@@ -121,7 +121,7 @@ def fake_quant_a4_backward_kernel(
         steps, code, inside = _quantise(x, scale, -8.0, 7.0)
         to_scale += tl.sum(grad * (code - tl.where(inside, steps, 0.0)), axis=1)
         count += tl.sum(_is(tl.abs(x), largest, exists).to(tl.float32), axis=1)
-    to_largest = _share(to_scale * clip / 7.0, count)
+    to_largest = _share(tl.div_rn(to_scale * clip, 7.0), count)
     for start in range(0, SIZE, CHUNK):
         offsets, exists = chunk_of_rows(row, rows, start, SIZE, CHUNK)
         x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
@@ -157,7 +157,7 @@ def fake_quant_kv4_backward_kernel(
         to_zero += tl.sum(tl.where(inside, 0.0, grad), axis=1)
         lowest += tl.sum(_is(x, low, exists).to(tl.float32), axis=1)
         highest += tl.sum(_is(x, high, exists).to(tl.float32), axis=1)
-    by_range = to_scale * clip / 15.0
+    by_range = tl.div_rn(to_scale * clip, 15.0)
     to_high = _share(by_range + to_zero * (0.5 - 0.5 * clip), highest)
     to_low = _share(to_zero * (0.5 + 0.5 * clip) - by_range, lowest)
     for start in range(0, SIZE, CHUNK):

@@ -15,9 +15,15 @@ from torch import Tensor
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+
+def _assembly(text: str) -> tl.constexpr:
+    """In one line: torch.compile pastes the string into code of its own, where a newline would end it."""
+    return tl.constexpr(" ".join(text.split()))
+
+
 # Four bytes at a time, from a word of eight 4-bit codes: those in the low nibbles and those in the high
 # ones, each moved to the upper half of its byte, where two's complement makes it 16 times the code.
-_NIBBLES = tl.constexpr("""
+_NIBBLES = _assembly("""
 shl.b32 $0, $2, 4;
 and.b32 $0, $0, 0xF0F0F0F0;
 and.b32 $1, $2, 0xF0F0F0F0;
@@ -26,7 +32,7 @@ and.b32 $1, $2, 0xF0F0F0F0;
 # From a word of sixteen 2-bit codes ($4) and four int8 levels ($5): prmt reads four selectors from the low
 # half of a word, one a nibble, and the codes 0, 2, 4, ... of a word are nibbles already, as are the codes
 # 1, 3, 5, ... after a shift by 2. All four bytes of a pack lie in one row, so $6 to $8 repeat $5.
-_LEVELS = tl.constexpr("""{
+_LEVELS = _assembly("""{
 .reg .b32 even, odd;
 and.b32 even, $4, 0x33333333;
 shr.u32 odd, $4, 2;
@@ -65,8 +71,8 @@ def _codes_in(type: str, one: str, less: str, biases: str) -> str:
     return text.replace("ONE", one).replace("LESS", less)
 
 
-_CODES_FLOAT16 = tl.constexpr(_codes_in("f16x2", "0x3C003C00", "0xE400E400", "0x64646464"))
-_CODES_BFLOAT16 = tl.constexpr(_codes_in("bf16x2", "0x3F803F80", "0xC300C300", "0x43434343"))
+_CODES_FLOAT16 = _assembly(_codes_in("f16x2", "0x3C003C00", "0xE400E400", "0x64646464"))
+_CODES_BFLOAT16 = _assembly(_codes_in("bf16x2", "0x3F803F80", "0xC300C300", "0x43434343"))
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quantizers import fp16_scale
+from ..reference import divide
 
 #: Where the iterations start, in standard deviations: the optimum for a Gaussian.
 GAUSSIAN_LEVELS = (-1.510, -0.453, 0.453, 1.510)
@@ -53,5 +54,5 @@ def fit_levels(
 def round_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
     """Float levels `[..., 4]` as ascending int8 levels and a float16 scale `[...]`."""
     levels = levels.sort(-1).values
-    scale = fp16_scale(levels.abs().amax(-1) / 127)
+    scale = fp16_scale(divide(levels.abs().amax(-1), 127))
     return (levels / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8), scale

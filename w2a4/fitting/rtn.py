@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..config import resolve_group_size
 from ..quantizers import fp16_scale, nearest_codes
+from ..reference import divide
 from .lloyd import fit_levels
 from .weight import QuantizedWeight
 
@@ -53,7 +54,7 @@ def _clip_search(groups: Tensor, importance: Tensor | None) -> Tensor:
     importance = (
         torch.ones(1, dtype=torch.float32, device=groups.device) if importance is None else importance
     )
-    widest = groups.abs().amax(-1) / 7
+    widest = divide(groups.abs().amax(-1), 7)
     best = fp16_scale(widest)
     least = torch.full_like(widest, float("inf"))
     for ratio in CLIP_RATIOS:

@@ -23,6 +23,7 @@ from ..quantizers import (
     lsq_to_codes,
     nearest_codes,
 )
+from ..reference import divide
 from ..rotation.online import OnlineRotation
 
 #: Parameters of the weight quantiser by bits; `act_clip` is that of the activations.
@@ -164,7 +165,7 @@ def _grid_parameters(latent: Tensor, fitted: QuantizedWeight, grid: str, minmax:
     """What `QUANTIZER_PARAMETERS` names, each float32 `[out, G]`."""
     groups = latent.unflatten(1, (-1, fitted.group_size))
     if fitted.levels is None:
-        return (groups.abs().amax(-1) / 7 if minmax else fitted.scale.float(),)
+        return (divide(groups.abs().amax(-1), 7) if minmax else fitted.scale.float(),)
     levels, scale = fitted.levels, fitted.scale
     if minmax or grid != "ldp":
         ends = torch.stack([groups.amin(-1), groups.amax(-1)], -1)
