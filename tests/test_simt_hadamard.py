@@ -52,12 +52,12 @@ def aligned(x, offset=0):
     return buffer[start : start + x.numel()].view(x.shape)
 
 
-def hadamard(x, had_k, block, transpose=False, processors=1, shared=SMALL, seed=0):
+def hadamard(x, had_k, block, transpose=False, arch=80, processors=1, shared=SMALL, seed=0):
     """What the kernel makes of x [rows, n], and how it was divided."""
     y, intact = guarded(x.shape, x.dtype)
     signs = signs_of(had_k)
     plan = simt.load().hadamard(
-        numpy_of(x), numpy_of(y), NAMES[x.dtype], signs, block, transpose, processors, shared, seed
+        numpy_of(x), numpy_of(y), NAMES[x.dtype], signs, block, transpose, arch, processors, shared, seed
     )
     assert intact()
     return y, plan
@@ -208,7 +208,7 @@ def test_too_large_and_float64_are_refused():
 
 
 def quantize(x, clip=CLIP, group=-1, up=None, eps=None, weight=None, had_k=None, block=1, offset=0,
-             processors=1, shared=SMALL, seed=0):  # fmt: skip
+             arch=80, processors=1, shared=SMALL, seed=0):  # fmt: skip
     """codes and scale of the kernel for x [tokens, features], and how it was divided."""
     tokens, features = x.shape
     groups = 1 if group == -1 else features // group
@@ -217,7 +217,7 @@ def quantize(x, clip=CLIP, group=-1, up=None, eps=None, weight=None, had_k=None,
     plan = simt.load().quantize_a4(
         numpy_of(x), clip.numpy(), codes.numpy(), scale.numpy(), NAMES[x.dtype],
         None if up is None else numpy_of(up), eps, None if weight is None else numpy_of(weight),
-        NAMES[F32 if weight is None else weight.dtype], signs_of(had_k), block, processors, shared, seed,
+        NAMES[F32 if weight is None else weight.dtype], signs_of(had_k), block, arch, processors, shared, seed,
     )  # fmt: skip
     assert codes_intact() and scale_intact()
     return (codes, scale), plan

@@ -9,19 +9,6 @@
 
 namespace w2a4::cuda {
 
-// ---- one group
-
-W2A4_DEVICE float scale_of(float clip, uint32_t most) {
-  const float scale = quotient_rn<7>(mul_rn(clip, as_float(most)));
-  return scale == 0.0f ? 1.0f : scale;
-}
-
-// x / scale rounded to the nearest integer, ties to even, within -8..7, as a nibble.
-W2A4_DEVICE uint32_t code_of(const Quantizer& q, float x) {
-  const float bounded = max_f32(min_f32(quotient_of(q, x), 7.0f), -8.0f);
-  return rounded_bits(bounded) & q.mask;
-}
-
 // ---- the groups of a unit
 
 struct Groups {

@@ -32,6 +32,21 @@ inline void check_quantize(const QuantizeA4Params& p) {
         "or bfloat16, not float64; convert with weight.float()");
 }
 
+// The Hadamard transform of a call that has one.
+inline TransformCall quantize_call(const QuantizeA4Params& p, int processors, size_t most_shared) {
+  TransformCall c{};
+  c.had_k = p.had_k, c.k = p.k, c.block_size = p.block_size;
+  c.tokens = p.tokens, c.features = p.features;
+  c.aligned = aligned_16(p.x) && aligned_16(p.up) && aligned_16(p.codes);
+  c.prepares = true;
+  c.terms = p.up || p.dtype == ScalarType::Float ? 3 : 1;
+  c.processors = processors;
+  c.most_shared = most_shared;
+  c.other_shared = 16 * (p.features / p.group_size);
+  c.group_size = p.group_size;
+  return c;
+}
+
 inline QuantizePlan plan_quantize(const QuantizeA4Params& p, int processors, size_t most_shared) {
   check_quantize(p);
   QuantizePlan plan{};
@@ -40,18 +55,8 @@ inline QuantizePlan plan_quantize(const QuantizeA4Params& p, int processors, siz
       aligned_16(p.x) && aligned_16(p.up) && aligned_16(p.codes) && aligned_16(p.norm_weight);
   int64_t groups = p.features / p.group_size;
   if (p.block_size > 1) {
-    TransformCall c{};
-    c.had_k = p.had_k, c.k = p.k, c.block_size = p.block_size;
-    c.tokens = p.tokens, c.features = p.features;
-    c.aligned = aligned;
-    c.prepares = true;
-    c.terms = p.up || p.dtype == ScalarType::Float ? 3 : 1;
-    c.processors = processors;
-    c.most_shared = most_shared;
-    c.other_shared = 16 * groups;
-    c.group_size = p.group_size;
     Transform& t = plan.args.t;
-    t = plan_transform(c);
+    t = plan_transform(quantize_call(p, processors, most_shared));
     groups = t.unit / p.group_size;
     plan.shared = t.table_bytes + t.work_bytes + 16 * groups;
     plan.threads = t.warps * 32;
@@ -107,6 +112,28 @@ void with_quantize_kernel(const QuantizeArgs& args, Run&& run) {
     with_hadamard_quantize_kernel<Mix::kDirect>(p, run);
   else
     with_hadamard_quantize_kernel<Mix::kStaged>(p, run);
+}
+
+// Calls run(kernel, its argument, Launch) with the kernel that serves a call on such a device.
+template <class Run>
+void with_quantize(const QuantizeA4Params& p, int arch, int processors, size_t most_shared,
+                   Run&& run) {
+  check_quantize(p);
+  ClusterArgs args{};
+  const bool whole = p.block_size > 1 && p.group_size == p.features;
+  if (whole &&
+      plan_cluster(quantize_call(p, processors, most_shared), most_cluster(arch), args.t)) {
+    args.x = p.x, args.up = p.up, args.clip = p.clip;
+    args.codes = p.codes, args.scale = p.scale;
+    with_cluster_kernel<true>("hadamard_a4", p.dtype, args.t, [&](auto kernel) {
+      run(kernel, args, cluster_launch(args.t, processors, most_shared));
+    });
+    return;
+  }
+  const QuantizePlan plan = plan_quantize(p, processors, most_shared);
+  with_quantize_kernel(plan.args, [&](auto kernel) {
+    run(kernel, plan.args, Launch{plan.blocks, plan.threads, plan.shared});
+  });
 }
 
 }  // namespace w2a4::cuda
