@@ -39,7 +39,9 @@ def transform(module, k, power, dtype, shared, processors=2, offset=0, arch=80, 
     x = random.standard_normal(3 * n + offset).astype(dtype)[offset:].reshape(3, n)
     y = np.empty_like(x)
     for transpose in (False, True):
-        module.hadamard(x, y, np.dtype(dtype).name, signs(k), k * power, transpose, arch, processors, shared, 0)
+        module.hadamard(
+            x, y, np.dtype(dtype).name, signs(k), k * power, transpose, arch, processors, shared, 0
+        )
         assert np.isfinite(y).all()
 
 

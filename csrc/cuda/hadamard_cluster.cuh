@@ -72,13 +72,18 @@ W2A4_DEVICE void mix_columns(const ClusterTransform& t, const unsigned char* sta
     for (int i = 0; i < 8; ++i)
       a[i / 4][i % 4] = (word << (15 - 4 * (step % 4) - i) & 0x80008000u) | BFloat16::kOnes;
     W2A4_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) W2A4_UNROLL
-    for (int term = 0; term < 3; ++term) {
-      uint32_t w[4];
-      ldmatrix_x4_trans(w, row + (term * t.own + tile) * t.tile_bytes + step * 256);
-      const uint32_t low[2] = {w[0], w[1]}, high[2] = {w[2], w[3]};
-      BFloat16::mma(sums[tile][term], a[0], low);
-      if (step + 1 < t.tiles) BFloat16::mma(sums[tile][term], a[1], high);
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint32_t w[3][4];  // loads and products of the terms are under way together
+      W2A4_UNROLL
+      for (int term = 0; term < 3; ++term)
+        ldmatrix_x4_trans(w[term], row + (term * t.own + tile) * t.tile_bytes + step * 256);
+      W2A4_UNROLL
+      for (int term = 0; term < 3; ++term)
+        BFloat16::mma(sums[tile][term], a[0], {w[term][0], w[term][1]});
+      if (step + 1 >= t.tiles) continue;
+      W2A4_UNROLL
+      for (int term = 0; term < 3; ++term)
+        BFloat16::mma(sums[tile][term], a[1], {w[term][2], w[term][3]});
     }
   }
   W2A4_UNROLL
@@ -203,14 +208,16 @@ __global__ void __launch_bounds__(kClusterWarps * 32, kTiles == 4 ? 1 : 2)
   const int staged_bytes = 3 * t.own * t.tile_bytes;
   auto* maxima = reinterpret_cast<uint32_t*>(staged + staged_bytes);
   const int groups = t.own / kTiles;  // of tiles of columns
-  const int warp = threadIdx.x / 32, tile = warp / groups, first = warp % groups * kTiles;
-  const bool has_task = tile < t.tiles;
   uint32_t signs[4] = {};
-  load_row_signs(t, tile, signs);
+  load_row_signs(t, threadIdx.x / 32 / groups, signs);
   // Zeros where no row is, and no warp.
   for (int i = 16 * threadIdx.x; i < staged_bytes + 32 * kClusterWarps; i += 16 * blockDim.x)
     if (i >= staged_bytes || i % t.tile_bytes >= 16 * t.rows) store_u32x4(staged + i, {});
   sync_cluster();  // all blocks have begun, and have their zeros
+  // The warp's task; not earlier: it takes registers.
+  const int warp = fence_loads(threadIdx.x) / 32, tile = warp / groups;
+  const int first = warp % groups * kTiles;
+  const bool has_task = tile < t.tiles;
   wait_for_previous_kernel();
   const int64_t step = gridDim.x >> t.log_blocks;
   for (int64_t token = blockIdx.x >> t.log_blocks; token < t.tokens; token += step) {
