@@ -80,9 +80,9 @@ inline bool plan_cluster(const TransformCall& c, int most_blocks, ClusterTransfo
   return found;
 }
 
-// Blocks that a cluster may have anywhere: Hopper brought clusters.
+// Blocks that a cluster may have anywhere: Hopper brought clusters, before it other kernels serve.
 inline int most_cluster(int arch) {
-  return arch >= 90 ? 8 : 1;
+  return arch >= 90 ? 8 : 0;
 }
 
 // Thread blocks that are resident at once, in whole clusters that do the same number of tokens. A

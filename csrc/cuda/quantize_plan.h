@@ -66,9 +66,14 @@ inline QuantizePlan plan_quantize(const QuantizeA4Params& p, int processors, siz
     const int64_t warps = std::min<int64_t>(divide_up(runs, 32), kQuantizeWarps);
     plan.args.vector = aligned && p.features % 8 == 0;
     plan.args.whole = groups == 1 || (p.group_size % 8 == 0 && p.features <= 65536);
+    const bool fits = plan.args.vector && groups == 1 && p.tokens <= int64_t{1} << 30;
+    for (int r = 1; r <= kRuns && fits && !plan.args.token_runs; r *= 2)
+      if (runs <= r * kQuantizeWarps * 32) plan.args.token_runs = r;
     plan.args.slices = static_cast<int>(divide_up(runs, warps * 32 * kRuns));
-    plan.shared = kQuantizeWarps * 4 + 16 * groups;
+    plan.shared = kQuantizeWarps * (plan.args.token_runs ? 8 : 4) + 16 * groups;
     plan.threads = static_cast<unsigned>(warps * 32);
+    if (plan.args.token_runs)
+      plan.threads = static_cast<unsigned>(32 * divide_up(runs, 32 * plan.args.token_runs));
     plan.blocks = static_cast<unsigned>(std::min<int64_t>(p.tokens, int64_t{1} << 30));
   }
   if (plan.shared > most_shared)
@@ -83,6 +88,11 @@ using QuantizeKernel = void (*)(QuantizeArgs);
 
 template <class T>
 using QuantizeKernelOf = std::integral_constant<QuantizeKernel, quantize_kernel<T>>;
+template <int kTokenRuns>
+struct QuantizeTokenKernels {
+  template <class T>
+  using Of = std::integral_constant<QuantizeKernel, quantize_token_kernel<T, kTokenRuns>>;
+};
 template <bool kSilu, Mix kMix>
 struct HadamardQuantizeKernels {
   template <class T>
@@ -104,7 +114,13 @@ void with_hadamard_quantize_kernel(const QuantizeA4Params& p, Run&& run) {
 template <class Run>
 void with_quantize_kernel(const QuantizeArgs& args, Run&& run) {
   const QuantizeA4Params& p = args.p;
-  if (p.block_size <= 1)
+  if (args.token_runs == 1)
+    with_format<QuantizeTokenKernels<1>::Of>("quantize_a4", p.dtype, run);
+  else if (args.token_runs == 2)
+    with_format<QuantizeTokenKernels<2>::Of>("quantize_a4", p.dtype, run);
+  else if (args.token_runs == 4)
+    with_format<QuantizeTokenKernels<4>::Of>("quantize_a4", p.dtype, run);
+  else if (p.block_size <= 1)
     with_format<QuantizeKernelOf>("quantize_a4", p.dtype, run);
   else if (args.t.mix == Mix::kNone)
     with_format<HadamardQuantizeKernels<true, Mix::kNone>::Of>("hadamard_a4", p.dtype, run);
