@@ -89,6 +89,9 @@ void linear_w8(std::istream& in) {
 int64_t resident(const cuda::Transform& t, unsigned blocks) {
   return blocks == t.units ? 0 : (blocks + processors - 1) / processors;
 }
+int64_t resident(const cuda::ClusterTransform& t, unsigned blocks) {
+  return blocks == t.tokens << t.log_blocks ? 0 : (blocks + processors - 1) / processors;
+}
 
 void quantize_a4(std::istream& in) {
   QuantizeA4Params p{};
@@ -100,11 +103,11 @@ void quantize_a4(std::istream& in) {
   p.norm_dtype = p.dtype;
   p.up = before == "silu_mul" ? some<void>() : nullptr;
   p.had_k = p.k > 1 ? some<int8_t>() : nullptr;
-  const cuda::QuantizePlan plan = cuda::plan_quantize(p, processors, most_shared);
-  cuda::with_quantize_kernel(plan.args, [&](auto kernel) {
-    const int64_t planned = p.block_size > 1 ? resident(plan.args.t, plan.blocks) : 0;
-    say(kernel, plan.blocks, plan.threads, plan.shared, planned);
-  });
+  cuda::with_quantize(p, arch, processors, most_shared,
+                      [&](auto kernel, const auto& args, const cuda::Launch& how) {
+                        const int64_t planned = p.block_size > 1 ? resident(args.t, how.blocks) : 0;
+                        say(kernel, how.blocks, how.threads, how.shared, planned);
+                      });
 }
 
 void hadamard(std::istream& in) {
@@ -112,12 +115,11 @@ void hadamard(std::istream& in) {
   in >> p.rows >> p.n >> p.k >> p.block_size;
   p.x = p.y = some<void>(), p.had_k = p.k > 1 ? some<int8_t>() : nullptr;
   p.dtype = ScalarType::Half;
-  const cuda::Transform t = cuda::plan_hadamard(p, processors, most_shared);
-  const size_t shared = t.table_bytes + t.work_bytes;
-  const unsigned blocks = cuda::transform_blocks(t, processors, shared, most_shared);
-  cuda::with_hadamard_kernel(p.dtype, t, [&](auto kernel) {
-    say(kernel, blocks, t.warps * 32, shared, resident(t, blocks));
-  });
+  cuda::with_hadamard(p, arch, processors, most_shared,
+                      [&](auto kernel, const auto& args, const cuda::Launch& how) {
+                        say(kernel, how.blocks, how.threads, how.shared,
+                            resident(args.t, how.blocks));
+                      });
 }
 
 Strided4 heads(int64_t heads, int64_t tokens, int64_t width) {

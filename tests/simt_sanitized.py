@@ -34,23 +34,26 @@ def signs(k):
     return None if k == 1 else random.choice(np.array([-1, 1], np.int8), (k, k))
 
 
-def transform(module, k, power, dtype, shared, processors=2, offset=0):
-    n = 2 * k * power
+def transform(module, k, power, dtype, shared, processors=2, offset=0, arch=80, blocks=2):
+    n = blocks * k * power
     x = random.standard_normal(3 * n + offset).astype(dtype)[offset:].reshape(3, n)
     y = np.empty_like(x)
     for transpose in (False, True):
-        module.hadamard(x, y, np.dtype(dtype).name, signs(k), k * power, transpose, processors, shared, 0)
+        module.hadamard(
+            x, y, np.dtype(dtype).name, signs(k), k * power, transpose, arch, processors, shared, 0
+        )
         assert np.isfinite(y).all()
 
 
-def quantize(module, features, groups, k, block, dtype, up=False, eps=None, shared=SMALL, processors=2):
+def quantize(module, features, groups, k, block, dtype, up=False, eps=None, shared=SMALL, processors=2,
+             arch=80):  # fmt: skip
     x = random.standard_normal((3, features)).astype(dtype)
     codes, scale = np.empty((3, -(-features // 2)), np.uint8), np.empty((3, groups), np.float32)
     other = x[::-1].copy() if up else None
     module.quantize_a4(
         x, np.full(1, 0.9, np.float32), codes, scale, np.dtype(dtype).name, other, eps,
-        None if eps is None else np.ones(features, np.float32), "float32", signs(k), block, processors,
-        shared, 0,
+        None if eps is None else np.ones(features, np.float32), "float32", signs(k), block, arch,
+        processors, shared, 0,
     )  # fmt: skip
     assert np.isfinite(scale).all()
 

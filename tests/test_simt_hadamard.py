@@ -52,12 +52,12 @@ def aligned(x, offset=0):
     return buffer[start : start + x.numel()].view(x.shape)
 
 
-def hadamard(x, had_k, block, transpose=False, processors=1, shared=SMALL, seed=0):
+def hadamard(x, had_k, block, transpose=False, arch=80, processors=1, shared=SMALL, seed=0):
     """What the kernel makes of x [rows, n], and how it was divided."""
     y, intact = guarded(x.shape, x.dtype)
     signs = signs_of(had_k)
     plan = simt.load().hadamard(
-        numpy_of(x), numpy_of(y), NAMES[x.dtype], signs, block, transpose, processors, shared, seed
+        numpy_of(x), numpy_of(y), NAMES[x.dtype], signs, block, transpose, arch, processors, shared, seed
     )
     assert intact()
     return y, plan
@@ -204,11 +204,38 @@ def test_too_large_and_float64_are_refused():
         hadamard(torch.randn(1, 16384), None, 16384, shared=1000)
 
 
+#: n, blocks of the cluster that does a token, columns that a warp mixes at once in tiles of 8
+CLUSTERS = [(2048, 1, 2), (4096, 1, 2), (5632, 2, 2), (8960, 4, 2), (11008, 8, 1), (13824, 4, 2),
+            (14336, 4, 2), (28672, 8, 2), (53248, 8, 4)]  # fmt: skip
+
+
+@pytest.mark.parametrize("n,cluster,at_once", CLUSTERS)
+@pytest.mark.parametrize("dtype", [F32, HALF, BF16])
+def test_hadamard_by_clusters(n, cluster, at_once, dtype):
+    if dtype == BF16 and n > 5000:
+        pytest.skip("float16 of the same size covers it")
+    had_k = had_k_matrix(hadamard_spec(n).k)
+    x = aligned(torch.randn(1 if n > 20000 else 3, n).to(dtype))
+    for transpose in (False, True) if had_k is not None else (False,):
+        y, plan = assert_hadamard(x, had_k, n, transpose, arch=90, shared=LARGE)
+        assert (plan["cluster"], plan["at_once"]) == (cluster, at_once)
+        assert plan["blocks"] <= 2 * cluster  # so that a cluster does several tokens
+    many, plan = hadamard(x, had_k, n, transpose, arch=90, processors=132, shared=LARGE, seed=1)
+    assert plan["blocks"] == cluster * len(x)
+    assert_close(many, y)
+
+
+def test_what_no_cluster_takes_has_a_kernel():
+    for n, offset, arch in [(1024, 0, 90), (4096, 1, 90), (11008, 0, 80)]:
+        x = aligned(torch.randn(1, n).half(), offset)
+        assert assert_hadamard(x, had_k_matrix(hadamard_spec(n).k), n, arch=arch)[1]["cluster"] == 0
+
+
 # ---- quantize_a4
 
 
 def quantize(x, clip=CLIP, group=-1, up=None, eps=None, weight=None, had_k=None, block=1, offset=0,
-             processors=1, shared=SMALL, seed=0):  # fmt: skip
+             arch=80, processors=1, shared=SMALL, seed=0):  # fmt: skip
     """codes and scale of the kernel for x [tokens, features], and how it was divided."""
     tokens, features = x.shape
     groups = 1 if group == -1 else features // group
@@ -217,7 +244,7 @@ def quantize(x, clip=CLIP, group=-1, up=None, eps=None, weight=None, had_k=None,
     plan = simt.load().quantize_a4(
         numpy_of(x), clip.numpy(), codes.numpy(), scale.numpy(), NAMES[x.dtype],
         None if up is None else numpy_of(up), eps, None if weight is None else numpy_of(weight),
-        NAMES[F32 if weight is None else weight.dtype], signs_of(had_k), block, processors, shared, seed,
+        NAMES[F32 if weight is None else weight.dtype], signs_of(had_k), block, arch, processors, shared, seed,
     )  # fmt: skip
     assert codes_intact() and scale_intact()
     return (codes, scale), plan
@@ -306,6 +333,35 @@ def test_silu_mul_hadamard_a4(tokens, features, k, block, group, dtype, shared):
     exact = fast_hadamard(inner, had_k, block)
     error = (error_of(inner, had_k, block) if block > 1 else 0) + 10 * UNIT * sums_of(inner, block)
     assert_quantized(got, exact, error, CLIP, group)
+
+
+@pytest.mark.parametrize("n", [4096, 11008, 14336, 28672])
+@pytest.mark.parametrize("dtype", [F32, HALF, BF16])
+@pytest.mark.parametrize("silu", [False, True])
+def test_hadamard_a4_by_clusters(n, dtype, silu):
+    if dtype == BF16 and n > 5000:
+        pytest.skip("float16 of the same size covers it")
+    had_k = had_k_matrix(hadamard_spec(n).k)
+    x, up = (aligned(torch.randn(1 if n > 20000 else 3, n).to(dtype)) for _ in "xu")
+    args = dict(up=up if silu else None, had_k=had_k, block=n, arch=90, shared=LARGE)
+    got, plan = quantize(x, **args)
+    assert plan["cluster"] > 0
+    wide = F.silu(x.double()) * up.double() if silu else x.double()
+    error = error_of(wide, had_k, n) + (10 * UNIT * sums_of(wide, n) if silu else 0)
+    assert_quantized(got, fast_hadamard(wide, had_k, n), error, CLIP, -1)
+    many, _ = quantize(x, **args, processors=132, seed=1)
+    for one, other in zip(many, got, strict=True):
+        assert_close(one, other)
+
+
+def test_special_values_by_clusters():
+    x = special_rows(5632)
+    x[5] /= 1000  # or sums of so many overflow
+    x = aligned(x)
+    (codes, scale), plan = quantize(x, had_k=had_k_matrix(44), block=5632, arch=90, shared=LARGE)
+    assert plan["cluster"] == 2
+    assert scale.isfinite().flatten().tolist() == [True, True, False, False, False, True, True, True, True]
+    assert scale[1] == 1 and not codes[1].any() and not codes[2:5].any()
 
 
 def test_inputs_are_staged_where_several_warps_read_them_and_memory_allows():

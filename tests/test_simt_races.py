@@ -39,7 +39,7 @@ KERNELS = {
         for dtype in (F32, HALF)
         for k, power, offset in [(1, 2, 0), (1, 64, 0), (1, 1024, 0), (12, 8, 0), (1, 8192, 1), (172, 4, 0),
                                  (36, 16, 0), (52, 128, 0)]
-    ]),
+    ] + [dict(k=44, power=128, dtype=HALF, shared=LARGE, processors=1, arch=90, blocks=1)]),
     "quantize_a4": (kernels.quantize, [
         dict(features=features, groups=groups, k=1, block=1, dtype=HALF, **options)
         for features, groups in [(7, 1), (96, 3), (4096, 32), (20000, 1)]
@@ -50,6 +50,8 @@ KERNELS = {
              processors=1)
         for dtype, up in ((F32, True), (F32, False), (HALF, False))
         for features, groups, k, block in [(1536, 12, 12, 1536), (192, 2, 12, 96), (11008, 1, 172, 11008)]
+    ] + [
+        dict(features=5632, groups=1, k=44, block=5632, dtype=HALF, up=True, shared=LARGE, processors=1, arch=90)
     ]),
     "kv4": (kernels.rope_append, [
         dict(head_dim=head_dim, k=k, block=block, dtype=HALF, start=start, starts=OUTSIDE if start else None)
@@ -77,7 +79,7 @@ BARRIERS = {
     for path in SOURCES
     if path.name != "ptx.cuh"
     for number, line in enumerate(path.read_text().splitlines(), 1)
-    if re.search(r"\b(sync_block|sync_warp|cp_async_wait<.*>)\(", line)
+    if re.search(r"\b(sync_block|sync_warp|sync_cluster|cp_async_wait<.*>)\(", line)
 }
 #: Lines of barriers that no run here needs, and why.
 NOT_NEEDED = {

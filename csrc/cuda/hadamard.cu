@@ -1,4 +1,4 @@
-// hadamard on CUDA, see hadamard.cuh.
+// hadamard on CUDA, see hadamard_cluster.cuh for whole large blocks, hadamard.cuh for the rest.
 #include "hadamard.cuh"
 #include "kernels.h"
 #include "runtime.h"
@@ -8,13 +8,11 @@ namespace w2a4::cuda {
 void hadamard(const HadamardParams& p) {
   if (p.rows == 0 || p.n == 0) return;
   const Device& device = use_device(p.device);
-  const Transform t = plan_hadamard(p, device.processors, device.shared);
-  const size_t shared = t.table_bytes + t.work_bytes;
-  const unsigned blocks = transform_blocks(t, device.processors, shared, device.shared);
-  with_hadamard_kernel(p.dtype, t, [&](auto kernel) {
-    launch<decltype(kernel)::value>("hadamard", device, dim3(blocks), t.warps * 32, shared,
-                                    HadamardArgs{p, t});
-  });
+  with_hadamard(p, device.arch, device.processors, device.shared,
+                [&](auto kernel, const auto& args, const Launch& how) {
+                  launch<decltype(kernel)::value>("hadamard", device, dim3(how.blocks), how.threads,
+                                                  how.shared, args, how.cluster);
+                });
 }
 
 }  // namespace w2a4::cuda

@@ -13,7 +13,7 @@
 #include <type_traits>
 
 #include "../params.h"
-#include "hadamard_mix.cuh"
+#include "hadamard_cluster.cuh"
 
 namespace w2a4::cuda {
 
@@ -249,7 +249,7 @@ inline bool aligned_16(const void* p) {
 }
 
 // Blocks are tokens here; those that are not mixed are cut into units regardless of where they end.
-inline Transform plan_hadamard(const HadamardParams& p, int processors, size_t most_shared) {
+inline TransformCall hadamard_call(const HadamardParams& p, int processors, size_t most_shared) {
   TransformCall c{};
   c.had_k = p.had_k, c.k = p.k, c.block_size = p.block_size, c.transpose = p.transpose;
   const bool mixed = is_mixed(p.had_k, p.block_size);
@@ -261,8 +261,12 @@ inline Transform plan_hadamard(const HadamardParams& p, int processors, size_t m
   c.large_units = true;
   c.group_size = 8;
   c.most_shared = most_shared, c.processors = processors;
+  return c;
+}
+
+inline Transform plan_hadamard(const HadamardParams& p, const TransformCall& c) {
   Transform t = plan_transform(c);
-  t.total = total;
+  t.total = p.rows * p.n;
   return t;
 }
 
@@ -282,6 +286,27 @@ void with_hadamard_kernel(ScalarType dtype, const Transform& t, Run&& run) {
     with_format<HadamardKernels<Mix::kDirect>::Of>("hadamard", dtype, run);
   else  // of float32 only
     run(HadamardKernels<Mix::kStaged>::Of<Float32>{});
+}
+
+// Calls run(kernel, its argument, Launch) with the kernel that serves a call on such a device.
+template <class Run>
+void with_hadamard(const HadamardParams& p, int arch, int processors, size_t most_shared,
+                   Run&& run) {
+  const TransformCall c = hadamard_call(p, processors, most_shared);
+  ClusterArgs args{};
+  if (plan_cluster(c, most_cluster(arch), args.t)) {
+    args.x = p.x, args.y = p.y;
+    with_cluster_kernel<false>("hadamard", p.dtype, args.t, [&](auto kernel) {
+      run(kernel, args, cluster_launch(args.t, processors, most_shared));
+    });
+    return;
+  }
+  const Transform t = plan_hadamard(p, c);
+  const size_t shared = t.table_bytes + t.work_bytes;
+  const unsigned blocks = transform_blocks(t, processors, shared, most_shared);
+  with_hadamard_kernel(p.dtype, t, [&](auto kernel) {
+    run(kernel, HadamardArgs{p, t}, Launch{blocks, static_cast<unsigned>(t.warps * 32), shared});
+  });
 }
 
 }  // namespace w2a4::cuda

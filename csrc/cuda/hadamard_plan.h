@@ -19,6 +19,13 @@
 
 namespace w2a4::cuda {
 
+// A grid: blocks along x, threads and bytes of shared memory of each, blocks of a cluster.
+struct Launch {
+  unsigned blocks, threads;
+  size_t shared;
+  unsigned cluster = 1;
+};
+
 constexpr int kChunk = 64;                  // columns of a task
 constexpr int kTransformWarps = 16;         // of a thread block, at most
 constexpr int kExchange = 16 * kChunk * 4;  // bytes of shared memory a warp exchanges through

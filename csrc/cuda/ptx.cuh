@@ -58,6 +58,35 @@ W2A4_DEVICE void sync_warp(W2A4_SITE_ONLY) {
 #endif
 }
 
+// ---- clusters: blocks that reach each other's shared memory, from Hopper on; before, and without
+// a launch that asks for more, a cluster is one block
+
+W2A4_DEVICE unsigned cluster_rank() {  // of this block in its cluster
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#elif defined(__CUDACC__)
+  return 0;
+#else
+  return simt::block->cluster_rank();
+#endif
+}
+
+// All threads of the cluster meet here, and what they wrote can be seen by each other.
+W2A4_DEVICE void sync_cluster(W2A4_SITE_ONLY) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#elif defined(__CUDACC__)
+  __syncthreads();
+#else
+  simt::sync_cluster(site);
+#endif
+}
+
 #ifndef __CUDACC__
 namespace twin {
 struct Shuffle {
@@ -273,6 +302,41 @@ W2A4_DEVICE void store_u32(void* p, uint32_t x) {
   *static_cast<uint32_t*>(p) = x;
 #else
   simt::store(p, x);
+#endif
+}
+
+// Stores to the place of `p`, which is of this block's shared memory, in that of block `rank` of
+// the cluster. That block must have begun, and not have ended: sync_cluster.
+W2A4_DEVICE void store_peer_u32x4(void* p, unsigned rank, const U32x4& x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 to;\n"
+      "mapa.shared::cluster.u32 to, %0, %1;\n"
+      "st.shared::cluster.v4.b32 [to], {%2, %3, %4, %5};\n"
+      "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))),
+      "r"(rank), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+      : "memory");
+#elif defined(__CUDACC__)
+  store_u32x4(p, x);
+#else
+  simt::store(simt::block->in_peer(p, rank), x);
+#endif
+}
+W2A4_DEVICE void store_peer_u32(void* p, unsigned rank, uint32_t x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 to;\n"
+      "mapa.shared::cluster.u32 to, %0, %1;\n"
+      "st.shared::cluster.b32 [to], %2;\n"
+      "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))),
+      "r"(rank), "r"(x)
+      : "memory");
+#elif defined(__CUDACC__)
+  store_u32(p, x);
+#else
+  simt::store(simt::block->in_peer(p, rank), x);
 #endif
 }
 

@@ -8,11 +8,11 @@ namespace w2a4::cuda {
 void quantize_a4(const QuantizeA4Params& p) {
   if (p.tokens == 0) return;
   const Device& device = use_device(p.device);
-  const QuantizePlan plan = plan_quantize(p, device.processors, device.shared);
-  with_quantize_kernel(plan.args, [&](auto kernel) {
-    launch<decltype(kernel)::value>("quantize_a4", device, dim3(plan.blocks), plan.threads,
-                                    plan.shared, plan.args);
-  });
+  with_quantize(p, device.arch, device.processors, device.shared,
+                [&](auto kernel, const auto& args, const Launch& how) {
+                  launch<decltype(kernel)::value>("quantize_a4", device, dim3(how.blocks),
+                                                  how.threads, how.shared, args, how.cluster);
+                });
 }
 
 }  // namespace w2a4::cuda

@@ -9,19 +9,6 @@
 
 namespace w2a4::cuda {
 
-// ---- one group
-
-W2A4_DEVICE float scale_of(float clip, uint32_t most) {
-  const float scale = quotient_rn<7>(mul_rn(clip, as_float(most)));
-  return scale == 0.0f ? 1.0f : scale;
-}
-
-// x / scale rounded to the nearest integer, ties to even, within -8..7, as a nibble.
-W2A4_DEVICE uint32_t code_of(const Quantizer& q, float x) {
-  const float bounded = max_f32(min_f32(quotient_of(q, x), 7.0f), -8.0f);
-  return rounded_bits(bounded) & q.mask;
-}
-
 // ---- the groups of a unit
 
 struct Groups {
@@ -77,6 +64,7 @@ struct QuantizeArgs {
   bool vector;      // no Hadamard: runs of 8 are whole and aligned
   bool whole;       // no Hadamard: and lie in one group
   int slices;       // no Hadamard: passes over a token's vectors
+  int token_runs;   // no Hadamard: of 8 values a thread, where a block holds a token as one group
 };
 
 W2A4_DEVICE void note_maxima(const Transform& t, const Unit& unit, const Task& task,
@@ -381,6 +369,92 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32)
         sync_block();
       }
     }
+  }
+}
+
+// ---- one group a token, aligned, that fits the registers of a block: what models have
+
+// Zeros where this thread's run has no elements.
+template <class T>
+W2A4_DEVICE void load_aligned_run(const QuantizeArgs& args, int element, float (&v)[8]) {
+  const QuantizeA4Params& p = args.p;
+  W2A4_UNROLL
+  for (int i = 0; i < 8; ++i) v[i] = 0.0f;
+  if (element >= p.features) return;
+  const int64_t at = blockIdx.x * p.features + element;
+  if (p.up)
+    Input<T, true>{p.x, p.up}.run(at, v);
+  else
+    Input<T, false>{p.x, nullptr}.run(at, v);
+}
+
+// A value of every warp in every thread. `all` is [kQuantizeWarps], for this alone.
+W2A4_DEVICE void share(uint32_t value, uint32_t* all, uint32_t (&values)[kQuantizeWarps]) {
+  const unsigned warps = blockDim.x / 32;
+  if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = value;
+  if (threadIdx.x >= warps && threadIdx.x < kQuantizeWarps) all[threadIdx.x] = 0;
+  sync_block();
+  W2A4_UNROLL
+  for (int i = 0; i < kQuantizeWarps; i += 4) {
+    const U32x4 v = read_u32x4(all + i);
+    values[i] = v.x, values[i + 1] = v.y, values[i + 2] = v.z, values[i + 3] = v.w;
+  }
+}
+
+// A block is a token; everything stays in registers, with one barrier for the norm and one for the
+// maximum. Sums are in the order of quantize_kernel.
+template <class T, int kTokenRuns>
+__global__ void __launch_bounds__(kQuantizeWarps * 32)
+    quantize_token_kernel(const __grid_constant__ QuantizeArgs args) {
+  const QuantizeA4Params& p = args.p;
+  auto* sums = reinterpret_cast<uint32_t*>(shared_memory());
+  uint32_t* maxima = sums + kQuantizeWarps;
+  float v[kTokenRuns][8], weight[kTokenRuns][8];
+  W2A4_UNROLL
+  for (int r = 0; r < kTokenRuns; ++r) {  // the weight does not depend on the kernel before
+    const int element = 8 * static_cast<int>(r * blockDim.x + threadIdx.x);
+    W2A4_UNROLL
+    for (int i = 0; i < 8; ++i) weight[r][i] = 1.0f;
+    if (p.norm_weight && element < p.features) load_norm_weight(args, element, weight[r]);
+  }
+  wait_for_previous_kernel();
+  const float clip = *p.clip;
+  W2A4_UNROLL
+  for (int r = 0; r < kTokenRuns; ++r)
+    load_aligned_run<T>(args, 8 * static_cast<int>(r * blockDim.x + threadIdx.x), v[r]);
+  uint32_t of_warps[kQuantizeWarps];
+  if (p.rmsnorm) {
+    float squares = 0.0f;
+    W2A4_UNROLL
+    for (int i = 0; i < 8 * kTokenRuns; ++i)
+      squares = fma_rn(v[i / 8][i % 8], v[i / 8][i % 8], squares);
+    share(as_bits(warp_sum(squares)), sums, of_warps);
+    float sum = 0.0f;
+    W2A4_UNROLL
+    for (int i = 0; i < kQuantizeWarps; ++i) sum = add_rn(sum, as_float(of_warps[i]));
+    const float mean = div_approx(sum, static_cast<float>(p.features));
+    const float factor = rsqrt_approx(add_rn(mean, p.eps));
+    W2A4_UNROLL
+    for (int i = 0; i < 8 * kTokenRuns; ++i)
+      v[i / 8][i % 8] = mul_rn(weight[i / 8][i % 8], mul_rn(v[i / 8][i % 8], factor));
+  }
+  uint32_t most = 0;
+  W2A4_UNROLL
+  for (int i = 0; i < 8 * kTokenRuns; ++i) most = larger(most, magnitude_bits(v[i / 8][i % 8]));
+  share(warp_max(most), maxima, of_warps);
+  W2A4_UNROLL
+  for (int i = 0; i < kQuantizeWarps; ++i) most = larger(most, of_warps[i]);
+  const float scale = scale_of(clip, most);
+  if (threadIdx.x == 0) p.scale[blockIdx.x] = scale;
+  const Quantizer q = quantizer_of(scale);
+  W2A4_UNROLL
+  for (int r = 0; r < kTokenRuns; ++r) {
+    const int element = 8 * static_cast<int>(r * blockDim.x + threadIdx.x);
+    if (element >= p.features) break;
+    uint32_t word = 0;
+    W2A4_UNROLL
+    for (int i = 0; i < 8; ++i) word |= code_of(q, v[r][i]) << 4 * i;
+    store_u32(p.codes + (blockIdx.x * p.features + element) / 2, word);
   }
 }
 

@@ -46,6 +46,18 @@ W2A4_DEVICE uint32_t rounded_bits(float x) {
   return as_bits(add_rn(x, 12582912.0f));  // 1.5 * 2**23
 }
 
+// Of a group of activations whose largest magnitude has the bits `most`.
+W2A4_DEVICE float scale_of(float clip, uint32_t most) {
+  const float scale = quotient_rn<7>(mul_rn(clip, as_float(most)));
+  return scale == 0.0f ? 1.0f : scale;
+}
+
+// x / scale rounded to the nearest integer, ties to even, within -8..7, as a nibble.
+W2A4_DEVICE uint32_t code_of(const Quantizer& q, float x) {
+  const float bounded = max_f32(min_f32(quotient_of(q, x), 7.0f), -8.0f);
+  return rounded_bits(bounded) & q.mask;
+}
+
 W2A4_DEVICE uint32_t larger(uint32_t a, uint32_t b) {
   return a > b ? a : b;
 }

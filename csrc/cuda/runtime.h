@@ -34,11 +34,11 @@ void check(cudaError_t status, const char* what);
 
 #ifdef __CUDACC__
 // Runs kKernel(p) on the current stream of `device`, from use_device, with `shared` bytes of
-// dynamic shared memory. From Hopper on it may start while the kernel before it still runs, and
-// calls wait_for_previous_kernel.
+// dynamic shared memory, in clusters of so many blocks along x (more than one from Hopper on). From
+// Hopper on it may start while the kernel before it still runs, and calls wait_for_previous_kernel.
 template <auto kKernel, class Params>
 void launch(const char* name, const Device& device, dim3 grid, unsigned threads, size_t shared,
-            const Params& p) {
+            const Params& p, unsigned cluster = 1) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   // More than 48 KB must be asked for, once a device. Bit i: asked for on device i.
   static std::atomic<uint64_t> asked{0};
@@ -54,16 +54,25 @@ void launch(const char* name, const Device& device, dim3 grid, unsigned threads,
           name);
     asked.fetch_or(bit, std::memory_order_relaxed);
   }
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (device.arch >= 90 && kernels_overlap()) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = cluster;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = current_stream(device);
-  config.attrs = &overlap;
-  config.numAttrs = device.arch >= 90 && kernels_overlap() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kKernel, p), name);
 }
 #endif

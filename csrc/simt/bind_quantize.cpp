@@ -15,32 +15,42 @@ using namespace w2a4;
 
 namespace {
 
-py::dict describe(const cuda::Transform& t, unsigned blocks, size_t shared) {
+py::dict describe(const cuda::ClusterTransform& t, const cuda::Launch& how) {
   py::dict d;
+  d["rows"] = t.rows, d["columns"] = 1 << t.log_columns, d["at_once"] = t.at_once;
+  d["warps"] = t.warps, d["cluster"] = how.cluster, d["blocks"] = how.blocks;
+  d["shared"] = how.shared;
+  return d;
+}
+
+py::dict describe(const cuda::Transform& t, const cuda::Launch& how) {
+  py::dict d;
+  d["cluster"] = 0;
   d["rows"] = t.rows, d["columns"] = 1 << t.log_m, d["tiles"] = t.tiles, d["chunks"] = t.chunks;
   d["warps"] = t.warps, d["slices"] = t.slices, d["units"] = t.units,
   d["mix"] = static_cast<int>(t.mix);
   d["exchange"] = t.log_c > 0, d["vector"] = t.vector;
-  d["blocks"] = blocks, d["shared"] = shared;
+  d["blocks"] = how.blocks, d["shared"] = how.shared;
   return d;
 }
 
 // x and y [rows, n]. Returns how the transform was divided.
 py::dict hadamard(const py::array& x, py::array& y, const std::string& dtype, const Signs& had_k,
-                  int64_t block_size, bool transpose, int processors, size_t most_shared,
+                  int64_t block_size, bool transpose, int arch, int processors, size_t most_shared,
                   unsigned seed) {
   HadamardParams p{};
   p.x = x.data(), p.y = y.mutable_data(), p.dtype = dtype_of(dtype);
   p.had_k = had_k ? had_k->data() : nullptr, p.k = had_k ? had_k->shape(0) : 1;
   p.rows = x.shape(0), p.n = x.shape(1), p.block_size = block_size, p.transpose = transpose;
-  const cuda::Transform t = cuda::plan_hadamard(p, processors, most_shared);
-  const size_t shared = t.table_bytes + t.work_bytes;
-  const unsigned blocks = cuda::transform_blocks(t, processors, shared, most_shared);
-  const cuda::HadamardArgs args{p, t};
-  cuda::with_hadamard_kernel(p.dtype, t, [&](auto kernel) {
-    simt::launch({blocks}, t.warps * 32, shared, seed, [&] { decltype(kernel)::value(args); });
-  });
-  return describe(t, blocks, shared);
+  py::dict plan;
+  cuda::with_hadamard(p, arch, processors, most_shared,
+                      [&](auto kernel, const auto& args, const cuda::Launch& how) {
+                        simt::launch(
+                            {how.blocks}, how.threads, how.shared, seed,
+                            [&] { decltype(kernel)::value(args); }, how.cluster);
+                        plan = describe(args.t, how);
+                      });
+  return plan;
 }
 
 // x and up [tokens, features], codes uint8 [tokens, ceil(features / 2)], scale float32
@@ -50,7 +60,7 @@ py::dict quantize_a4(const py::array& x, const py::array_t<float>& clip,
                      const std::string& dtype, const std::optional<py::array>& up,
                      const std::optional<float>& eps, const std::optional<py::array>& norm_weight,
                      const std::string& norm_dtype, const Signs& had_k, int64_t block_size,
-                     int processors, size_t most_shared, unsigned seed) {
+                     int arch, int processors, size_t most_shared, unsigned seed) {
   QuantizeA4Params p{};
   p.x = x.data(), p.clip = clip.data(), p.dtype = dtype_of(dtype);
   p.codes = codes.mutable_data(), p.scale = scale.mutable_data();
@@ -60,12 +70,15 @@ py::dict quantize_a4(const py::array& x, const py::array_t<float>& clip,
   p.norm_weight = norm_weight ? norm_weight->data() : nullptr, p.norm_dtype = dtype_of(norm_dtype);
   p.had_k = had_k ? had_k->data() : nullptr, p.k = had_k ? had_k->shape(0) : 1;
   p.block_size = block_size;
-  const cuda::QuantizePlan plan = cuda::plan_quantize(p, processors, most_shared);
-  cuda::with_quantize_kernel(plan.args, [&](auto kernel) {
-    simt::launch({plan.blocks}, plan.threads, plan.shared, seed,
-                 [&] { decltype(kernel)::value(plan.args); });
-  });
-  return describe(plan.args.t, plan.blocks, plan.shared);
+  py::dict plan;
+  cuda::with_quantize(p, arch, processors, most_shared,
+                      [&](auto kernel, const auto& args, const cuda::Launch& how) {
+                        simt::launch(
+                            {how.blocks}, how.threads, how.shared, seed,
+                            [&] { decltype(kernel)::value(args); }, how.cluster);
+                        plan = describe(args.t, how);
+                      });
+  return plan;
 }
 
 }  // namespace

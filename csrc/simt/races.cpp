@@ -26,6 +26,7 @@ struct Access {
   uint32_t block = 0, thread = 0;  // both from 1 on: 0 is no access
   uint32_t block_barriers = 0, warp_barriers = 0;
   uint32_t code = 0, caller = 0;
+  uint32_t cluster = 0, cluster_barriers = 0;
 
   explicit operator bool() const { return block; }
 };
@@ -33,7 +34,8 @@ struct Access {
 // 0 if barriers put a before b, which comes later here. Else how far apart the two are: lanes of a
 // warp, warps, blocks.
 int apart(const Access& a, const Access& b) {
-  if (a.block != b.block) return 3;
+  if (a.block != b.block)
+    return a.cluster == b.cluster && a.cluster_barriers != b.cluster_barriers ? 0 : 3;
   if (a.thread == b.thread || a.block_barriers != b.block_barriers) return 0;
   if ((a.thread - 1) / kLanes != (b.thread - 1) / kLanes) return 2;
   return a.warp_barriers == b.warp_barriers;
@@ -105,7 +107,8 @@ uint32_t offset_of(const void* code) {
 Access access_of(const void* code) {
   return {lane.block + 1,       lane.thread + 1,
           *lane.block_barriers, *lane.warp_barriers,
-          offset_of(code),      lane.calls->empty() ? 0 : offset_of(lane.calls->back())};
+          offset_of(code),      lane.calls->empty() ? 0 : offset_of(lane.calls->back()),
+          lane.cluster,         *lane.cluster_barriers};
 }
 
 [[noreturn]] void report(const Access& before, const char* was, const Access& now, const char* is,

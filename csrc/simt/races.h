@@ -3,7 +3,8 @@
 // -fsanitize=thread, whose calls races.cpp answers in place of that sanitizer's runtime, which
 // knows threads, not lanes.
 //
-// Lanes of a warp are ordered by sync_warp, those of a block by sync_block, and blocks by nothing.
+// Lanes of a warp are ordered by sync_warp, those of a block by sync_block, those of a cluster by
+// sync_cluster, and other blocks by nothing.
 // Shuffles, votes and mma do not order memory: the PTX ISA promises it of barriers alone.
 #pragma once
 
@@ -16,15 +17,17 @@ namespace w2a4::simt::races {
 
 using Calls = std::vector<const void*>;  // return addresses of a lane's functions
 
-// A lane that is let run. Every barrier is of a whole warp or a whole block, so of its vector clock
-// only two numbers differ from those of others: how many barriers its block and its warp have met
-// at.
+// A lane that is let run. Every barrier is of a whole warp, block or cluster, so of its vector
+// clock only three numbers differ from those of others: how many barriers its cluster, its block
+// (those of the cluster among them) and its warp have met at.
 struct Lane {
   const unsigned char* stack;
   size_t stack_bytes;
   uint32_t block, thread;
   const uint32_t *block_barriers, *warp_barriers;
   Calls* calls;
+  uint32_t cluster;
+  const uint32_t* cluster_barriers;
 };
 
 #ifdef W2A4_RACES

@@ -137,13 +137,17 @@ void fiber_main() {
 }
 
 Block::Block(Dim3 index, unsigned threads, size_t shared_bytes, std::mt19937& random,
-             const std::function<void()>& kernel)
+             const std::function<void()>& kernel, std::shared_ptr<Cluster> cluster)
     : index_(index),
       random_(random),
       shared_(new unsigned char[shared_bytes]),
       shared_bytes_(shared_bytes),
       warps_((threads + kLanes - 1) / kLanes),
-      kernel_(kernel) {
+      kernel_(kernel),
+      cluster_(std::move(cluster)),
+      rank_(static_cast<unsigned>(cluster_->blocks.size())) {
+  cluster_->blocks.push_back(this);
+  cluster_->meeting.expected += static_cast<int>(threads);
   for (size_t i = 0; i < shared_bytes; ++i) shared_[i] = static_cast<unsigned char>(random_());
   if (threads % kLanes) throw std::runtime_error("simt: threads must be a multiple of 32");
   for (Meeting& warp : warps_) warp.expected = kLanes;
@@ -156,6 +160,7 @@ Block::Block(Dim3 index, unsigned threads, size_t shared_bytes, std::mt19937& ra
 }
 
 Block::~Block() {
+  cluster_->blocks[rank_] = nullptr;
   races::forget(shared_.get(), shared_bytes_);  // other memory may lie there next
 }
 
@@ -171,10 +176,13 @@ bool Block::step() {
     return true;
   }
   if (error_.empty() && done_ < fibers_.size()) {
+    for (const Block* mate : cluster_->blocks)
+      if (cluster_->meeting.arrived && mate && !mate->ready_.empty()) return true;
     error_ = "lanes wait for others that have ended, at";
     for (const Meeting& m : warps_)
       if (m.arrived) error_ += std::string(" ") + m.name + " (" + m.site.text() + ")";
-    if (block_.arrived) error_ += std::string(" ") + block_.name + " (" + block_.site.text() + ")";
+    for (const Meeting* m : {&block_, &cluster_->meeting})
+      if (m->arrived) error_ += std::string(" ") + m->name + " (" + m->site.text() + ")";
   }
   return false;
 }
@@ -184,7 +192,9 @@ void Block::resume(int fiber) {
   thread_index.x = static_cast<unsigned>(fiber);
   Fiber& f = *fibers_[fiber];
   races::resume({f.stack.get(), kStack, grid_place(), thread_index.x, &block_.barriers,
-                 &warp_meeting().barriers, &f.calls});
+                 &warp_meeting().barriers, &f.calls,
+                 grid_place() / static_cast<uint32_t>(cluster_->blocks.size()),
+                 &cluster_->meeting.barriers});
 #ifdef W2A4_ASAN
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, f.stack.get(), kStack);
@@ -249,6 +259,40 @@ void Block::meet(Meeting& where, const char* name, Site site, const void* in, si
   if (out_bytes) std::memcpy(out, &where.out[index * kSlot], out_bytes);
 }
 
+void Block::meet_cluster(Site site) {
+  races::Pause pause;
+  Meeting& where = cluster_->meeting;
+  if (where.arrived && !(where.site == site))
+    stop("lanes of one cluster meet at sync_cluster (" + where.site.text() + ") and (" +
+         site.text() + ")");
+  where.name = "sync_cluster";
+  where.site = site;
+  const uint64_t generation = where.generation;
+  if (++where.arrived < where.expected) {
+    while (where.generation == generation) yield();
+    return;
+  }
+  ++where.barriers, barriers_met.insert(site.text());
+  where.arrived = 0;
+  ++where.generation;
+  for (Block* mate : cluster_->blocks) {
+    if (!mate) stop("a cluster meets when a block of it has ended");
+    ++mate->block_.barriers;
+    for (size_t i = 0; i < mate->fibers_.size(); ++i) mate->ready_.push_back(static_cast<int>(i));
+  }
+  yield();
+}
+
+void* Block::in_peer(void* p, unsigned rank) {
+  races::Pause pause;
+  auto* byte = static_cast<unsigned char*>(p);
+  if (rank >= cluster_->blocks.size() || !has_shared(byte))
+    stop("an address in a block that the cluster does not have, or not of shared memory");
+  if (!cluster_->blocks[rank] || (cluster_->blocks.size() > 1 && !cluster_->meeting.barriers))
+    stop("race: shared memory of a block that may not have begun, or has ended");
+  return cluster_->blocks[rank]->shared_.get() + (byte - shared_.get());
+}
+
 void Block::copy_async(void* to, const void* from, int bytes, int from_bytes) {
   races::Pause pause;
   auto address = reinterpret_cast<uintptr_t>(to);
@@ -302,6 +346,10 @@ void sync_block(Site site) {
               static_cast<int>(thread_index.x));
 }
 
+void sync_cluster(Site site) {
+  if (!is_left_out(site)) block->meet_cluster(site);
+}
+
 void atomic_max(uint32_t* p, uint32_t value) {
   races::Pause pause;
   check_aligned(p, sizeof(*p));
@@ -310,9 +358,10 @@ void atomic_max(uint32_t* p, uint32_t value) {
 }
 
 void launch(Dim3 grid, unsigned threads, size_t shared_bytes, unsigned seed,
-            const std::function<void()>& kernel) {
+            const std::function<void()>& kernel, unsigned cluster) {
+  if (grid.x % cluster) throw std::runtime_error("simt: a grid is made of whole clusters");
   std::mt19937 random(seed);
-  std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z);
+  std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z / cluster);
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<unsigned>(i);
   std::shuffle(order.begin(), order.end(), random);
   grid_size = grid;
@@ -322,9 +371,13 @@ void launch(Dim3 grid, unsigned threads, size_t shared_bytes, unsigned seed,
   std::vector<std::unique_ptr<Block>> blocks;  // that are under way
   for (size_t next = 0; next < order.size() || !blocks.empty();) {
     if (blocks.size() < together && next < order.size()) {
-      const unsigned i = order[next++];
-      const Dim3 index{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-      blocks.push_back(std::make_unique<Block>(index, threads, shared_bytes, random, kernel));
+      const auto mates = std::make_shared<Cluster>();
+      const unsigned first = order[next++] * cluster;
+      for (unsigned i = first; i < first + cluster; ++i) {
+        const Dim3 index{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+        blocks.push_back(
+            std::make_unique<Block>(index, threads, shared_bytes, random, kernel, mates));
+      }
     }
     auto& one = blocks[random() % blocks.size()];
     if (one->step()) continue;

@@ -2,9 +2,9 @@
 // collective (shuffle, mma, barrier), waits there until every lane of its warp or block has come,
 // and goes on with its share of the result. What hardware leaves open is chosen at random: the
 // order of lanes and of blocks, several of which are under way at once, and what shared memory
-// holds at first. A copy by cp.async lands when it is waited for, and garbage lies there until
-// then. Lanes that meet at different places of the source are an error. races.h finds accesses
-// that nothing orders.
+// holds at first. Blocks of a cluster are under way together. A copy by cp.async lands when it is
+// waited for, and garbage lies there until then. Lanes that meet at different places of the source
+// are an error. races.h finds accesses that nothing orders.
 #pragma once
 
 #include <cstdint>
@@ -68,12 +68,19 @@ struct Copy {
 };
 
 struct Fiber;
+class Block;
+
+// Blocks that reach each other's shared memory and meet at barriers.
+struct Cluster {
+  std::vector<Block*> blocks;  // null where one has ended
+  Meeting meeting;
+};
 
 // A block of a running grid.
 class Block {
  public:
   Block(Dim3 index, unsigned threads, size_t shared_bytes, std::mt19937& random,
-        const std::function<void()>& kernel);
+        const std::function<void()>& kernel, std::shared_ptr<Cluster> cluster);
   ~Block();
   // Lets one lane run until it waits. False if there is none to run; error() says whether the block
   // has ended well.
@@ -87,6 +94,10 @@ class Block {
   }
   Meeting& warp_meeting();
   Meeting& block_meeting() { return block_; }
+  unsigned cluster_rank() const { return rank_; }
+  void meet_cluster(Site site);
+  // Where `p` of this block's shared memory lies in that of another block of the cluster.
+  void* in_peer(void* p, unsigned rank);
   Fiber& running() { return *fibers_[current_]; }
   // A meeting without `compute` is a barrier.
   void meet(Meeting& where, const char* name, Site site, const void* in, size_t in_bytes,
@@ -114,6 +125,8 @@ class Block {
   size_t done_ = 0;
   std::string error_;
   const std::function<void()>& kernel_;
+  const std::shared_ptr<Cluster> cluster_;
+  const unsigned rank_;  // in the cluster
 };
 
 extern Block* block;  // that runs now
@@ -124,9 +137,10 @@ extern Dim3 thread_index, block_index, block_size, grid_size;
 extern std::set<std::string> barriers_met;
 extern std::string left_out;
 
-// kernel() as every thread of every block would run it. Throws what went wrong.
+// kernel() as every thread of every block would run it, blocks in clusters of so many along x.
+// Throws what went wrong.
 void launch(Dim3 grid, unsigned threads, size_t shared_bytes, unsigned seed,
-            const std::function<void()>& kernel);
+            const std::function<void()>& kernel, unsigned cluster = 1);
 
 inline int lane() {
   return thread_index.x % kLanes;
@@ -152,6 +166,7 @@ Out warp_collective(const char* name, Site site, const In& mine) {
 
 void sync_warp(Site site);
 void sync_block(Site site);
+void sync_cluster(Site site);
 
 // *p = max(*p, value), which other lanes may do at once.
 void atomic_max(uint32_t* p, uint32_t value);
