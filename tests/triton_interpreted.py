@@ -341,7 +341,7 @@ def test_tiles_of_decoded_codes_serve_long_prompts_on_hopper(a_gpu, monkeypatch)
         return tiles.choose_tile(problem._replace(**changes), codes, None).int8
 
     assert not chosen()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tiles, "_is_hopper", lambda device: True)
     assert chosen() and chosen(group=4096) and chosen(tokens=1024)
     assert not (chosen(tokens=1023) or chosen(group=64) or chosen(act_group=128) or chosen(out_features=4100))
     assert not chosen(torch.nn.Parameter(codes)), "a tensor that is not a plain one, as while tracing"
@@ -353,12 +353,12 @@ def a_gpu(monkeypatch, tmp_path):
     """What choosing asks of a GPU, and a clock by which tiles of 64 tokens are the fastest."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiles, "_measured", {})
+    monkeypatch.setattr(tiles, "_is_hopper", lambda device: False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU, really")
     monkeypatch.setattr(tiles, "INTERPRET", SimpleNamespace(value=False))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tiles.triton.testing, "do_bench", lambda run: run())
+    monkeypatch.setattr(tiles.triton.testing, "do_bench_cudagraph", lambda run: run())
     yield lambda tile: abs(tile.m - 64) + tile.n / 1000
     tiles.autotune(False)
 

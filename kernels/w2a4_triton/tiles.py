@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -104,7 +105,7 @@ def rule(problem: Problem, int8: bool = False) -> Tile:
 
 def serving(problem: Problem, a_codes: Tensor) -> tuple[Tile, ...]:
     """All tiles that can run a call on these activations."""
-    return TILES + INT8_TILES if _int8_serves(problem, a_codes) else TILES
+    return _EVERY if _int8_serves(problem, a_codes) else TILES
 
 
 def _int8_serves(problem: Problem, a_codes: Tensor) -> bool:
@@ -117,7 +118,12 @@ def _int8_serves(problem: Problem, a_codes: Tensor) -> bool:
     one_scale = problem.act_group == problem.in_features and problem.group in (128, problem.in_features)
     if not one_scale or problem.in_features % 128 or problem.out_features % 8:
         return False
-    return INTERPRET.value or a_codes.is_cuda and torch.cuda.get_device_capability(a_codes.device)[0] == 9
+    return INTERPRET.value or a_codes.is_cuda and _is_hopper(a_codes.device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @triton.jit
@@ -131,7 +137,8 @@ def program_tile(tokens, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 
 _measuring = False
-_allowed = TILES + INT8_TILES
+_EVERY = TILES + INT8_TILES
+_allowed = _EVERY
 _measured: dict[tuple, Tile | None] = {}
 
 #: Milliseconds of the tiles that were measured last.
@@ -158,8 +165,9 @@ def only(*tiles: Tile) -> Iterator[None]:
 def choose_tile(problem: Problem, a_codes: Tensor, run: Callable[[Tile], None]) -> Tile:
     """The tile for a call on these activations, which `run` would make with a tile of choice."""
     there = serving(problem, a_codes)
-    allowed = [tile for tile in _allowed if tile in there] or [*TILES]
-    ruled = rule(problem, any(tile.int8 for tile in allowed))
+    # Every call comes here, so the usual case looks at nothing twice.
+    allowed = there if _allowed is _EVERY else tuple(tile for tile in _allowed if tile in there) or TILES
+    ruled = rule(problem, bool(allowed[-1].int8))
     ruled = fit_k(ruled if ruled in allowed else allowed[-1], problem.block)
     # Fake and functional tensors, which torch.compile traces with, can not be measured.
     if type(a_codes) is not Tensor or not a_codes.is_cuda or len(allowed) == 1:
@@ -168,6 +176,8 @@ def choose_tile(problem: Problem, a_codes: Tensor, run: Callable[[Tile], None]) 
            torch.cuda.get_device_name(a_codes.device), torch.version.cuda, triton.__version__)  # fmt: skip
     if key not in _measured:
         _measured[key] = _read(key)
+    if _measured[key] is None and not _measuring:
+        return ruled
     candidates = {fit_k(tile, problem.block) for tile in allowed}
     if _measured[key] not in candidates:
         if not _measuring or torch.cuda.is_current_stream_capturing():
@@ -181,7 +191,8 @@ def _measure(key: tuple, candidates: set[Tile], run: Callable[[Tile], None]) -> 
 
     def milliseconds(tile: Tile) -> float:
         try:
-            return triton.testing.do_bench(lambda: run(tile))
+            # In a graph: the time that Python takes to launch two kernels would hide what they take.
+            return triton.testing.do_bench_cudagraph(lambda: run(tile))
         except OutOfResources:
             return float("inf")
 
