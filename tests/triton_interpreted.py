@@ -413,6 +413,24 @@ def test_tuning_checks_every_tile_and_keeps_none_that_is_wrong(a_gpu, monkeypatc
         bench_gemm.tune_tiles(*args)
 
 
+def test_tuning_passes_over_a_tile_that_fails_and_says_what_the_others_took(a_gpu, monkeypatch, capsys):
+    bad, run = tiles.TILES[-1], gemm._gemm
+
+    def failing(*args):
+        if tiles._allowed == (bad,):
+            raise ValueError("no descriptor")
+        return run(*args)
+
+    monkeypatch.setattr(gemm, "_gemm", failing)
+    monkeypatch.setattr(tiles.triton.testing, "do_bench_cudagraph", lambda run: run() or 0.5)
+    a_codes, a_scale, *tensors, _, _ = linear_inputs(4, 3, 40, 128, 128, 64)
+    args = LinearShape(40, 128), a_codes, a_scale, tuple(tensors), torch.float32
+    assert bench_gemm.tune_tiles("linear_w4a4", *args) == [bad]
+    said = capsys.readouterr().err
+    assert "Tile(m=128, n=128, k=128, warps=8, stages=3, int8=0) fails, ValueError: no descriptor" in said
+    assert said.count("3 tokens: 500.0 us with Tile(") == len(tiles.TILES) - 1
+
+
 def test_autotune_passes_over_tiles_that_do_not_fit(a_gpu):
     def run(tile):
         if tile.m < 128:
