@@ -89,7 +89,9 @@ def _products(op: str, x: torch.Tensor, shape: LinearShape, projects: bool) -> l
 def tune_tiles(
     op: str, shape: LinearShape, codes, scale, tensors: tuple, dtype: torch.dtype
 ) -> list:  # fmt: skip
-    """Measure the tiles that are right on this device, and keep the fastest. Returns the wrong ones.
+    """Measure the tiles that are right on this device, say what each took, and keep the fastest.
+
+    Returns the wrong ones.
 
     Raises:
         click.ClickException: every tile is wrong.
@@ -98,22 +100,32 @@ def tune_tiles(
 
     name = op.replace("linear", "gemm")
     gemm = partial(run, getattr(torch.ops.w2a4, name), shape.group, dtype)
-    right = []
-    for tile in tiles.TILES:
-        with tiles.only(tile):
-            if agrees(op, gemm, codes, scale, tensors, shape.group):
-                right.append(tile)
-    wrong = [tile for tile in tiles.TILES if tile not in right]
+    bits, group = int(op[len("linear_w")]), codes.shape[-1] * 2 // scale.shape[-1]
+    problem = tiles.Problem(bits, len(codes), shape.out, shape.features, shape.group, group)
+    # Compiling takes seconds a tile, and tiles of few tokens do not win where there are many.
+    fewest = min(128, len(codes) // 16)
+    right, there = [], [tile for tile in tiles.serving(problem, codes) if tile.m >= fewest]
+    for tile in there:
+        try:
+            with tiles.only(tile):
+                if agrees(op, gemm, codes, scale, tensors, shape.group):
+                    right.append(tile)
+        except Exception as error:  # one that does not even run must not keep others from it
+            say(f"{name} {shape}: {tile} fails, {type(error).__name__}: {error}")
+    wrong = [tile for tile in there if tile not in right]
     for tile in wrong:
         say(f"{name} {shape}, {len(codes)} tokens: WRONG results with {tile}; it is not measured")
     if not right:
         raise click.ClickException(f"{name} {shape}: every tile gives wrong results on this device")
+    tiles.measured_ms.clear()
     tiles.autotune(True)
     try:
         with tiles.only(*right):
             gemm(codes, scale, *tensors)
     finally:
         tiles.autotune(False)
+    for tile, ms in sorted(tiles.measured_ms.items(), key=lambda item: item[1]):
+        say(f"{name} {shape}, {len(codes)} tokens: {1000 * ms:.1f} us with {tile}")
     return wrong
 
 

@@ -2,11 +2,13 @@
 
 `W2A4_BACKEND`, read once, forces a choice: `cuda` (w2a4._cuda), `triton`, `reference`, or `auto`.
 
-The Triton GEMM gives the bits of the reference. The CUDA GEMV adds the same integer sums in another order
-and multiplies the token's scale in last (`csrc/cuda/gemv.cuh`), so the two differ by the rounding of float32,
-unless that happens to be exact. On a CUDA device with both, a token's last bits may thus change where
-the number of tokens passes `GEMV_TOKENS`; with `W2A4_BACKEND=cuda` or `triton` they do not. Attention differs
-more: w2a4._cuda multiplies integers of 30 bits, Triton 16-bit floats, as any flash attention does.
+Both kernels add the exact integer sums of the reference. With several scales a token the Triton GEMM gives
+its bits; with one it adds groups by fma and multiplies the token's scale in last. The CUDA GEMV adds them in
+another order and multiplies that scale in last too (`csrc/cuda/gemv.cuh`), so all three differ by the
+rounding of float32, unless that happens to be exact. On a CUDA device with both, a token's last bits may thus
+change where the number of tokens passes `GEMV_TOKENS`; with `W2A4_BACKEND=cuda` or `triton` they do not.
+Attention differs more: w2a4._cuda multiplies integers of 30 bits, Triton 16-bit floats, as any flash
+attention does.
 """
 
 from __future__ import annotations

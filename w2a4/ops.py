@@ -246,7 +246,7 @@ def linear_w2a4(
 ) -> Tensor:  # fmt: skip
     """`a @ W.T + bias + residual`, 4-bit activations, non-uniform 2-bit weights.
 
-    The bits are those of the reference, but for the CUDA GEMV, which adds groups in another order.
+    The bits are those of the reference on a CPU; the kernels of CUDA round at other places, see `dispatch`.
 
     Args:
         a_codes: uint8 `[..., ceil(in / 2)]`, and

@@ -2,6 +2,7 @@
 
 One kernel serves both; only the decoding of weights differs. Inputs with even and with odd numbers are
 multiplied apart, because that is how nibbles come out of bytes, and an exact sum does not care for the order.
+Prompts of a thousand tokens and more take another one on Hopper, with the same bits: `gemm_int8`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import FLOATS, expect_tensor, require
-from .language import device_of, load_once, look_up_levels, mul_rn, triton_op, unpack_nibbles, wrap_triton
-from .tiles import Problem, Tile, choose_tile
+from .gemm_int8 import gemm_int8
+from .language import (
+    device_of,
+    fma,
+    load_once,
+    look_up_levels,
+    mul_rn,
+    triton_op,
+    unpack_nibbles,
+    wrap_triton,
+)
+from .tiles import Problem, Tile, choose_tile, program_tile
 
 #: Products are 128 * 128 at most (codes count 16-fold), so this many of them fit 32 bits.
 MAX_BLOCK = (2**31 - 1) // 2**14
@@ -30,11 +41,13 @@ def gemm_a4_kernel(
     """y[tokens, out] = sum over blocks, in order, of an exact int32 sum times (weight scale * token scale).
 
     A block is BLOCK inputs that share their scales, so what is rounded, and in which order, does not depend
-    on the tile; the order is that of `reference._linear`. Tensors are row-major: a uint8 [tokens, IN / 2],
-    a_scale float32 [tokens, IN / ACT_GROUP], weight uint8 [out, IN * BITS / 8], levels int32 (four int8)
-    and scale float16 [out, IN / GROUP], bias [out].
+    on the tile. With one scale a token, it is multiplied in once at the end and a block is added by an fma,
+    half the instructions; with several, the order is that of `reference._linear`. Tensors are row-major: a
+    uint8 [tokens, IN / 2], a_scale float32 [tokens, IN / ACT_GROUP], weight uint8 [out, IN * BITS / 8],
+    levels int32 (four int8) and scale float16 [out, IN / GROUP], bias [out].
     """
-    rows, cols = _tile_of_program(tokens, out_features, BLOCK_M, BLOCK_N)
+    tile_m, tile_n = program_tile(tokens, out_features, BLOCK_M, BLOCK_N)
+    rows, cols = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows and columns beyond the end repeat earlier ones and are not stored, so loads need no mask.
     row, col = rows % tokens, cols % out_features
     a_rows = a_ptr + row[:, None].to(tl.int64) * (IN // 2)
@@ -45,7 +58,6 @@ def gemm_a4_kernel(
     for start in range(0, IN, BLOCK):
         group = start // GROUP
         scale = load_once(scale_ptr + groups + group).to(tl.float32)
-        a_scale = tl.load(a_scale_ptr + act_groups + start // ACT_GROUP)
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
         for k in range(0, BLOCK, BLOCK_K):
             a = _load_codes(a_rows + start // 2, k, 4, BLOCK, BLOCK_K)
@@ -57,25 +69,20 @@ def gemm_a4_kernel(
                 w_even, w_odd = look_up_levels(weight, tl.load(levels_ptr + groups + group))
             sums = tl.dot(a_even, w_even.T, sums, out_dtype=tl.int32)
             sums = tl.dot(a_odd, w_odd.T, sums, out_dtype=tl.int32)
-        acc += mul_rn(sums.to(tl.float32), scale[None, :] * a_scale[:, None])
+        if ACT_GROUP == IN:
+            acc = fma(sums, scale[None, :], acc)
+        else:
+            a_scale = tl.load(a_scale_ptr + act_groups + start // ACT_GROUP)
+            acc += mul_rn(sums.to(tl.float32), scale[None, :] * a_scale[:, None])
     # Codes counted 16-fold, a power of two: taken out once here, it rounds nothing.
     y = acc * (1 / 256 if BITS == 4 else 1 / 16)
+    if ACT_GROUP == IN:
+        y = mul_rn(y, tl.broadcast_to(load_once(a_scale_ptr + row)[:, None], y.shape))
     if HAS_BIAS:
         y += tl.load(bias_ptr + col).to(tl.float32)[None, :]
     inside = (rows < tokens)[:, None] & (cols < out_features)[None, :]
     y_ptrs = y_ptr + rows[:, None].to(tl.int64) * out_features + cols[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _tile_of_program(tokens, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows and columns of this program: bands of 8 tiles of rows, column by column, so that L2 is reused."""
-    tiles_m, tiles_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
-    band = tl.program_id(0) // (8 * tiles_n)
-    within = tl.program_id(0) % (8 * tiles_n)
-    height = tl.minimum(tiles_m - 8 * band, 8)
-    tile_m, tile_n = 8 * band + within % height, within // height
-    return tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
@@ -105,8 +112,9 @@ def gemm_w4a4(
         out_dtype: float32, float16 or bfloat16.
 
     Returns:
-        `[..., out]`, the bits of `reference.linear_w4a4` (as long as no result exceeds 2**120 and no product
-        of scales falls below 2**-118), whatever the tile and the other tokens are.
+        `[..., out]`, whatever the tile and the other tokens are: with several scales a token the bits of
+        `reference.linear_w4a4` (as long as no result exceeds 2**120 and no product of scales falls below
+        2**-118), with one its sums rounded less often, by an fma a group, and scaled once at the end.
 
     Raises:
         RuntimeError: an argument is not as above.
@@ -145,10 +153,13 @@ def _gemm(name, bits, a_codes, a_scale, weight, levels, scale, bias, group_size,
     if tokens == 0 or out_features == 0:
         return y
     # Four int8 levels are one word; where there are none, or no bias, any pointer will do.
-    words = scale if levels is None else levels.view(torch.int32)
+    words = scale if levels is None else levels.view(torch.int32).squeeze(-1)
     tensors = a_codes, a_scale, weight, words, scale, scale if bias is None else bias, y
 
     def launch(kernel, tile: Tile) -> None:
+        if tile.int8:
+            gemm_int8(problem, tile, a_codes, a_scale, weight, words, scale, bias, y)
+            return
         grid = (triton.cdiv(tokens, tile.m) * triton.cdiv(out_features, tile.n),)
         kernel[grid](
             *tensors, tokens, out_features, BITS=bits, IN=problem.in_features, GROUP=problem.group,

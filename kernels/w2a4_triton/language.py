@@ -154,6 +154,15 @@ def mul_rn(x, y):
 
 
 @triton.jit
+def fma(sums, scale, acc):
+    """`acc + float32(sums) * scale`, sums exact integers and scale of their shape or wider, rounded once."""
+    x, scale = tl.broadcast(sums.to(tl.float32), scale)
+    if INTERPRET:  # older interpreters round the product too; float64 holds it
+        return (x.to(tl.float64) * scale.to(tl.float64) + acc.to(tl.float64)).to(tl.float32)
+    return tl.fma(x, scale, acc)
+
+
+@triton.jit
 def load_once(pointers):
     """Load a vector, one element a thread, for use along one side of a matrix.
 
