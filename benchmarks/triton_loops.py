@@ -100,29 +100,43 @@ def gemm_case(bits: int, group: int, tile: Tile) -> Case:
     return Case(name, gemm_a4_kernel, types, constants, tile.warps, tile.stages)
 
 
-def attention_case(head_dim: int, plain: bool) -> Case:
-    """A prompt's attention, causal on float16; else with mask, sinks and starts, on bfloat16."""
-    element = "*fp16" if plain else "*bf16"
-    types = dict.fromkeys(["q_ptr", "out_ptr", "k_sink_ptr", "v_sink_ptr"], element) | {"factor": "fp32"}
-    types |= dict.fromkeys(["k_codes_ptr", "v_codes_ptr", "mask_ptr"], "*u8") | {"starts_ptr": "*i64"}
-    types |= dict.fromkeys(["k_params_ptr", "v_params_ptr"], "*fp16")
-    integers = (
-        "tokens length capacity sinks sink_tokens q_batch q_head q_token mask_batch mask_head mask_query"
-    )
-    types |= dict.fromkeys(integers.split(), "i32")
-    block_m, block_n = attention.tile_of(head_dim, plain)
-    constants = dict(DIM=head_dim, HALF=max(16, triton.next_power_of_2(head_dim // 2)), REPEAT=4)
-    constants |= dict(CAUSAL=plain, HAS_MASK=not plain, HAS_SINKS=not plain, HAS_STARTS=not plain)
+def attention_case(head_dim: int, kind: str, arch: int) -> Case:
+    """A prompt's attention: causal on float16, "plain" or with "sinks"; or "mask", sinks and starts, bfloat16."""
+    mask = kind == "mask"
+    element = "*bf16" if mask else "*fp16"
+    types = dict.fromkeys(["q_ptr", "k_ptr", "out_ptr", "k_sink_ptr", "v_sink_ptr"], element)
+    types |= dict(v_ptr="*fp16", k_factors_ptr="*fp32", mask_ptr="*u8", starts_ptr="*i64", factor="fp32")
+    integers = "first kv_heads tokens length rows sinks sink_tokens".split()
+    integers += "q_batch q_head q_token mask_batch mask_head mask_query".split()
+    types |= dict.fromkeys(integers, "i32")
+    block_m, block_n, stages = attention.tile_of(head_dim, mask, arch != 80)
+    constants = dict(DIM=head_dim, WIDE=max(32, triton.next_power_of_2(head_dim)), REPEAT=4)
+    constants |= dict(CAUSAL=not mask, HAS_MASK=mask, HAS_SINKS=kind != "plain", HAS_STARTS=mask)
     constants |= dict(BLOCK_M=block_m, BLOCK_N=block_n)
-    name = f"attention_kv4_prefill {head_dim}{'' if plain else ' mask'}"
+    name = f"attention_kv4_prefill {head_dim}{'' if kind == 'plain' else ' ' + kind}"
     kernel = attention.attention_kv4_prefill_kernel
-    return Case(name, kernel, types, constants, attention.WARPS, attention.STAGES)
+    return Case(name, kernel, types, constants, attention.WARPS, stages)
 
 
-def cases() -> Iterator[Case]:
+#: Of heads and what else they have.
+ATTENTION = [(head_dim, kind) for head_dim in HEAD_DIMS for kind in ("plain", "mask")] + [(128, "sinks")]
+
+
+def decode_case(head_dim: int) -> Case:
+    """What writes keys and values for a prompt's attention, for queries of float16."""
+    types = dict.fromkeys(["k_codes_ptr", "v_codes_ptr"], "*u8") | {"k_factors_ptr": "*fp32"}
+    types |= dict.fromkeys(["k_params_ptr", "v_params_ptr", "k_ptr", "v_ptr"], "*fp16")
+    types |= dict.fromkeys("first kv_heads tokens length capacity rows sinks".split(), "i32")
+    constants = dict(DIM=head_dim, WIDE=max(32, triton.next_power_of_2(head_dim)), HAS_STARTS=True)
+    constants |= dict(KEYS=attention.DECODED_KEYS)
+    types |= dict(starts_ptr="*i64", factor="fp32")
+    return Case(f"decode_kv4 {head_dim}", attention.decode_kv4_kernel, types, constants, 4, 3)
+
+
+def cases(arch: int) -> Iterator[Case]:
     """Those that `COUNTS` has."""
     yield from (gemm_case(bits, 128, tile) for bits in (2, 4) for tile in TILES)
-    yield from (attention_case(head_dim, plain) for head_dim in HEAD_DIMS for plain in (True, False))
+    yield from (attention_case(*chosen, arch) for chosen in ATTENTION)
 
 
 @dataclass
@@ -275,7 +289,7 @@ def _counted(counts: dict[str, int]) -> str:
 def main(archs, json_file):
     if unknown := set(archs) - set(ARCHS):
         raise click.ClickException(f"no counts are known of sm_{min(unknown)}; give any of {list(ARCHS)}")
-    todo = [(case, arch) for arch in archs for case in cases()]
+    todo = [(case, arch) for arch in archs for case in cases(arch)]
     found = []
     for case, arch in tqdm(todo, unit="kernel", disable=not sys.stderr.isatty()):
         loop = examine(case, arch, compile_case(case, arch))

@@ -24,8 +24,7 @@ def allowed(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, st
 
     A score is a sum of head_dim products in float32 and some ten roundings more, relative to the largest it
     could be; its weight and the sum of weights are off by that. A weight is rounded to 11 bits, at
-    least to 2**-35 of the largest, and a value twice (times scale, plus zero-point); weights and products
-    are added up in float32.
+    least to 2**-35 of the largest, and a value to 11 bits; weights and products are added up in float32.
     """
     arguments = length, mask, causal, scaling
     exact, _ = exact_attention(q, kv, *arguments, sinks, starts)
@@ -40,7 +39,7 @@ def allowed(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, st
         q, [*kv[:2], torch.zeros_like(kv[2][:, :, :length]), magnitudes], *arguments, sinks, starts
     )
     score = (q.shape[-1] + 12) * UNIT * scaling * q.double().abs().sum(-1).amax() * k_most.amax()
-    relative = 3 * 2.0**-11 * 1.001 + 3 * score + (length + 24) * UNIT
+    relative = 2 * 2.0**-11 * 1.001 + 3 * score + (length + 24) * UNIT
     return exact, size * relative + 2.0**-35 * length * v_most.amax()
 
 
