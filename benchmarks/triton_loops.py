@@ -109,7 +109,7 @@ def attention_case(head_dim: int, kind: str, arch: int) -> Case:
     integers = "first kv_heads tokens length rows sinks sink_tokens".split()
     integers += "q_batch q_head q_token mask_batch mask_head mask_query".split()
     types |= dict.fromkeys(integers, "i32")
-    block_m, block_n, stages = attention.tile_of(head_dim, mask, arch != 80)
+    block_m, block_n, stages = attention.tile_of(head_dim, mask, arch)
     constants = dict(DIM=head_dim, WIDE=max(32, triton.next_power_of_2(head_dim)), REPEAT=4)
     constants |= dict(CAUSAL=not mask, HAS_MASK=mask, HAS_SINKS=kind != "plain", HAS_STARTS=mask)
     constants |= dict(BLOCK_M=block_m, BLOCK_N=block_n)

@@ -32,19 +32,23 @@ DECODED_KEYS = 32
 WARPS = 8
 
 
-def tile_of(head_dim: int, masked: bool, roomy: bool) -> tuple[int, int, int]:
-    """Queries and keys of a tile, and stages of its loop: what compiles without spills, for WARPS.
+def tile_of(head_dim: int, masked: bool, arch: int) -> tuple[int, int, int]:
+    """Queries and keys of a tile, and stages of its loop, on sm_`arch`: what compiles without spills, for WARPS.
 
-    `masked` does not change the number of keys, on which bits depend. `roomy` is a block of 227 KiB of shared
-    memory, as on sm_90 and sm_100; else tiles fit the 99 KiB of sm_86, sm_89 and sm_120.
+    Bits depend on it, but not on how many queries there are. A block has 227 KiB of shared memory on sm_90 and
+    sm_100; elsewhere tiles fit the 99 KiB of sm_86, sm_89 and sm_120.
     """
+    stages = 3 if arch in (90, 100, 103) else 2
     if head_dim > 128:
-        return 128 if roomy and not masked else 64, 32, 3 if roomy else 2
-    return 64 if masked else 128, 128 if roomy else 64, 3 if roomy else 2
+        return 64 if masked or stages == 2 else 128, 32, stages
+    keys = 128 if arch == 90 and (head_dim > 64 or not masked) else 64
+    return 64 if masked else 128, keys, stages
 
 
-def is_roomy(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+def arch_of(device: torch.device) -> int:
+    """90 of sm_90; and for the interpreter."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 #: Weights are counted from 2**10 at a row's largest, so that float16 holds those of 2**-24 in all its bits.
@@ -202,7 +206,8 @@ def _attend(
     factors = k_factors_ptr + 2 * (cache + first) + (2 * key[:, None] + tl.arange(0, 2)[None, :])
     score = dot(q, tl.load(k_ptr + tile).T, tl.zeros((q.shape[0], BLOCK_N), tl.float32))
     scale, zero = tl.split(tl.load(factors))
-    score = score * scale[None, :] + q_sum[:, None] * zero[None, :]
+    # Written as fma, so that both loops round alike.
+    score = tl.fma(score, scale[None, :], q_sum[:, None] * zero[None, :])
     if MASKED:
         key += first
         seen = (key[None, :] <= last[:, None]) & ((key < end) & (key >= sinks))[None, :]
@@ -278,7 +283,7 @@ def attention_kv4_prefill(
         sinks = min(sink_tokens, length)
     first = q if starts is None else starts
     kv_heads, repeat, factor = k_codes.shape[1], heads // k_codes.shape[1], scaling * math.log2(math.e)
-    block_m, block_n, stages = tile_of(dim, mask is not None, is_roomy(q.device))
+    block_m, block_n, stages = tile_of(dim, mask is not None, arch_of(q.device))
     wide, rows = max(32, triton.next_power_of_2(dim)), triton.cdiv(length, block_n) * block_n
     # Compared first, since a slice is a constant to torch.compile, which a length is not.
     pairs, bytes = batch * kv_heads, 4 * wide * rows
