@@ -121,26 +121,40 @@ def a_target(monkeypatch):
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_gemm_traces_into_one_graph_that_writes_its_result_only(a_target, bits, dynamic):
-    """torch.compile sees through the op to the kernel, and that the kernel leaves its inputs alone."""
+    op, words = getattr(torch.ops.w2a4, f"gemm_w{bits}a4"), torch.zeros(8, 2, 4, dtype=torch.int8)
+    codes, weight = torch.zeros(3, 32, dtype=torch.uint8), torch.zeros(8, 8 * bits, dtype=torch.uint8)
+    args = [codes, torch.ones(3, 1), weight, *[words] * (bits == 2), torch.ones(8, 2).half(), None]
+    assert_traces(lambda *args: op(*args, 32, torch.float32) + 1, args, dynamic, (3, 8), 1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_attention_traces_into_one_graph_that_writes_its_result_only(a_target, dynamic):
+    codes, params = torch.zeros(1, 2, 99, 16, dtype=torch.uint8), torch.zeros(1, 2, 99, 2).half()
+
+    def call(q, *kv):
+        op = torch.ops.w2a4.attention_kv4_prefill
+        return op(q, *kv, q.shape[2] + 5, None, True, 0.1) + 1
+
+    args = torch.zeros(1, 4, 70, 32).half(), codes, params, codes.clone(), params.clone()
+    assert_traces(call, args, dynamic, (1, 70, 4, 32), 2)
+
+
+def assert_traces(function, args, dynamic, shape, kernels):
+    """torch.compile sees through an op to its kernels, and that these leave the op's inputs alone."""
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return lambda *inputs: [torch.zeros(3, 8) for _ in graph.graph.output_node().args[0]]
+        return lambda *inputs: [torch.zeros(shape) for _ in graph.graph.output_node().args[0]]
 
-    op, words = getattr(torch.ops.w2a4, f"gemm_w{bits}a4"), torch.zeros(8, 2, 4, dtype=torch.int8)
-    codes, weight = torch.zeros(3, 32, dtype=torch.uint8), torch.zeros(8, 8 * bits, dtype=torch.uint8)
-    args = [codes, torch.ones(3, 1), weight, *[words] * (bits == 2), torch.ones(8, 2).half(), None]
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda *args: op(*args, 32, torch.float32) + 1,
-        backend=aot_autograd(fw_compiler=backend), fullgraph=True, dynamic=dynamic,
-    )  # fmt: skip
-    compiled(*args)
+    through_aot = aot_autograd(fw_compiler=backend)
+    torch.compile(function, backend=through_aot, fullgraph=True, dynamic=dynamic)(*args)
     names = [str(node.target) for node in graphs[0].graph.nodes]
-    assert names.count("triton_kernel_wrapper_functional") == 1 and not any("w2a4" in name for name in names)
+    assert names.count("triton_kernel_wrapper_functional") == kernels
+    assert not any("w2a4" in name for name in names)
     outputs = graphs[0].graph.output_node().args[0]
-    assert len(outputs) == 1, "the kernel is taken to change its inputs"
+    assert len(outputs) == 1, "a kernel is taken to change its inputs"
 
 
 class Named(TorchDispatchMode):
