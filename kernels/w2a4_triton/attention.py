@@ -201,10 +201,10 @@ def _attend(
     Unless MASKED, every row sees all of them.
     """
     key, element = tl.arange(0, BLOCK_N), tl.arange(0, q.shape[1])
-    tile = (cache + first) * q.shape[1] + (key[:, None] * q.shape[1] + element[None, :])
+    at, tile = (cache + first) * q.shape[1], key[:, None] * q.shape[1] + element[None, :]
     # In one load, so that each number is fetched once: where there are fewer of them than threads, all warps do.
     factors = k_factors_ptr + 2 * (cache + first) + (2 * key[:, None] + tl.arange(0, 2)[None, :])
-    score = dot(q, tl.load(k_ptr + tile).T, tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+    score = dot(q, tl.load(k_ptr + at + tile).T, tl.zeros((q.shape[0], BLOCK_N), tl.float32))
     scale, zero = tl.split(tl.load(factors))
     # Written as fma, so that both loops round alike.
     score = tl.fma(score, scale[None, :], q_sum[:, None] * zero[None, :])
@@ -220,7 +220,7 @@ def _attend(
     largest, base, kept = _raise(largest, tl.max(score, axis=1))
     weight = tl.exp2(score - base[:, None])
     total = total * kept + tl.sum(weight, axis=1)
-    out = dot(weight.to(tl.float16), tl.load(v_ptr + tile), out * kept[:, None])
+    out = dot(weight.to(tl.float16), tl.load(v_ptr + at + tile), out * kept[:, None])
     return largest, total, out
 
 
