@@ -95,7 +95,7 @@ def prefill(shape: Shape, sequences: int, dtype: torch.dtype, device: str) -> Su
         return ops.attention_kv4(q, *kv, keys, None, True, head_dim**-0.5)
 
     (kv,) = data.take(1)
-    # Triton rounds weights to 11 bits and values twice.
+    # Triton rounds weights and values to 11 bits.
     atol = 1e-5 if device == "cpu" else 3 * 2.0**-11
     check = partial(lambda: checks.attention_agrees(call(*kv), q, kv, keys, head_dim**-0.5, atol))
     moved = data.bytes + 2 * tensor_bytes(q)

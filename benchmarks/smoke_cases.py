@@ -171,7 +171,7 @@ def attention_kv4(
     q = torch.randn(1, heads, tokens, head_dim, dtype=dtype, device=device)
     kv = packed(1, (heads, kv_heads, head_dim, keys), device).take(1)[0]
     op = torch.ops.w2a4.attention_kv4_prefill if kernel == "triton" else torch.ops.w2a4.attention_kv4
-    # Triton rounds weights to 11 bits and values twice.
+    # Triton rounds weights and values to 11 bits.
     atol = 3 * 2.0**-11 if kernel == "triton" else 1e-5
 
     def check(got: Tensor) -> bool:

@@ -114,31 +114,52 @@ def int8_case(bits: int, group: int, tile: Tile) -> Case:
     return Case(f"gemm_int8 {tile.m}x{tile.n}", gemm_int8_kernel, types, constants, tile.warps, tile.stages)
 
 
-def attention_case(head_dim: int, plain: bool) -> Case:
-    """A prompt's attention, causal on float16; else with mask, sinks and starts, on bfloat16."""
-    element = "*fp16" if plain else "*bf16"
-    types = dict.fromkeys(["q_ptr", "out_ptr", "k_sink_ptr", "v_sink_ptr"], element) | {"factor": "fp32"}
-    types |= dict.fromkeys(["k_codes_ptr", "v_codes_ptr", "mask_ptr"], "*u8") | {"starts_ptr": "*i64"}
-    types |= dict.fromkeys(["k_params_ptr", "v_params_ptr"], "*fp16")
-    integers = (
-        "tokens length capacity sinks sink_tokens q_batch q_head q_token mask_batch mask_head mask_query"
-    )
-    types |= dict.fromkeys(integers.split(), "i32")
-    block_m, block_n = attention.tile_of(head_dim, plain)
-    constants = dict(DIM=head_dim, HALF=max(16, triton.next_power_of_2(head_dim // 2)), REPEAT=4)
-    constants |= dict(CAUSAL=plain, HAS_MASK=not plain, HAS_SINKS=not plain, HAS_STARTS=not plain)
+def attention_case(head_dim: int, kind: str, arch: int) -> Case:
+    """A prompt's attention: causal on float16, "plain" or with "sinks"; or "mask", sinks and starts, bfloat16."""
+    mask = kind == "mask"
+    element = "*bf16" if mask else "*fp16"
+    types = dict.fromkeys(["q_ptr", "k_ptr", "out_ptr", "k_sink_ptr", "v_sink_ptr"], element)
+    types |= dict(v_ptr="*fp16", k_factors_ptr="*fp32", mask_ptr="*u8", starts_ptr="*i64", factor="fp32")
+    integers = "first kv_heads tokens length rows sinks sink_tokens".split()
+    integers += "q_batch q_head q_token mask_batch mask_head mask_query".split()
+    types |= dict.fromkeys(integers, "i32")
+    block_m, block_n, stages = attention.tile_of(head_dim, mask, arch)
+    constants = dict(DIM=head_dim, WIDE=max(32, triton.next_power_of_2(head_dim)), REPEAT=4)
+    constants |= dict(CAUSAL=not mask, HAS_MASK=mask, HAS_SINKS=kind != "plain", HAS_STARTS=mask)
     constants |= dict(BLOCK_M=block_m, BLOCK_N=block_n)
-    name = f"attention_kv4_prefill {head_dim}{'' if plain else ' mask'}"
+    name = f"attention_kv4_prefill {head_dim}{'' if kind == 'plain' else ' ' + kind}"
     kernel = attention.attention_kv4_prefill_kernel
-    return Case(name, kernel, types, constants, attention.WARPS, attention.STAGES)
+    return Case(name, kernel, types, constants, attention.WARPS, stages)
 
 
+<<<<<<< HEAD
 def cases(arch: int) -> Iterator[Case]:
     """Those that `COUNTS` has for sm_`arch`."""
     yield from (gemm_case(bits, 128, tile) for bits in (2, 4) for tile in TILES)
     if arch == 90:
         yield from (gemm_case(2, 128, tile) for tile in INT8_TILES)
     yield from (attention_case(head_dim, plain) for head_dim in HEAD_DIMS for plain in (True, False))
+=======
+#: Of heads and what else they have.
+ATTENTION = [(head_dim, kind) for head_dim in HEAD_DIMS for kind in ("plain", "mask")] + [(128, "sinks")]
+
+
+def decode_case(head_dim: int) -> Case:
+    """What writes keys and values for a prompt's attention, for queries of float16."""
+    types = dict.fromkeys(["k_codes_ptr", "v_codes_ptr"], "*u8") | {"k_factors_ptr": "*fp32"}
+    types |= dict.fromkeys(["k_params_ptr", "v_params_ptr", "k_ptr", "v_ptr"], "*fp16")
+    types |= dict.fromkeys("first kv_heads tokens length capacity rows sinks".split(), "i32")
+    constants = dict(DIM=head_dim, WIDE=max(32, triton.next_power_of_2(head_dim)), HAS_STARTS=True)
+    constants |= dict(KEYS=attention.DECODED_KEYS)
+    types |= dict(starts_ptr="*i64", factor="fp32")
+    return Case(f"decode_kv4 {head_dim}", attention.decode_kv4_kernel, types, constants, 4, 3)
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """Those that `COUNTS` has."""
+    yield from (gemm_case(bits, 128, tile) for bits in (2, 4) for tile in TILES)
+    yield from (attention_case(*chosen, arch) for chosen in ATTENTION)
+>>>>>>> 178a54905bdeb77a9ebb660aa3e34e9bb71d9a17
 
 
 @dataclass
@@ -185,6 +206,7 @@ def examine(case: Case, arch: int, compiled: Compiled) -> Loop:
 Counts = dict[str, tuple[tuple[int, int, int] | None, ...]]
 COUNTS: dict[str, Counts] = {
     "3.6.0": {
+<<<<<<< HEAD
         "gemm_w2a4 16x64": ((136, 2, 7), (139, 2, 8), (141, 2, 8)),
         "gemm_w2a4 32x64": ((194, 2, 5), (192, 2, 5), (180, 2, 5)),
         "gemm_w2a4 64x64": ((335, 2, 4), (215, 4, 4), (329, 2, 4)),
@@ -235,6 +257,52 @@ COUNTS: dict[str, Counts] = {
         "attention_kv4_prefill 128 mask": ((1597, 5, 1), (908, 12, 1), (763, 17, 1)),
         "attention_kv4_prefill 256": ((1264, 10, 1), (651, 8, 1), (550, 13, 2)),
         "attention_kv4_prefill 256 mask": ((1494, 12, 1), (1033, 16, 1), (863, 16, 1)),
+=======
+        "gemm_w2a4 16x64": ((158, 2, 6), (157, 2, 7), (154, 2, 7)),
+        "gemm_w2a4 32x64": ((227, 2, 4), (227, 2, 4), (218, 2, 4)),
+        "gemm_w2a4 64x64": ((403, 2, 4), (282, 4, 4), (393, 2, 4)),
+        "gemm_w2a4 64x128": ((585, 2, 2), (454, 4, 2), (552, 2, 2)),
+        "gemm_w2a4 128x64": ((599, 4, 2), (445, 6, 2), (571, 4, 2)),
+        "gemm_w2a4 128x128": ((725, 2, 1), (413, 4, 1), (695, 2, 1)),
+        "gemm_w4a4 16x64": ((143, 2, 7), (145, 2, 8), (143, 2, 8)),
+        "gemm_w4a4 32x64": ((212, 2, 5), (214, 2, 5), (199, 2, 4)),
+        "gemm_w4a4 64x64": ((354, 2, 3), (270, 4, 4), (341, 2, 3)),
+        "gemm_w4a4 64x128": ((556, 2, 2), (444, 4, 2), (522, 2, 2)),
+        "gemm_w4a4 128x64": ((552, 4, 2), (438, 6, 2), (523, 4, 2)),
+        "gemm_w4a4 128x128": ((621, 2, 1), (400, 4, 1), (590, 2, 1)),
+        "attention_kv4_prefill 64": ((433, 2, 1), (621, 2, 1), (460, 5, 1)),
+        "attention_kv4_prefill 64 mask": ((940, 11, 1), (758, 11, 1), (555, 11, 2)),
+        "attention_kv4_prefill 80": ((591, 2, 1), (691, 2, 1), (524, 5, 1)),
+        "attention_kv4_prefill 80 mask": ((1451, 18, 1), (1461, 11, 1), (1011, 14, 1)),
+        "attention_kv4_prefill 128": ((591, 2, 1), (691, 2, 1), (524, 5, 1)),
+        "attention_kv4_prefill 128 mask": ((1441, 18, 1), (1459, 11, 1), (1009, 14, 1)),
+        "attention_kv4_prefill 256": ((613, 9, 1), (442, 2, 1), (483, 5, 1)),
+        "attention_kv4_prefill 256 mask": ((917, 13, 1), (813, 9, 1), (620, 9, 1)),
+        "attention_kv4_prefill 128 sinks": ((592, 2, 1), (691, 2, 1), (525, 5, 1)),
+    },
+    "3.9.0": {
+        "gemm_w2a4 16x64": ((201, 2, 7), (198, 2, 7), (192, 2, 7)),
+        "gemm_w2a4 32x64": ((266, 2, 4), (261, 2, 4), (255, 2, 4)),
+        "gemm_w2a4 64x64": ((553, 2, 4), (284, 4, 4), (332, 8, 4)),
+        "gemm_w2a4 64x128": ((659, 2, 2), (454, 4, 2), (485, 8, 2)),
+        "gemm_w2a4 128x64": ((749, 4, 2), (444, 6, 2), (476, 8, 2)),
+        "gemm_w2a4 128x128": ((1012, 2, 1), (415, 5, 1), (446, 8, 1)),
+        "gemm_w4a4 16x64": ((143, 2, 7), (147, 2, 8), (141, 2, 8)),
+        "gemm_w4a4 32x64": ((212, 2, 5), (209, 2, 5), (205, 2, 5)),
+        "gemm_w4a4 64x64": ((353, 2, 3), (274, 4, 4), (316, 8, 4)),
+        "gemm_w4a4 64x128": ((554, 2, 2), (445, 4, 2), (468, 8, 2)),
+        "gemm_w4a4 128x64": ((552, 4, 2), (437, 6, 2), (463, 8, 2)),
+        "gemm_w4a4 128x128": ((621, 2, 1), (404, 5, 1), (427, 8, 1)),
+        "attention_kv4_prefill 64": ((419, 2, 1), (641, 3, 1), (400, 6, 1)),
+        "attention_kv4_prefill 64 mask": ((875, 11, 1), (675, 12, 1), (464, 12, 2)),
+        "attention_kv4_prefill 80": ((576, 2, 1), (717, 3, 1), (459, 6, 1)),
+        "attention_kv4_prefill 80 mask": ((1495, 19, 1), (1390, 12, 1), (928, 13, 1)),
+        "attention_kv4_prefill 128": ((574, 2, 1), (717, 3, 1), (459, 6, 1)),
+        "attention_kv4_prefill 128 mask": ((1483, 19, 1), (1369, 12, 1), (921, 13, 1)),
+        "attention_kv4_prefill 256": ((639, 11, 1), (456, 3, 1), (454, 6, 1)),
+        "attention_kv4_prefill 256 mask": ((900, 13, 1), (851, 10, 1), (592, 10, 1)),
+        "attention_kv4_prefill 128 sinks": ((574, 2, 1), (717, 3, 1), (466, 6, 1)),
+>>>>>>> 178a54905bdeb77a9ebb660aa3e34e9bb71d9a17
     },
 }
 

@@ -37,7 +37,7 @@ GEMV_TOKENS = 16
 
 #: Most queries of a sequence that attention_kv4 of w2a4._cuda serves if Triton is there. That kernel decodes
 #: keys and values anew for every 8 rows (tokens times query heads of a KV head) and divides them among thread
-#: blocks; Triton's decodes them for up to 128 tokens of a head, one after another. Not measured yet.
+#: blocks; Triton's decodes them once a call, then a block takes up to 128 tokens of a head. Not measured yet.
 DECODE_TOKENS = 64
 
 #: A 32-bit sum of the GEMM holds this many products, see `MAX_BLOCK` in `kernels/w2a4_triton/gemm.py`.

@@ -1,12 +1,12 @@
 """`attention_kv4_prefill`: attention over the packed 4-bit cache for many queries at once.
 
-Flash attention that reads codes: no key or value is ever in memory in more than 4 bits. Scores are
-exact products of queries with codes, to which a key's scale and zero-point are applied afterwards,
+Every tile of queries of every head of a group meets the same keys and values. Hence a call decodes these once,
+into 16 bits that it keeps for itself, and flash attention reads that. Keys become their codes, which 16 bits hold
+exactly; a key's scale and zero-point are applied to the products, in float32:
 
     scaling * (k_scale * sum q code + k_zero * sum q)
 
-and values are decoded into float16. Even and odd elements of a head are multiplied apart, because that is how
-nibbles come out of bytes.
+Values become float16, rounded once.
 """
 
 from __future__ import annotations
@@ -25,17 +25,30 @@ from .language import codes_as_floats, device_of, dot, triton_op, wrap_triton
 DTYPES = torch.float16, torch.bfloat16
 MOST_DIM = 256  # of a head
 
-WARPS, STAGES = 8, 2
+#: Of decoded keys and values, in bytes, at a time; but all of a KV head of a sequence in any case.
+MOST_DECODED = 256 << 20
+#: Keys that a program of `decode_kv4_kernel` takes; tiles of keys are a multiple of it.
+DECODED_KEYS = 32
+WARPS = 8
 
 
-def tile_of(head_dim: int, plain: bool) -> tuple[int, int]:
-    """Queries and keys of a tile: what compiles without spills for sm_80, sm_90 and sm_100.
+def tile_of(head_dim: int, masked: bool, arch: int) -> tuple[int, int, int]:
+    """Queries and keys of a tile, and stages of its loop, on sm_`arch`: what compiles without spills, for WARPS.
 
-    `plain` is without mask and sinks. It does not change the number of keys, on which bits depend.
+    Bits depend on it, but not on how many queries there are. A block has 227 KiB of shared memory on sm_90 and
+    sm_100; elsewhere tiles fit the 99 KiB of sm_86, sm_89 and sm_120.
     """
-    if head_dim <= 64:
-        return 128, 64
-    return 128 if plain and head_dim <= 128 else 64, 32
+    stages = 3 if arch in (90, 100, 103) else 2
+    if head_dim > 128:
+        return 64 if masked or stages == 2 else 128, 32, stages
+    keys = 128 if arch == 90 and (head_dim > 64 or not masked) else 64
+    return 64 if masked else 128, keys, stages
+
+
+def arch_of(device: torch.device) -> int:
+    """90 of sm_90; and for the interpreter."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 #: Weights are counted from 2**10 at a row's largest, so that float16 holds those of 2**-24 in all its bits.
@@ -43,30 +56,81 @@ _LARGEST = tl.constexpr(10.0)
 
 
 @triton.jit
+def decode_kv4_kernel(
+    k_codes_ptr, k_params_ptr, v_codes_ptr, v_params_ptr, starts_ptr, k_ptr, v_ptr, k_factors_ptr,
+    first, kv_heads, tokens, length, capacity, rows, sinks, factor,
+    DIM: tl.constexpr, WIDE: tl.constexpr, HAS_STARTS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Codes and decoded values of KEYS keys as `[pairs, rows, WIDE]`, and what scores are made with.
+
+    A pair is a KV head of a sequence; those from `first` on. k_factors `[pairs, rows, 2]` takes a key's scale
+    and zero-point, times `factor`. Keys that are none, or sinks, are zeros.
+    """
+    slot, begin = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * KEYS
+    pair = first + slot
+    end = length
+    if HAS_STARTS:
+        start = tl.load(starts_ptr + pair // kv_heads)
+        end = (tl.minimum(tl.maximum(start, 0), length - tokens) + tokens).to(tl.int32)
+    within, byte, element = tl.arange(0, KEYS), tl.arange(0, WIDE // 2), tl.arange(0, WIDE)
+    key = begin + within
+    exists = (key >= sinks) & (key < end)
+    coded = exists[:, None] & (byte < DIM // 2)[None, :]
+    at = (pair * capacity + begin) * (DIM // 2) + (within[:, None] * (DIM // 2) + byte[None, :])
+    k_codes = tl.load(k_codes_ptr + at, mask=coded, other=0)
+    v_codes = tl.load(v_codes_ptr + at, mask=coded, other=0)
+    at = 2 * (pair * capacity + key)
+    k_scale, k_zero = _params(k_params_ptr + at, exists)
+    v_scale, v_zero = _params(v_params_ptr + at, exists)
+    # A value that is not finite must reach the rows that see it and no others: it does so through the score.
+    taint = v_scale * 0.0 + v_zero * 0.0
+    v_scale, v_zero = tl.where(taint == 0, v_scale, 0.0), tl.where(taint == 0, v_zero, 0.0)
+
+    even, odd = codes_as_floats(k_codes, k_ptr.dtype.element_ty)
+    at = (slot * rows + begin) * WIDE + (within[:, None] * WIDE + element[None, :])
+    tl.store(k_ptr + at, tl.interleave(even, odd))
+    even, odd = codes_as_floats(v_codes, tl.float16)
+    even = even.to(tl.float32) * v_scale[:, None] + v_zero[:, None]
+    odd = odd.to(tl.float32) * v_scale[:, None] + v_zero[:, None]
+    tl.store(v_ptr + at, tl.interleave(even, odd).to(tl.float16))
+    at = 2 * (slot * rows + key)
+    tl.store(k_factors_ptr + at, k_scale * factor)
+    tl.store(k_factors_ptr + at + 1, k_zero * factor + taint)
+
+
+@triton.jit
+def _params(pointers, exists):
+    """Scales and zero-points of keys, zeros where there are none."""
+    scale = tl.load(pointers, mask=exists, other=0.0)
+    return scale.to(tl.float32), tl.load(pointers + 1, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def attention_kv4_prefill_kernel(
-    q_ptr, k_codes_ptr, k_params_ptr, v_codes_ptr, v_params_ptr, mask_ptr, k_sink_ptr, v_sink_ptr, starts_ptr,
-    out_ptr, tokens, length, capacity, sinks, sink_tokens, factor,
+    q_ptr, k_ptr, v_ptr, k_factors_ptr, mask_ptr, k_sink_ptr, v_sink_ptr, starts_ptr, out_ptr,
+    first, kv_heads, tokens, length, rows, sinks, sink_tokens, factor,
     q_batch, q_head, q_token, mask_batch, mask_head, mask_query,
-    DIM: tl.constexpr, HALF: tl.constexpr, REPEAT: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    DIM: tl.constexpr, WIDE: tl.constexpr, REPEAT: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_STARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK_M queries of a head, and the keys BLOCK_N at a time, from the first on.
+    """A program takes BLOCK_M queries of a head, and BLOCK_N keys of `decode_kv4_kernel` at a time.
 
-    A row's bits depend on the keys it sees and on nothing else: tiles of keys lie at fixed places, and one of
-    which a row sees nothing multiplies what the row has by 1 and adds 0. HALF is a power of two that DIM / 2
-    elements fit, `factor` is scaling * log2(e); the first `sinks` of the keys are in k_sink and v_sink, where
-    a head has `sink_tokens`.
+    A row's bits depend on the keys it sees and on nothing else: tiles of keys lie at fixed places and have an
+    order, and one of which a row sees nothing multiplies what the row has by 1 and adds 0. WIDE is a power of two
+    that DIM elements fit, `factor` is scaling * log2(e); the first `sinks` of the keys are in k_sink and v_sink,
+    where a head has `sink_tokens`.
     """
     # The longest rows first, so that no program of many keys is left for the end.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1)
-    kv = batch * (heads // REPEAT) + head // REPEAT
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    slot = tl.program_id(0) // REPEAT
+    pair = (first + slot).to(tl.int64)
+    batch = pair // kv_heads
+    head = pair % kv_heads * REPEAT + tl.program_id(0) % REPEAT
     start = length - tokens
     if HAS_STARTS:
         start = tl.minimum(tl.maximum(tl.load(starts_ptr + batch), 0), start).to(tl.int32)
     end = start + tokens
-    within, element = tl.arange(0, BLOCK_M), tl.arange(0, 2 * HALF)
+    within, element = tl.arange(0, BLOCK_M), tl.arange(0, WIDE)
     # Rows beyond the last repeat it, and are not stored. Offsets of 32 bits, from the first row of the tile.
     within = tl.minimum(within, tokens - 1 - tile * BLOCK_M)
     query = tile * BLOCK_M + within
@@ -75,109 +139,104 @@ def attention_kv4_prefill_kernel(
         q_at + (within[:, None] * q_token + element[None, :]), mask=(element < DIM)[None, :], other=0.0
     )
     q_sum = tl.sum(q.to(tl.float32), axis=1)
-    q_even, q_odd = tl.split(q.reshape(BLOCK_M, HALF, 2))
     mask_at = mask_ptr + batch * mask_batch + head * mask_head + tile.to(tl.int64) * BLOCK_M * mask_query
     mask_row = within * mask_query
-    # The last key that each row sees; `whole` of the first keys are seen by all, in whole tiles.
+    # The last key that each row sees; tiles of keys before `whole` are seen by all.
     last, whole = tl.zeros((BLOCK_M,), tl.int32) + (end - 1), end // BLOCK_N * BLOCK_N
     if CAUSAL:
         last, whole = start + query, (start + tile * BLOCK_M + 1) // BLOCK_N * BLOCK_N
         end = tl.minimum(start + (tile + 1) * BLOCK_M, end)
-    if HAS_SINKS or HAS_MASK:
-        whole = 0  # one loop for all
 
     state = (
         tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32),
-        tl.zeros((BLOCK_M, HALF), tl.float32), tl.zeros((BLOCK_M, HALF), tl.float32),
+        tl.zeros((BLOCK_M, WIDE), tl.float32),
     )  # fmt: skip
+    # Tiles that hold sinks come after the others, so that those between are in one loop without comparisons.
+    front = 0
     if HAS_SINKS:
         for key in range(0, tl.minimum(sinks, end)):
             seen = key <= last
             if HAS_MASK:
                 seen = seen & (tl.load(mask_at + mask_row + key) != 0)
-            at = (kv * sink_tokens + key) * DIM
-            state = _attend_sink(state, q_even, q_odd, k_sink_ptr + at, v_sink_ptr + at, seen, factor, DIM)
-    if not (HAS_SINKS or HAS_MASK):
-        for key in range(0, whole, BLOCK_N):
+            at = (pair * sink_tokens + key) * DIM
+            state = _attend_sink(state, q, k_sink_ptr + at, v_sink_ptr + at, seen, factor, DIM)
+        front = tl.cdiv(sinks, BLOCK_N) * BLOCK_N
+    if HAS_MASK:
+        whole = front
+    whole = tl.maximum(whole, front)
+    cache = slot.to(tl.int64) * rows
+    if not HAS_MASK:
+        for key in range(front, whole, BLOCK_N):
             state = _attend(
-                state, key, q_even, q_odd, q_sum, kv * capacity, k_codes_ptr, k_params_ptr, v_codes_ptr,
-                v_params_ptr, mask_at, mask_row, last, end, sinks, factor, DIM, HAS_MASK, False, BLOCK_N,
+                state, key, q, q_sum, cache, k_ptr, v_ptr, k_factors_ptr, mask_at, mask_row, last, end,
+                sinks, HAS_MASK, False, BLOCK_N,
             )  # fmt: skip
-    for key in range(whole, end, BLOCK_N):
+    back = tl.maximum(tl.cdiv(end, BLOCK_N) * BLOCK_N, front)
+    for step in range(whole, back + front, BLOCK_N):
+        key = step
+        if HAS_SINKS:
+            key = tl.where(step < back, step, step - back)
         state = _attend(
-            state, key, q_even, q_odd, q_sum, kv * capacity, k_codes_ptr, k_params_ptr, v_codes_ptr,
-            v_params_ptr, mask_at, mask_row, last, end, sinks, factor, DIM, HAS_MASK, True, BLOCK_N,
+            state, key, q, q_sum, cache, k_ptr, v_ptr, k_factors_ptr, mask_at, mask_row, last, end,
+            sinks, HAS_MASK, True, BLOCK_N,
         )  # fmt: skip
-    _, total, even, odd = state
+    _, total, out = state
     # A row that sees no key is zero.
-    part = tl.div_rn(1.0, tl.where(total == 0, 1.0, total))[:, None]
+    out = out * tl.div_rn(1.0, tl.where(total == 0, 1.0, total))[:, None]
+    heads = kv_heads * REPEAT
     out_at = out_ptr + (((batch * tokens + tile * BLOCK_M) * heads + head) * DIM)
     row = tl.arange(0, BLOCK_M)
     stored = (tile * BLOCK_M + row < tokens)[:, None] & (element < DIM)[None, :]
-    out = tl.interleave(even * part, odd * part).to(out_ptr.dtype.element_ty)
-    tl.store(out_at + (row[:, None] * (heads * DIM) + element[None, :]), out, mask=stored)
+    out_at += row[:, None] * (heads * DIM) + element[None, :]
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def _attend(
-    state, first, q_even, q_odd, q_sum, cache, k_codes_ptr, k_params_ptr, v_codes_ptr, v_params_ptr, mask_at,
-    mask_row, last, end, sinks, factor, DIM: tl.constexpr, HAS_MASK: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    state, first, q, q_sum, cache, k_ptr, v_ptr, k_factors_ptr, mask_at, mask_row, last, end, sinks,
+    HAS_MASK: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Largest score, sum of weights, and weighted sums of values, with BLOCK_N more keys.
+    """Largest score, sum of weights, and weighted sum of values, with BLOCK_N more keys.
 
     Unless MASKED, every row sees all of them.
     """
-    key, byte = first + tl.arange(0, BLOCK_N), tl.arange(0, q_even.shape[1])
-    exists = (key >= 0)[:, None] & (byte < DIM // 2)[None, :]
+    key, element = tl.arange(0, BLOCK_N), tl.arange(0, q.shape[1])
+    at, tile = (cache + first) * q.shape[1], key[:, None] * q.shape[1] + element[None, :]
+    # In one load, so that each number is fetched once: where there are fewer of them than threads, all warps do.
+    factors = k_factors_ptr + 2 * (cache + first) + (2 * key[:, None] + tl.arange(0, 2)[None, :])
+    score = dot(q, tl.load(k_ptr + at + tile).T, tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+    scale, zero = tl.split(tl.load(factors))
+    # Written as fma, so that both loops round alike.
+    score = tl.fma(score, scale[None, :], q_sum[:, None] * zero[None, :])
     if MASKED:
-        exists = exists & (key < end)[:, None]
-    at = (cache + first) * (DIM // 2)
-    codes = (key - first)[:, None] * (DIM // 2) + byte[None, :]
-    in_cache = (key < end) & (key >= sinks)
-    k_scale, k_zero = _params(k_params_ptr + 2 * (cache + first), key - first, in_cache, MASKED)
-    v_scale, v_zero = _params(v_params_ptr + 2 * (cache + first), key - first, in_cache, MASKED)
-    # A value that is not finite must reach the rows that see it and no others: it does so through the score.
-    taint = v_scale * 0.0 + v_zero * 0.0
-    v_scale, v_zero = tl.where(taint == 0, v_scale, 0.0), tl.where(taint == 0, v_zero, 0.0)
-
-    k_even, k_odd = codes_as_floats(_load(k_codes_ptr + at + codes, exists, DIM, MASKED), q_even.dtype)
-    score = dot(q_even, k_even.T, tl.zeros((q_even.shape[0], BLOCK_N), tl.float32))
-    score = dot(q_odd, k_odd.T, score)
-    score = score * (k_scale * factor)[None, :] + q_sum[:, None] * (k_zero * factor + taint)[None, :]
-    if MASKED:
-        seen = (key[None, :] <= last[:, None]) & in_cache[None, :]
+        key += first
+        seen = (key[None, :] <= last[:, None]) & ((key < end) & (key >= sinks))[None, :]
         if HAS_MASK:
             pointers = mask_at + (mask_row[:, None] + key[None, :])
             seen = seen & (tl.load(pointers, mask=(key < end)[None, :], other=0) != 0)
         score = tl.where(seen, score, float("-inf"))
 
-    largest, total, even, odd = state
+    largest, total, out = state
     largest, base, kept = _raise(largest, tl.max(score, axis=1))
     weight = tl.exp2(score - base[:, None])
     total = total * kept + tl.sum(weight, axis=1)
-    weight = weight.to(tl.float16)
-    v_even, v_odd = codes_as_floats(_load(v_codes_ptr + at + codes, exists, DIM, MASKED), tl.float16)
-    v_scale, v_zero = v_scale.to(tl.float16)[:, None], v_zero.to(tl.float16)[:, None]
-    even = dot(weight, v_even * v_scale + v_zero, even * kept[:, None])
-    odd = dot(weight, v_odd * v_scale + v_zero, odd * kept[:, None])
-    return largest, total, even, odd
+    out = dot(weight.to(tl.float16), tl.load(v_ptr + at + tile), out * kept[:, None])
+    return largest, total, out
 
 
 @triton.jit
-def _attend_sink(state, q_even, q_odd, k_ptr, v_ptr, seen, factor, DIM: tl.constexpr):
+def _attend_sink(state, q, k_ptr, v_ptr, seen, factor, DIM: tl.constexpr):
     """The same with one key more, of floats."""
-    at = 2 * tl.arange(0, q_even.shape[1])
-    k_even, k_odd = _load_float(k_ptr + at, at < DIM), _load_float(k_ptr + at + 1, at < DIM)
-    v_even, v_odd = _load_float(v_ptr + at, at < DIM), _load_float(v_ptr + at + 1, at < DIM)
-    score = tl.sum(q_even.to(tl.float32) * k_even + q_odd.to(tl.float32) * k_odd, axis=1) * factor
-    largest, total, even, odd = state
+    at = tl.arange(0, q.shape[1])
+    k = tl.load(k_ptr + at, mask=at < DIM, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + at, mask=at < DIM, other=0.0).to(tl.float32)
+    score = tl.sum(q.to(tl.float32) * k[None, :], axis=1) * factor
+    largest, total, out = state
     largest, base, kept = _raise(largest, tl.where(seen, score, float("-inf")))
-    weight, seen = tl.where(seen, tl.exp2(score - base), 0.0), seen[:, None]
+    weight = tl.where(seen, tl.exp2(score - base), 0.0)
     # What a row does not see adds nothing, not even if it is NaN.
-    even = even * kept[:, None] + tl.where(seen, weight[:, None] * v_even, 0.0)
-    odd = odd * kept[:, None] + tl.where(seen, weight[:, None] * v_odd, 0.0)
-    return largest, total * kept + weight, even, odd
+    out = out * kept[:, None] + tl.where(seen[:, None], weight[:, None] * v[None, :], 0.0)
+    return largest, total * kept + weight, out
 
 
 @triton.jit
@@ -186,30 +245,6 @@ def _raise(largest, score):
     raised = tl.maximum(largest, score)
     base = tl.where(raised == float("-inf"), 0.0, raised) - _LARGEST
     return raised, base, tl.where(largest == float("-inf"), 0.0, tl.exp2(largest - raised))
-
-
-@triton.jit
-def _params(pointer, key, exists, MASKED: tl.constexpr):
-    """Scales and zero-points of keys, zeros where there are none."""
-    if MASKED:
-        scale = tl.load(pointer + 2 * key, mask=exists, other=0.0)
-        zero = tl.load(pointer + 2 * key + 1, mask=exists, other=0.0)
-    else:
-        scale, zero = tl.load(pointer + 2 * key), tl.load(pointer + 2 * key + 1)
-    return scale.to(tl.float32), zero.to(tl.float32)
-
-
-@triton.jit
-def _load_float(pointers, exists):
-    return tl.load(pointers, mask=exists, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _load(pointers, exists, DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Bytes of codes; those that are none may be anything finite, for what they meet is zero."""
-    if MASKED or 2 * pointers.shape[1] != DIM:
-        return tl.load(pointers, mask=exists, other=0)
-    return tl.load(pointers)
 
 
 @triton_op("w2a4::attention_kv4_prefill")
@@ -226,7 +261,8 @@ def attention_kv4_prefill(
 
     Returns:
         `[batch, q_tokens, q_heads, head_dim]` in q's dtype. Weights and values are rounded to 11 bits, all
-        sums are of float32. A query's result has the same bits whatever the other queries are.
+        sums are of float32. A query's result has the same bits whatever the other queries are. Takes memory
+        for decoded keys and values, see `MOST_DECODED`.
 
     Raises:
         RuntimeError: an argument is not as above.
@@ -246,16 +282,29 @@ def attention_kv4_prefill(
         k_floats, v_floats, sink_tokens = k_sink.contiguous(), v_sink.contiguous(), k_sink.shape[2]
         sinks = min(sink_tokens, length)
     first = q if starts is None else starts
+    kv_heads, repeat, factor = k_codes.shape[1], heads // k_codes.shape[1], scaling * math.log2(math.e)
+    block_m, block_n, stages = tile_of(dim, mask is not None, arch_of(q.device))
+    wide, rows = max(32, triton.next_power_of_2(dim)), triton.cdiv(length, block_n) * block_n
+    # Compared first, since a slice is a constant to torch.compile, which a length is not.
+    pairs, bytes = batch * kv_heads, 4 * wide * rows
+    step = pairs if pairs * bytes <= MOST_DECODED else max(1, MOST_DECODED // int(bytes))
+    k, v = q.new_empty(step, rows, wide), q.new_empty(step, rows, wide, dtype=torch.float16)
+    k_factors = q.new_empty(step, rows, 2, dtype=torch.float32)
     with device_of(q):
-        block_m, block_n = tile_of(dim, mask is None and sinks == 0)
-        wrap_triton(attention_kv4_prefill_kernel)[(triton.cdiv(tokens, block_m), heads, batch)](
-            q, k_codes, k_params, v_codes, v_params, seen, k_floats, v_floats, first, out,
-            tokens, length, k_codes.shape[2], sinks, sink_tokens, scaling * math.log2(math.e),
-            *q.stride()[:3], *mask_strides,
-            DIM=dim, HALF=max(16, triton.next_power_of_2(dim // 2)), REPEAT=heads // k_codes.shape[1],
-            CAUSAL=causal, HAS_MASK=mask is not None, HAS_SINKS=sinks > 0, HAS_STARTS=starts is not None,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=WARPS, num_stages=STAGES,
-        )  # fmt: skip
+        for pair in range(0, pairs, step):
+            count = min(step, pairs - pair)
+            wrap_triton(decode_kv4_kernel)[(rows // DECODED_KEYS, count)](
+                k_codes, k_params, v_codes, v_params, first, k, v, k_factors,
+                pair, kv_heads, tokens, length, k_codes.shape[2], rows, sinks, factor,
+                DIM=dim, WIDE=wide, HAS_STARTS=starts is not None, KEYS=DECODED_KEYS, num_warps=4,
+            )  # fmt: skip
+            wrap_triton(attention_kv4_prefill_kernel)[(count * repeat, triton.cdiv(tokens, block_m))](
+                q, k, v, k_factors, seen, k_floats, v_floats, first, out,
+                pair, kv_heads, tokens, length, rows, sinks, sink_tokens, factor,
+                *q.stride()[:3], *mask_strides, DIM=dim, WIDE=wide, REPEAT=repeat, CAUSAL=causal,
+                HAS_MASK=mask is not None, HAS_SINKS=sinks > 0, HAS_STARTS=starts is not None,
+                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=WARPS, num_stages=stages,
+            )  # fmt: skip
     return out
 
 
