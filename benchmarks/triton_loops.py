@@ -132,14 +132,6 @@ def attention_case(head_dim: int, kind: str, arch: int) -> Case:
     return Case(name, kernel, types, constants, attention.WARPS, stages)
 
 
-<<<<<<< HEAD
-def cases(arch: int) -> Iterator[Case]:
-    """Those that `COUNTS` has for sm_`arch`."""
-    yield from (gemm_case(bits, 128, tile) for bits in (2, 4) for tile in TILES)
-    if arch == 90:
-        yield from (gemm_case(2, 128, tile) for tile in INT8_TILES)
-    yield from (attention_case(head_dim, plain) for head_dim in HEAD_DIMS for plain in (True, False))
-=======
 #: Of heads and what else they have.
 ATTENTION = [(head_dim, kind) for head_dim in HEAD_DIMS for kind in ("plain", "mask")] + [(128, "sinks")]
 
@@ -156,10 +148,11 @@ def decode_case(head_dim: int) -> Case:
 
 
 def cases(arch: int) -> Iterator[Case]:
-    """Those that `COUNTS` has."""
+    """Those that `COUNTS` has for sm_`arch`."""
     yield from (gemm_case(bits, 128, tile) for bits in (2, 4) for tile in TILES)
+    if arch == 90:
+        yield from (gemm_case(2, 128, tile) for tile in INT8_TILES)
     yield from (attention_case(*chosen, arch) for chosen in ATTENTION)
->>>>>>> 178a54905bdeb77a9ebb660aa3e34e9bb71d9a17
 
 
 @dataclass
@@ -206,7 +199,6 @@ def examine(case: Case, arch: int, compiled: Compiled) -> Loop:
 Counts = dict[str, tuple[tuple[int, int, int] | None, ...]]
 COUNTS: dict[str, Counts] = {
     "3.6.0": {
-<<<<<<< HEAD
         "gemm_w2a4 16x64": ((136, 2, 7), (139, 2, 8), (141, 2, 8)),
         "gemm_w2a4 32x64": ((194, 2, 5), (192, 2, 5), (180, 2, 5)),
         "gemm_w2a4 64x64": ((335, 2, 4), (215, 4, 4), (329, 2, 4)),
@@ -223,14 +215,15 @@ COUNTS: dict[str, Counts] = {
         "gemm_int8 128x128": (None, (238, 4, 1), None),
         "gemm_int8 256x64": (None, (405, 4, 2), None),
         "gemm_int8 256x128": (None, (404, 4, 1), None),
-        "attention_kv4_prefill 64": ((1381, 2, 1), (625, 6, 1), (1037, 11, 1)),
-        "attention_kv4_prefill 64 mask": ((2336, 11, 1), (1410, 16, 1), (1677, 35, 1)),
-        "attention_kv4_prefill 80": ((1102, 2, 1), (463, 6, 1), (715, 11, 1)),
-        "attention_kv4_prefill 80 mask": ((1687, 5, 1), (922, 12, 1), (803, 16, 1)),
-        "attention_kv4_prefill 128": ((1092, 2, 1), (458, 6, 1), (712, 11, 1)),
-        "attention_kv4_prefill 128 mask": ((1670, 5, 1), (914, 12, 1), (798, 16, 1)),
-        "attention_kv4_prefill 256": ((1226, 8, 1), (594, 6, 1), (669, 15, 1)),
-        "attention_kv4_prefill 256 mask": ((1516, 12, 1), (1039, 14, 1), (927, 15, 1)),
+        "attention_kv4_prefill 64": ((433, 2, 1), (621, 2, 1), (460, 5, 1)),
+        "attention_kv4_prefill 64 mask": ((940, 11, 1), (758, 11, 1), (555, 11, 2)),
+        "attention_kv4_prefill 80": ((591, 2, 1), (691, 2, 1), (524, 5, 1)),
+        "attention_kv4_prefill 80 mask": ((1451, 18, 1), (1461, 11, 1), (1011, 14, 1)),
+        "attention_kv4_prefill 128": ((591, 2, 1), (691, 2, 1), (524, 5, 1)),
+        "attention_kv4_prefill 128 mask": ((1441, 18, 1), (1459, 11, 1), (1009, 14, 1)),
+        "attention_kv4_prefill 256": ((613, 9, 1), (442, 2, 1), (483, 5, 1)),
+        "attention_kv4_prefill 256 mask": ((917, 13, 1), (813, 9, 1), (620, 9, 1)),
+        "attention_kv4_prefill 128 sinks": ((592, 2, 1), (691, 2, 1), (525, 5, 1)),
     },
     "3.9.0": {
         "gemm_w2a4 16x64": ((183, 2, 7), (179, 2, 8), (178, 2, 8)),
@@ -249,50 +242,6 @@ COUNTS: dict[str, Counts] = {
         "gemm_int8 128x128": (None, (239, 4, 1), None),
         "gemm_int8 256x64": (None, (405, 6, 2), None),
         "gemm_int8 256x128": (None, (404, 6, 1), None),
-        "attention_kv4_prefill 64": ((1373, 2, 1), (729, 8, 1), (882, 12, 1)),
-        "attention_kv4_prefill 64 mask": ((2213, 15, 1), (1354, 18, 1), (1409, 36, 1)),
-        "attention_kv4_prefill 80": ((1102, 2, 1), (511, 8, 1), (608, 12, 1)),
-        "attention_kv4_prefill 80 mask": ((1596, 5, 1), (919, 12, 1), (764, 17, 1)),
-        "attention_kv4_prefill 128": ((1098, 2, 1), (507, 8, 1), (606, 12, 1)),
-        "attention_kv4_prefill 128 mask": ((1597, 5, 1), (908, 12, 1), (763, 17, 1)),
-        "attention_kv4_prefill 256": ((1264, 10, 1), (651, 8, 1), (550, 13, 2)),
-        "attention_kv4_prefill 256 mask": ((1494, 12, 1), (1033, 16, 1), (863, 16, 1)),
-=======
-        "gemm_w2a4 16x64": ((158, 2, 6), (157, 2, 7), (154, 2, 7)),
-        "gemm_w2a4 32x64": ((227, 2, 4), (227, 2, 4), (218, 2, 4)),
-        "gemm_w2a4 64x64": ((403, 2, 4), (282, 4, 4), (393, 2, 4)),
-        "gemm_w2a4 64x128": ((585, 2, 2), (454, 4, 2), (552, 2, 2)),
-        "gemm_w2a4 128x64": ((599, 4, 2), (445, 6, 2), (571, 4, 2)),
-        "gemm_w2a4 128x128": ((725, 2, 1), (413, 4, 1), (695, 2, 1)),
-        "gemm_w4a4 16x64": ((143, 2, 7), (145, 2, 8), (143, 2, 8)),
-        "gemm_w4a4 32x64": ((212, 2, 5), (214, 2, 5), (199, 2, 4)),
-        "gemm_w4a4 64x64": ((354, 2, 3), (270, 4, 4), (341, 2, 3)),
-        "gemm_w4a4 64x128": ((556, 2, 2), (444, 4, 2), (522, 2, 2)),
-        "gemm_w4a4 128x64": ((552, 4, 2), (438, 6, 2), (523, 4, 2)),
-        "gemm_w4a4 128x128": ((621, 2, 1), (400, 4, 1), (590, 2, 1)),
-        "attention_kv4_prefill 64": ((433, 2, 1), (621, 2, 1), (460, 5, 1)),
-        "attention_kv4_prefill 64 mask": ((940, 11, 1), (758, 11, 1), (555, 11, 2)),
-        "attention_kv4_prefill 80": ((591, 2, 1), (691, 2, 1), (524, 5, 1)),
-        "attention_kv4_prefill 80 mask": ((1451, 18, 1), (1461, 11, 1), (1011, 14, 1)),
-        "attention_kv4_prefill 128": ((591, 2, 1), (691, 2, 1), (524, 5, 1)),
-        "attention_kv4_prefill 128 mask": ((1441, 18, 1), (1459, 11, 1), (1009, 14, 1)),
-        "attention_kv4_prefill 256": ((613, 9, 1), (442, 2, 1), (483, 5, 1)),
-        "attention_kv4_prefill 256 mask": ((917, 13, 1), (813, 9, 1), (620, 9, 1)),
-        "attention_kv4_prefill 128 sinks": ((592, 2, 1), (691, 2, 1), (525, 5, 1)),
-    },
-    "3.9.0": {
-        "gemm_w2a4 16x64": ((201, 2, 7), (198, 2, 7), (192, 2, 7)),
-        "gemm_w2a4 32x64": ((266, 2, 4), (261, 2, 4), (255, 2, 4)),
-        "gemm_w2a4 64x64": ((553, 2, 4), (284, 4, 4), (332, 8, 4)),
-        "gemm_w2a4 64x128": ((659, 2, 2), (454, 4, 2), (485, 8, 2)),
-        "gemm_w2a4 128x64": ((749, 4, 2), (444, 6, 2), (476, 8, 2)),
-        "gemm_w2a4 128x128": ((1012, 2, 1), (415, 5, 1), (446, 8, 1)),
-        "gemm_w4a4 16x64": ((143, 2, 7), (147, 2, 8), (141, 2, 8)),
-        "gemm_w4a4 32x64": ((212, 2, 5), (209, 2, 5), (205, 2, 5)),
-        "gemm_w4a4 64x64": ((353, 2, 3), (274, 4, 4), (316, 8, 4)),
-        "gemm_w4a4 64x128": ((554, 2, 2), (445, 4, 2), (468, 8, 2)),
-        "gemm_w4a4 128x64": ((552, 4, 2), (437, 6, 2), (463, 8, 2)),
-        "gemm_w4a4 128x128": ((621, 2, 1), (404, 5, 1), (427, 8, 1)),
         "attention_kv4_prefill 64": ((419, 2, 1), (641, 3, 1), (400, 6, 1)),
         "attention_kv4_prefill 64 mask": ((875, 11, 1), (675, 12, 1), (464, 12, 2)),
         "attention_kv4_prefill 80": ((576, 2, 1), (717, 3, 1), (459, 6, 1)),
@@ -302,7 +251,6 @@ COUNTS: dict[str, Counts] = {
         "attention_kv4_prefill 256": ((639, 11, 1), (456, 3, 1), (454, 6, 1)),
         "attention_kv4_prefill 256 mask": ((900, 13, 1), (851, 10, 1), (592, 10, 1)),
         "attention_kv4_prefill 128 sinks": ((574, 2, 1), (717, 3, 1), (466, 6, 1)),
->>>>>>> 178a54905bdeb77a9ebb660aa3e34e9bb71d9a17
     },
 }
 
