@@ -35,7 +35,7 @@ WARPS = 8
 def tile_of(head_dim: int, masked: bool, arch: int) -> tuple[int, int, int]:
     """Queries and keys of a tile, and stages of its loop, on sm_`arch`: what compiles without spills.
 
-    Bits depend on it, but it not on how many queries there are. A block has 227 KiB of shared memory on sm_90
+    Bits depend on it, but not on how many queries there are. A block has 227 KiB of shared memory on sm_90
     and sm_100; elsewhere tiles fit the 99 KiB of sm_86, sm_89 and sm_120.
     """
     stages = 3 if arch in (90, 100, 103) else 2
