@@ -115,7 +115,7 @@ def int8_case(bits: int, group: int, tile: Tile) -> Case:
 
 
 def attention_case(head_dim: int, kind: str, arch: int) -> Case:
-    """A prompt's attention: causal on float16, "plain" or with "sinks"; or "mask", sinks and starts, bfloat16."""
+    """A prompt's attention: causal on float16, "plain" or with "sinks"; or "mask", sinks and starts."""
     mask = kind == "mask"
     element = "*bf16" if mask else "*fp16"
     types = dict.fromkeys(["q_ptr", "k_ptr", "out_ptr", "k_sink_ptr", "v_sink_ptr"], element)

@@ -125,10 +125,10 @@ def test_attention_machine_code(arch, head_dim, kind):
 @pytest.mark.parametrize("head_dim", triton_loops.HEAD_DIMS)
 def test_decoding_machine_code(arch, head_dim):
     code = triton_loops.compile_case(triton_loops.decode_case(head_dim), arch)
-    assert code.stack == 0 and not {"LDL", "STL", "I2F", "I2FP"} & code.opcodes  # codes become floats by prmt
-    assert {"STG"} == {name for name in code.opcodes if name.startswith("STG")}
-    if head_dim in (64, 128, 256):
-        assert any(i.opcode.startswith("STG.E.128") for i in code.body)
+    assert code.stack == 0 and not {"LDL", "STL"} & code.opcodes
+    # Codes become floats by prmt; the division that tells whose head it is converts two numbers.
+    assert sum(i.opcode.startswith("I2F") for i in code.body) <= 2
+    assert any(i.opcode.startswith("STG.E.128") for i in code.body)
 
 
 def assert_packs_lie_in_rows(ttgir: str) -> None:

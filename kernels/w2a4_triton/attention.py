@@ -1,8 +1,8 @@
 """`attention_kv4_prefill`: attention over the packed 4-bit cache for many queries at once.
 
-Every tile of queries of every head of a group meets the same keys and values. Hence a call decodes these once,
-into 16 bits that it keeps for itself, and flash attention reads that. Keys become their codes, which 16 bits hold
-exactly; a key's scale and zero-point are applied to the products, in float32:
+Every tile of queries of every head of a group meets the same keys and values. Hence a call decodes these
+once, into 16 bits that it keeps for itself, and flash attention reads that. Keys become their codes, which
+16 bits hold exactly; a key's scale and zero-point are applied to the products, in float32:
 
     scaling * (k_scale * sum q code + k_zero * sum q)
 
@@ -33,10 +33,10 @@ WARPS = 8
 
 
 def tile_of(head_dim: int, masked: bool, arch: int) -> tuple[int, int, int]:
-    """Queries and keys of a tile, and stages of its loop, on sm_`arch`: what compiles without spills, for WARPS.
+    """Queries and keys of a tile, and stages of its loop, on sm_`arch`: what compiles without spills.
 
-    Bits depend on it, but not on how many queries there are. A block has 227 KiB of shared memory on sm_90 and
-    sm_100; elsewhere tiles fit the 99 KiB of sm_86, sm_89 and sm_120.
+    Bits depend on it, but not on how many queries there are. A block has 227 KiB of shared memory on sm_90
+    and sm_100; elsewhere tiles fit the 99 KiB of sm_86, sm_89 and sm_120.
     """
     stages = 3 if arch in (90, 100, 103) else 2
     if head_dim > 128:
@@ -116,9 +116,9 @@ def attention_kv4_prefill_kernel(
     """A program takes BLOCK_M queries of a head, and BLOCK_N keys of `decode_kv4_kernel` at a time.
 
     A row's bits depend on the keys it sees and on nothing else: tiles of keys lie at fixed places and have an
-    order, and one of which a row sees nothing multiplies what the row has by 1 and adds 0. WIDE is a power of two
-    that DIM elements fit, `factor` is scaling * log2(e); the first `sinks` of the keys are in k_sink and v_sink,
-    where a head has `sink_tokens`.
+    order, and one of which a row sees nothing multiplies what the row has by 1 and adds 0. WIDE is a power of
+    two that DIM elements fit, `factor` is scaling * log2(e); the first `sinks` of the keys are in k_sink and
+    v_sink, where a head has `sink_tokens`.
     """
     # The longest rows first, so that no program of many keys is left for the end.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -202,7 +202,7 @@ def _attend(
     """
     key, element = tl.arange(0, BLOCK_N), tl.arange(0, q.shape[1])
     at, tile = (cache + first) * q.shape[1], key[:, None] * q.shape[1] + element[None, :]
-    # In one load, so that each number is fetched once: where there are fewer of them than threads, all warps do.
+    # One load of both, since each warp would fetch all of what has fewer elements than there are threads.
     factors = k_factors_ptr + 2 * (cache + first) + (2 * key[:, None] + tl.arange(0, 2)[None, :])
     score = dot(q, tl.load(k_ptr + at + tile).T, tl.zeros((q.shape[0], BLOCK_N), tl.float32))
     scale, zero = tl.split(tl.load(factors))
