@@ -237,7 +237,7 @@ struct Attention {
     const unsigned char* values =
         shared.values() + (32 * kGroups * split + value_slot_of_lane(lane)) * kPitch + 16 * b;
     const unsigned char* digits = shared.weight_digits(g) + 32 * kGroups * split + 8 * j;
-    W2A4_UNROLL
+    W2A4_NO_UNROLL
     for (int u = 0; u < kGroups; ++u) {
       if (32 * (kGroups * split + u) >= count) break;
       uint32_t w[4], a[2][4];
