@@ -1,5 +1,5 @@
 // attention_kv4, see AttentionKV4Params. Keys are divided into chunks of 256 at fixed places of the
-// cache. A thread block takes one chunk, or all of them one after another, for up to 8 query rows
+// cache. A thread block takes some chunks, or all of them, one after another, for up to 8 query rows
 // (tokens and heads) that share a KV head; a chunk's result is (largest score, sum of weights,
 // weighted sum of values), and results are merged in a fixed order: 16 chunks to a group, then the
 // groups. So a row's bits depend on the keys it sees and on nothing else.
@@ -39,7 +39,6 @@ struct Attention {
   const AttentionTask task;
   const Shared shared{};
   const int lane, warp, g, j;
-  uint32_t q[kBlocks][kTiles][2];  // fragments of the queries' digits
 
   W2A4_DEVICE explicit Attention(const AttentionArgs& args)
       : args(args),
@@ -55,36 +54,53 @@ struct Attention {
   }
   W2A4_DEVICE int first_key() const { return 32 * warp + 4 * g; }  // of the lane, in its chunk
 
-  // Codes of a chunk on their way to shared memory; none if there is no such chunk.
-  W2A4_DEVICE void copy_keys(int chunk) const {
-    copy_chunk<kBlocks, kPitch>(args, args.k_copy, p.k_codes, task, chunk, shared.keys());
+  // What is known of a chunk's keys, or its values' codes, on the way to shared memory, as a group
+  // of copies each; an empty one if there is no such chunk.
+  template <bool kKeys, bool kValues>
+  W2A4_DEVICE void copy(int chunk) const {
+    const bool there = chunk < task.chunks;
+    if constexpr (kKeys) {
+      if (there) {
+        copy_params(p.k_params, args.k_fours, task, chunk, shared.k_params());
+        copy_params(p.v_params, args.v_fours, task, chunk, shared.v_params());
+        copy_codes<kBlocks, kPitch>(args, p.k_codes, task, chunk, shared.keys());
+      }
+      cp_async_commit();
+    }
+    if constexpr (kValues) {
+      if (there) copy_codes<kBlocks, kPitch>(args, p.v_codes, task, chunk, shared.values());
+      cp_async_commit();
+    }
   }
-  W2A4_DEVICE void copy_values(int chunk) const {
-    copy_chunk<kBlocks, kPitch>(args, args.v_copy, p.v_codes, task, chunk, shared.values());
+
+  // Of the lane's four keys.
+  W2A4_DEVICE void read_params(const uint32_t* of_chunk, uint32_t (&w)[4]) const {
+    const U32x4 four = read_u32x4(of_chunk + first_key());
+    w[0] = four.x, w[1] = four.y, w[2] = four.z, w[3] = four.w;
   }
 
   // Warp w prepares row w: its digits and what undoes their scaling.
   W2A4_DEVICE void prepare_queries() const {
     if (warp < kRows) {
       const bool there = task.first_row + warp < args.rows;
-      const int64_t at = there ? query_at(warp) : 0;
+      const int elements = there ? static_cast<int>(p.head_dim) : 0;
       float v[kBlocks], sum = 0.0f;
       uint32_t most = 0;
+      load_query(p.q.data, p.dtype, query_at(warp), elements, v);
       W2A4_UNROLL
       for (int b = 0; b < kBlocks; ++b) {
-        const int element = 32 * b + lane;
-        v[b] = there && element < p.head_dim ? load_number(p.q.data, p.dtype, at + element) : 0.0f;
         sum = add_rn(sum, v[b]);
         most = larger(most, magnitude_bits(v[b]));
       }
       const Fixed fixed = fixed_of(warp_max(most));
       sum = warp_sum(sum);
+      const int place = element_place(lane);
       W2A4_UNROLL
       for (int b = 0; b < kBlocks; ++b) {
         const uint32_t digits = digits_of(mul_rn(v[b], fixed.up));
         W2A4_UNROLL
         for (int i = 0; i < 4; ++i)
-          shared.query_digits(digit_line(warp, i))[32 * b + element_place(lane)] =
+          shared.query_digits(digit_line(warp, i), 2 * b + place / 16)[place % 16] =
               static_cast<unsigned char>(digits >> 8 * i);
       }
       if (lane == 0)
@@ -92,17 +108,6 @@ struct Attention {
                             there ? seen_end(args, task, warp) : 0};
     }
     sync_block();
-  }
-
-  W2A4_DEVICE void load_queries() {
-    W2A4_UNROLL
-    for (int b = 0; b < kBlocks; ++b) {
-      W2A4_UNROLL
-      for (int t = 0; t < kTiles; ++t) {
-        const U32x2 both = read_u32x2(shared.query_digits(8 * t + g) + 32 * b + 8 * j);
-        q[b][t][0] = both.x, q[b][t][1] = both.y;
-      }
-    }
   }
 
   // Scores of the first keys, whose values are floats: a warp takes a key and a row.
@@ -123,7 +128,7 @@ struct Attention {
   }
 
   // Scores of the warp's keys, of packed codes.
-  W2A4_DEVICE void score_keys(const uint32_t (&params)[4], float (&score)[kQuads][4]) const {
+  W2A4_DEVICE void score_keys(float (&score)[kQuads][4]) const {
     int32_t sums[2][kTiles][4];
     W2A4_UNROLL
     for (int i = 0; i < 8 * kTiles; ++i) sums[i / 4 / kTiles][i / 4 % kTiles][i % 4] = kMagic;
@@ -135,12 +140,18 @@ struct Attention {
       W2A4_UNROLL
       for (int i = 0; i < 4; ++i) odd[i] = w[i] >> 4 & 0x0f0f0f0f, w[i] &= 0x0f0f0f0f;
       W2A4_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        const uint32_t a[4] = {w[2 * m], w[2 * m + 1], odd[2 * m], odd[2 * m + 1]};
+      for (int t = 0; t < kTiles; ++t) {
+        const U32x2 both = read_u32x2(shared.query_digits(8 * t + g, 2 * b + j / 2) + j % 2 * 8);
+        const uint32_t q[2] = {both.x, both.y};
         W2A4_UNROLL
-        for (int t = 0; t < kTiles; ++t) mma_s8_16x8x32(sums[m][t], a, q[b][t], sums[m][t]);
+        for (int m = 0; m < 2; ++m) {
+          const uint32_t a[4] = {w[2 * m], w[2 * m + 1], odd[2 * m], odd[2 * m + 1]};
+          mma_s8_16x8x32(sums[m][t], a, q, sums[m][t]);
+        }
       }
     }
+    uint32_t params[4];
+    read_params(shared.k_params(), params);
     W2A4_UNROLL
     for (int quad = 0; quad < kQuads; ++quad) {
       const QueryRow& query = shared.row(4 * quad + j);
@@ -227,8 +238,9 @@ struct Attention {
     if (g < 2 * kQuads) shared.sums(which / kQuads * kRows + which % kQuads * 4 + j)[warp] = sums[0];
   }
 
-  // Sums over keys of weights times codes: a warp takes 32 elements and some of the keys.
-  W2A4_DEVICE void add_values(int count) const {
+  // Sums over keys of weights times codes: a warp takes 32 elements and some of the keys. Those that
+  // no row sees have digits that are 0, whatever their codes.
+  W2A4_DEVICE void add_values() const {
     constexpr int kGroups = 8 / Shared::kSplits;  // of 32 keys
     const int split = warp / kBlocks, b = warp % kBlocks;
     int32_t sums[2][kTiles][4];
@@ -238,23 +250,25 @@ struct Attention {
         shared.values() + (32 * kGroups * split + value_slot_of_lane(lane)) * kPitch + 16 * b;
     const unsigned char* digits = shared.weight_digits(g) + 32 * kGroups * split + 8 * j;
     W2A4_NO_UNROLL
-    for (int u = 0; u < kGroups; ++u) {
-      if (32 * (kGroups * split + u) >= count) break;
-      uint32_t w[4], a[2][4];
-      ldmatrix_x4_trans(w, values + 32 * u * kPitch);
+    for (int pair = 0; pair < kGroups; pair += 2) {
       W2A4_UNROLL
-      for (int half = 0; half < 2; ++half) W2A4_UNROLL
-      for (int side = 0; side < 2; ++side) {  // the first or the second byte of each pair
-        const uint32_t bytes = prmt(w[2 * half], w[2 * half + 1], side ? 0x7531 : 0x6420);
-        a[side][2 * half] = bytes & 0x0f0f0f0f, a[side][2 * half + 1] = bytes >> 4 & 0x0f0f0f0f;
-      }
-      W2A4_UNROLL
-      for (int t = 0; t < kTiles; ++t) {
-        const U32x2 both = read_u32x2(digits + 8 * t * kDigitRow + 32 * u);
-        const uint32_t weights[2] = {both.x, both.y};
+      for (int u = pair; u < pair + 2; ++u) {
+        uint32_t w[4], a[2][4];
+        ldmatrix_x4_trans(w, values + 32 * u * kPitch);
         W2A4_UNROLL
-        for (int side = 0; side < 2; ++side)
-          mma_s8_16x8x32(sums[side][t], a[side], weights, sums[side][t]);
+        for (int half = 0; half < 2; ++half) W2A4_UNROLL
+        for (int side = 0; side < 2; ++side) {  // the first or the second byte of each pair
+          const uint32_t bytes = prmt(w[2 * half], w[2 * half + 1], side ? 0x7531 : 0x6420);
+          a[side][2 * half] = bytes & 0x0f0f0f0f, a[side][2 * half + 1] = bytes >> 4 & 0x0f0f0f0f;
+        }
+        W2A4_UNROLL
+        for (int t = 0; t < kTiles; ++t) {
+          const U32x2 both = read_u32x2(digits + 8 * t * kDigitRow + 32 * u);
+          const uint32_t weights[2] = {both.x, both.y};
+          W2A4_UNROLL
+          for (int side = 0; side < 2; ++side)
+            mma_s8_16x8x32(sums[side][t], a[side], weights, sums[side][t]);
+        }
       }
     }
     W2A4_UNROLL
@@ -323,50 +337,58 @@ struct Attention {
   }
 
   // All stages of a chunk; codes of the next one are on their way as soon as there is room.
-  W2A4_DEVICE void run_chunk(int chunk) const {
-    const auto [first, count, sinks] = place_of_chunk(p, task, chunk);
-    uint32_t k_params[4], v_params[4];
-    load_params(p.k_params, args.k_fours, task, first, first_key(), sinks, count, k_params);
-    load_params(p.v_params, args.v_fours, task, first, first_key(), sinks, count, v_params);
+  W2A4_DEVICE void run_chunk(const Place& place, int next) const {
+    const int first = place.first, sinks = place.sinks;
     if (sinks) score_sinks(first, sinks);
     cp_async_wait<1>();
     sync_warp();
     float score[kQuads][4];
-    score_keys(k_params, score);
-    hide_keys(static_cast<int>(first), sinks, score);
+    score_keys(score);
+    hide_keys(first, sinks, score);
+    uint32_t v_params[4];
+    read_params(shared.v_params(), v_params);
+    W2A4_UNROLL
+    for (int i = 0; i < 4; ++i) v_params[i] = first_key() + i < sinks ? 0 : v_params[i];
     note_maxima(score, v_params);
     sync_block();
-    if constexpr (!kSplit) copy_keys(chunk + 1);
+    copy<true, false>(next);
     weigh(score, v_params, sinks);
-    cp_async_wait<kSplit ? 0 : 1>();
+    cp_async_wait<1>();
     sync_block();
-    add_values(count);
+    add_values();
     finish_sums();
     sync_block();
-    if constexpr (!kSplit) copy_values(chunk + 1);
+    copy<false, true>(next);
   }
 
-  W2A4_DEVICE void start() {
-    copy_keys(task.chunk);
-    copy_values(task.chunk);
+  // Does every step-th chunk and calls use(chunk, n, row, element, part) for its results.
+  template <class Use>
+  W2A4_DEVICE void run_chunks(int step, const Use& use) const {
+    copy<true, true>(task.chunk);
     prepare_queries();
-    load_queries();
+    W2A4_NO_UNROLL
+    for (int chunk = task.chunk; chunk < task.chunks; chunk += step) {
+      const Place place = place_of_chunk(p, task, chunk);
+      run_chunk(place, chunk + step);
+      for_each_result([&](int n, int row, int element) {
+        use(chunk, n, row, element, part_of(row, element, place));
+      });
+      if (place.sinks) sync_block();  // weights of sinks have been read
+    }
+    cp_async_wait<0>();  // for copies of the chunk behind the last, which has no keys
   }
 
-  // One chunk, whose results merge_kv4_kernel merges with the others'.
-  W2A4_DEVICE void run_one() {
+  // Some chunks, whose results merge_kv4_kernel merges with the others'.
+  W2A4_DEVICE void run_some() const {
     if (task.chunk >= task.chunks) return;
-    start();
-    run_chunk(task.chunk);
-    const Place place = place_of_chunk(p, task, task.chunk);
-    for_each_result([&](int, int row, int element) {
-      store_partial(args, task, row, task.chunk, element, part_of(row, element, place));
-    });
+    run_chunks(static_cast<int>(gridDim.y),
+               [&](int chunk, int, int row, int element, const Part& part) {
+                 store_partial(args, task, row, chunk, element, part);
+               });
   }
 
   // All chunks, one after another.
-  W2A4_DEVICE void run_all() {
-    start();
+  W2A4_DEVICE void run_all() const {
     // Results of all chunks, and of the group of chunks that is not complete.
     const auto total = [&](int n) -> Part& { return shared.part(n); };
     [[maybe_unused]] Part in_registers[kResults];
@@ -378,37 +400,30 @@ struct Attention {
     };
     W2A4_UNROLL
     for (int n = 0; n < kResults; ++n) group(n) = total(n) = {kHidden, 0.0f, {0.0f, 0.0f}};
-    W2A4_NO_UNROLL
-    for (int chunk = 0; chunk < task.chunks; ++chunk) {
-      run_chunk(chunk);
-      const Place place = place_of_chunk(p, task, chunk);
-      for_each_result([&](int n, int row, int element) {
-        merge(group(n), part_of(row, element, place));
-        if (chunk % kGroupChunks < kGroupChunks - 1 && chunk + 1 < task.chunks) return;
-        merge(total(n), group(n));
-        group(n) = {kHidden, 0.0f, {0.0f, 0.0f}};
-      });
-      if (place.sinks) sync_block();  // weights of sinks have been read
-    }
-    cp_async_wait<0>();  // for copies of the chunk behind the last, which has no keys
+    run_chunks(1, [&](int chunk, int n, int, int, const Part& part) {
+      merge(group(n), part);
+      if (chunk % kGroupChunks < kGroupChunks - 1 && chunk + 1 < task.chunks) return;
+      merge(total(n), group(n));
+      group(n) = {kHidden, 0.0f, {0.0f, 0.0f}};
+    });
     for_each_result([&](int n, int row, int element) {
       store_output(args, task, row, element, total(n));
     });
   }
 };
 
-// Blocks that registers should leave room for on a multiprocessor.
+// Blocks that registers should leave room for on a multiprocessor, and grids are made for.
 template <int kQuads, int kBlocks, bool kSplit>
 constexpr int kResidentBlocks = kSplit && kQuads == 1 && kBlocks <= 4 ? 4 : 2;
 
-// kSplit: a block does one chunk, else all of them.
+// kSplit: a block does some chunks, else all of them.
 template <int kQuads, int kBlocks, bool kSplit>
 __global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kQuads, kBlocks, kSplit>)
     attention_kv4_kernel(const __grid_constant__ AttentionArgs args) {
   wait_for_previous_kernel();
-  Attention<kQuads, kBlocks, kSplit> attention(args);
+  const Attention<kQuads, kBlocks, kSplit> attention(args);
   if constexpr (kSplit)
-    attention.run_one();
+    attention.run_some();
   else
     attention.run_all();
 }
@@ -431,7 +446,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     for (int i = 0; i < kGroupChunks; ++i) {
       loaded[i] = {kHidden, 0.0f, {0.0f, 0.0f}};
       if (begin + i < task.chunks && element < head_dim)
-        loaded[i] = load_partial(line + int64_t{begin + i} * (head_dim + 2), head_dim, element);
+        loaded[i] = load_partial(line + (begin + i) * (head_dim + 2), head_dim, element);
     }
     W2A4_UNROLL
     for (int i = 0; i < kGroupChunks; ++i) merge(group, loaded[i]);

@@ -23,9 +23,11 @@ struct AttentionArgs {
   int repeat;     // query heads of a KV head
   int rows;       // of a KV head: q_tokens * repeat, heads next to each other
   int row_tiles;  // thread blocks that share them
+  int tokens;     // q_tokens, and
+  int length;     // as in the params
   int chunks;     // of `length`
   float scaling;  // of scores, to the base of 2
-  Copy k_copy, v_copy;
+  Copy copy;
   bool k_fours, v_fours;  // scales and zero-points of four keys can be read at once
   float* partial;  // results of chunks, see partial_line; or null: a block does all chunks
 };
@@ -36,35 +38,42 @@ struct AttentionTask {
   int batch, head;  // of the cache
   int first_row;
   int limit;   // keys that its rows may see
-  int chunk;   // the first one, and
+  int chunk;   // the first one of the block, and
   int chunks;  // the end of those that have a key in them
 };
 
+// Decoding is spared the divisions here and below.
 W2A4_DEVICE int token_of(const AttentionArgs& args, const AttentionTask& task, int row) {
-  return (task.first_row + row) / args.repeat;
+  return args.tokens == 1 ? 0 : (task.first_row + row) / args.repeat;
 }
 W2A4_DEVICE int head_of(const AttentionArgs& args, const AttentionTask& task, int row) {
-  return task.head * args.repeat + (task.first_row + row) % args.repeat;
+  const int r = task.first_row + row;
+  return task.head * args.repeat + (args.tokens == 1 ? r : r % args.repeat);
 }
 
 // Keys below this may be seen by a row, before any mask. starts lie on the device, and nothing has
 // checked them.
 W2A4_DEVICE int seen_end(const AttentionArgs& args, const AttentionTask& task, int row) {
-  const AttentionKV4Params& p = args.p;
-  int64_t start = p.starts ? p.starts[task.batch] : p.length - p.q_tokens;
-  start = start < -p.q_tokens ? -p.q_tokens : start > p.length ? p.length : start;
-  const int64_t end = start + (p.causal ? token_of(args, task, row) + 1 : p.q_tokens);
-  return static_cast<int>(end < 0 ? 0 : end > p.length ? p.length : end);
+  int start = args.length - args.tokens;
+  if (args.p.starts) {
+    const int64_t asked = args.p.starts[task.batch];
+    start = asked < -args.tokens  ? -args.tokens
+            : asked > args.length ? args.length
+                                  : static_cast<int>(asked);
+  }
+  const int end = start + (args.p.causal ? token_of(args, task, row) + 1 : args.tokens);
+  return end < 0 ? 0 : end > args.length ? args.length : end;
 }
 
-// blockIdx.x counts batch, KV heads and tiles of `rows` rows, blockIdx.y chunks.
+// blockIdx.x counts batch, KV heads and tiles of `rows` rows, blockIdx.y the first chunk.
 W2A4_DEVICE AttentionTask task_of_block(const AttentionArgs& args, int rows) {
   const unsigned tiles = rows == 1 ? args.rows : args.row_tiles;
-  const int pair = static_cast<int>(blockIdx.x / tiles),
-            kv_heads = static_cast<int>(args.p.kv_heads);
+  const unsigned pair = tiles == 1 ? blockIdx.x : blockIdx.x / tiles;
+  const auto kv_heads = static_cast<unsigned>(args.p.kv_heads);
   AttentionTask task{};
-  task.batch = pair / kv_heads, task.head = pair % kv_heads;
-  task.first_row = static_cast<int>(blockIdx.x % tiles) * rows;
+  task.batch = args.p.batch == 1 ? 0 : static_cast<int>(pair / kv_heads);
+  task.head = static_cast<int>(pair - task.batch * kv_heads);
+  task.first_row = static_cast<int>(blockIdx.x - pair * tiles) * rows;
   const int last = (task.first_row + rows < args.rows ? task.first_row + rows : args.rows) - 1;
   task.limit = seen_end(args, task, last - task.first_row);
   task.chunk = args.partial ? static_cast<int>(blockIdx.y) : 0;
@@ -78,15 +87,15 @@ W2A4_DEVICE int keys_in_chunk(const AttentionTask& task, int chunk) {
 }
 
 struct Place {
-  int64_t first;     // key
+  int first;         // key
   int count, sinks;  // keys that are there, and how many of the first are floats
 };
 
 W2A4_DEVICE Place place_of_chunk(const AttentionKV4Params& p, const AttentionTask& task,
                                  int chunk) {
-  const int64_t first = int64_t{chunk} * kChunkKeys, left = p.sinks - first;
+  const int first = chunk * kChunkKeys, left = static_cast<int>(p.sinks) - first;
   const int count = keys_in_chunk(task, chunk);
-  return {first, count, left < 0 ? 0 : left < count ? static_cast<int>(left) : count};
+  return {first, count, left < 0 ? 0 : left < count ? left : count};
 }
 
 // ---- shared memory
@@ -117,8 +126,7 @@ template <int kRows, int kBlocks>
 struct AttentionShared {
   static constexpr int kPitch = 16 * (kBlocks | 1);  // bytes of a key: an odd number of 16, so that
                                                      // keys next to each other lie in other banks
-  static constexpr int kQueryRow = 32 * kBlocks + 32;   // bytes, and
-  static constexpr int kOutputRow = 32 * kBlocks + 8;   // floats: four rows fill all banks
+  static constexpr int kOutputRow = 32 * kBlocks + 8;  // floats: four rows fill all banks
   static constexpr int kSplits = 8 / kBlocks;  // of keys among warps that add up the same elements
   static constexpr int kDigits = 4 * kRows * kScoreRow;
   static constexpr int kOutputs = kDigits + 4 * kRows * kDigitRow;
@@ -126,10 +134,11 @@ struct AttentionShared {
   static constexpr int kSums = kTops + 2 * 4 * 8 * kRows;
   static constexpr int kResults = kSums + 2 * 4 * 8 * kRows;
   static constexpr int kQueries = kResults + kRows * sizeof(RowResult);
-  static constexpr int kKeys = (kQueries + kRows * sizeof(QueryRow) + 15) / 16 * 16;
+  static constexpr int kParams = (kQueries + kRows * sizeof(QueryRow) + 15) / 16 * 16;
+  static constexpr int kKeys = kParams + 2 * 4 * kChunkKeys;
   static constexpr int kValues = kKeys + kChunkKeys * kPitch;
   static constexpr int kParts = kValues + kChunkKeys * kPitch;
-  static_assert(kQueryRow <= kDigitRow, "queries' digits lie where the weights' will");
+  static_assert(8 * kBlocks * kRows <= kChunkKeys && kBlocks % 2 == 0, "see query_digits");
 
   template <class T>
   static W2A4_DEVICE T* at(int offset) {
@@ -141,9 +150,9 @@ struct AttentionShared {
   W2A4_DEVICE unsigned char* weight_digits(int line) const {
     return at<unsigned char>(kDigits + line * kDigitRow);
   }
-  // [kRows, 4, kQueryRow], there before the weights'.
-  W2A4_DEVICE unsigned char* query_digits(int line) const {
-    return at<unsigned char>(kDigits + line * kQueryRow);
+  // [4 * kRows, 2 * kBlocks] pieces of 16 bytes, in the gaps between keys.
+  W2A4_DEVICE unsigned char* query_digits(int line, int piece) const {
+    return keys() + (piece * 4 * kRows + (line ^ piece % 2 * 4)) * kPitch + 16 * kBlocks;
   }
   // [kSplits, kRows, kOutputRow]
   W2A4_DEVICE float* output(int split, int r) const {
@@ -156,6 +165,9 @@ struct AttentionShared {
   W2A4_DEVICE float* sums(int i) const { return at<float>(kSums + 32 * i); }
   W2A4_DEVICE RowResult& result(int r) const { return at<RowResult>(kResults)[r]; }
   W2A4_DEVICE QueryRow& row(int r) const { return at<QueryRow>(kQueries)[r]; }
+  // [kChunkKeys]: scale and zero-point, two float16.
+  W2A4_DEVICE uint32_t* k_params() const { return at<uint32_t>(kParams); }
+  W2A4_DEVICE uint32_t* v_params() const { return at<uint32_t>(kParams) + kChunkKeys; }
   // [kChunkKeys, kPitch], in the order of slot_of_key.
   W2A4_DEVICE unsigned char* keys() const { return at<unsigned char>(kKeys); }
   W2A4_DEVICE unsigned char* values() const { return at<unsigned char>(kValues); }
@@ -277,67 +289,90 @@ W2A4_DEVICE int row_sums(float (&v)[kSize] W2A4_SITE) {
   }
 }
 
-// ---- the cache
+// ---- the cache and the queries
 
-// Scales and zero-points, two float16 in a word, of four keys of the chunk that starts at `first`;
-// 0 where they are not in begin .. end - 1. `fours`: see AttentionArgs.
-W2A4_DEVICE void load_params(const Strided4& params, bool fours, const AttentionTask& task,
-                             int64_t first, int key, int begin, int end, uint32_t (&w)[4]) {
-  const auto* at = static_cast<const uint16_t*>(params.data) +
-                   offset_of(params, task.batch, task.head, first + key);
-  if (fours && key >= begin && key + 4 <= end) {
-    const U32x4 all = load_u32x4(at);
-    w[0] = all.x, w[1] = all.y, w[2] = all.z, w[3] = all.w;
+// The token's first byte; numbers of kBytes. Strides are below 2**32 bytes, see check_attention.
+template <int kBytes>
+W2A4_DEVICE const uint8_t* token_at(const Strided4& t, const AttentionTask& task, int token) {
+  const auto* at = static_cast<const uint8_t*>(t.data);
+  at = row_of(at, task.batch, kBytes * static_cast<uint32_t>(t.batch));
+  at = row_of(at, task.head, kBytes * static_cast<uint32_t>(t.head));
+  return row_of(at, token, kBytes * static_cast<uint32_t>(t.token));
+}
+
+// A warp copies scales and zero-points of its own 32 keys, a word each; there is nothing in those
+// behind the last key. `fours`: see AttentionArgs.
+W2A4_DEVICE void copy_params(const Strided4& params, bool fours, const AttentionTask& task,
+                             int chunk, uint32_t* to) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int key = static_cast<int>(threadIdx.x) - lane + 4 * lane;
+  const int first = chunk * kChunkKeys, count = keys_in_chunk(task, chunk);
+  if (lane >= 8 || key >= count) return;
+  if (fours && key + 4 <= count) {
+    cp_async_16(to + key, token_at<2>(params, task, first + key), 16);
     return;
   }
-  W2A4_UNROLL
-  for (int i = 0; i < 4; ++i, at += params.token) {
-    w[i] = 0;
-    if (key + i < begin || key + i >= end) continue;
-    w[i] = load_u16(at) | static_cast<uint32_t>(load_u16(at + 1)) << 16;
+  W2A4_NO_UNROLL
+  for (int i = key; i < key + 4 && i < count; ++i) {
+    const uint8_t* at = token_at<2>(params, task, first + i);
+    to[i] = load_u16(at) | static_cast<uint32_t>(load_u16(at + 2)) << 16;
   }
 }
 
 // A warp copies the codes of its own 32 keys.
 template <int kBlocks, int kPitch>
-W2A4_DEVICE void copy_codes(const AttentionArgs& args, Copy how, const Strided4& codes,
-                            const uint8_t* from, int count, unsigned char* to) {
-  const int lane = static_cast<int>(threadIdx.x % 32), first = static_cast<int>(threadIdx.x) - lane;
+W2A4_DEVICE void copy_codes(const AttentionArgs& args, const Strided4& codes,
+                            const AttentionTask& task, int chunk, unsigned char* to) {
+  const int lane = static_cast<int>(threadIdx.x % 32), mine = static_cast<int>(threadIdx.x) - lane;
   const int half = static_cast<int>(args.p.head_dim) / 2;
-  to += first * kPitch, from += first * codes.token, count -= first;
-  if (how == Copy::kPieces16) {
+  const int first = chunk * kChunkKeys + mine, count = keys_in_chunk(task, chunk) - mine;
+  to += mine * kPitch;
+  if (args.copy == Copy::kPieces16) {
     // Lanes next to each other take a key's pieces, and go on with the key so many later.
     constexpr int kStep = 32 / kBlocks;
     const int key = lane / kBlocks, at = lane % kBlocks * 16;
-    if (at >= half) return;
-    from += key * codes.token + at;
     W2A4_UNROLL
-    for (int i = 0; i < kBlocks; ++i, from += kStep * codes.token)
-      if (key + i * kStep < count)
-        cp_async_16(to + slot_of_key(key + i * kStep) * kPitch + at, from, 16);
-    return;
-  }
-  const int bytes = how == Copy::kPieces8 ? 8 : 1, pieces = half / bytes;
-  W2A4_NO_UNROLL
-  for (int i = lane; i < (count < 32 ? count : 32) * pieces; i += 32) {
-    const int key = i / pieces, at = (i - key * pieces) * bytes;
-    unsigned char* target = to + slot_of_key(key) * kPitch + at;
-    const uint8_t* source = from + key * codes.token + at;
-    if (how == Copy::kPieces8)
-      cp_async_8(target, source);
-    else
-      *target = *source;
+    for (int i = 0; i < kBlocks; ++i)
+      if (at < half && key + i * kStep < count)
+        cp_async_16(to + slot_of_key(key + i * kStep) * kPitch + at,
+                    token_at<1>(codes, task, first + key + i * kStep) + at, 16);
+  } else {
+    const int bytes = args.copy == Copy::kPieces8 ? 8 : 1, pieces = half / bytes;
+    W2A4_NO_UNROLL
+    for (int i = lane; i < (count < 32 ? count : 32) * pieces; i += 32) {
+      const int key = i / pieces, at = (i - key * pieces) * bytes;
+      unsigned char* target = to + slot_of_key(key) * kPitch + at;
+      const uint8_t* source = token_at<1>(codes, task, first + key) + at;
+      if (args.copy == Copy::kPieces8)
+        cp_async_8(target, source);
+      else
+        *target = *source;
+    }
   }
 }
 
-// Codes of a chunk's keys go to `to`, asynchronously where they can, as one group of copies.
-template <int kBlocks, int kPitch>
-W2A4_DEVICE void copy_chunk(const AttentionArgs& args, Copy how, const Strided4& codes,
-                            const AttentionTask& task, int chunk, unsigned char* to) {
-  const int64_t first = offset_of(codes, task.batch, task.head, int64_t{chunk} * kChunkKeys);
-  copy_codes<kBlocks, kPitch>(args, how, codes, static_cast<const uint8_t*>(codes.data) + first,
-                              keys_in_chunk(task, chunk), to);
-  cp_async_commit();
+// Elements lane, lane + 32, ... of a query; 0 behind its end.
+template <ScalarType kDtype, int kCount>
+W2A4_DEVICE void load_query_of(const void* data, int64_t at, int elements, float (&v)[kCount]) {
+  W2A4_UNROLL
+  for (int b = 0; b < kCount; ++b) {
+    const int element = 32 * b + static_cast<int>(threadIdx.x % 32);
+    v[b] = element < elements ? load_number(data, kDtype, at + element) : 0.0f;
+  }
+}
+template <int kCount>
+W2A4_DEVICE void load_query(const void* data, ScalarType dtype, int64_t at, int elements,
+                            float (&v)[kCount]) {
+  switch (dtype) {
+    case ScalarType::Half:
+      return load_query_of<ScalarType::Half>(data, at, elements, v);
+    case ScalarType::BFloat16:
+      return load_query_of<ScalarType::BFloat16>(data, at, elements, v);
+    case ScalarType::Double:
+      return load_query_of<ScalarType::Double>(data, at, elements, v);
+    default:
+      return load_query_of<ScalarType::Float>(data, at, elements, v);
+  }
 }
 
 // ---- merging
@@ -368,7 +403,7 @@ W2A4_DEVICE float* partial_line(const AttentionArgs& args, const AttentionTask& 
 W2A4_DEVICE void store_partial(const AttentionArgs& args, const AttentionTask& task, int row,
                                int chunk, int element, const Part& part) {
   const int head_dim = static_cast<int>(args.p.head_dim);
-  float* to = partial_line(args, task, row) + int64_t{chunk} * (head_dim + 2);
+  float* to = partial_line(args, task, row) + chunk * (head_dim + 2);
   store_u32x2(to + element, {as_bits(part.output[0]), as_bits(part.output[1])});
   if (element == 0) store_u32x2(to + head_dim, {as_bits(part.top), as_bits(part.weight)});
 }

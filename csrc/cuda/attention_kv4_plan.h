@@ -14,7 +14,7 @@ struct AttentionPlan {
   int quads;          // of four query rows, in a thread block
   int blocks;         // of 32 elements that the kernel takes
   unsigned blocks_x;  // row tiles of all sequences and KV heads
-  unsigned blocks_y;  // chunks, or 1
+  unsigned blocks_y;  // that share the chunks, or 1
   unsigned merge_x;   // rows of all sequences and KV heads, if chunks are merged by a kernel
   unsigned merge_y;   // pieces of 64 elements
   size_t shared;
@@ -34,6 +34,11 @@ inline void check_attention(const AttentionKV4Params& p, size_t shared, size_t m
         op + "length=" + std::to_string(p.length) + " with " + std::to_string(p.q_tokens) +
         " query tokens of " + std::to_string(p.q_heads) +
         " heads; the CUDA kernels take fewer than 2**30 keys, and rows in all");
+  for (const Strided4* t : {&p.k_codes, &p.v_codes, &p.k_params, &p.v_params})
+    for (int64_t stride : {t->batch, t->head, t->token})
+      if (stride >= int64_t{1} << (t == &p.k_codes || t == &p.v_codes ? 32 : 31))
+        throw std::runtime_error(op + "a cache has a stride of " + std::to_string(stride) +
+                                 " elements; the CUDA kernels take less than 4 GiB");
   if (shared > most_shared)
     throw std::runtime_error(op + "head_dim=" + std::to_string(p.head_dim) + " needs " +
                              std::to_string(shared) + " bytes of shared memory, this device has " +
@@ -59,6 +64,7 @@ using AttentionKernel = void (*)(AttentionArgs);
 template <int kQuads, int kBlocks, bool kSplit>
 struct AttentionKernelOf
     : std::integral_constant<AttentionKernel, attention_kv4_kernel<kQuads, kBlocks, kSplit>> {
+  static constexpr int kResident = kResidentBlocks<kQuads, kBlocks, kSplit>;
   static constexpr size_t kShared =
       AttentionShared<4 * kQuads, kBlocks>::kParts +
       Attention<kQuads, kBlocks, kSplit>::kSharedParts * kAttentionThreads * sizeof(Part);
@@ -90,6 +96,7 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
   args.p = p;
   args.repeat = static_cast<int>(p.q_heads / p.kv_heads);
   args.rows = static_cast<int>(p.q_tokens * args.repeat);
+  args.tokens = static_cast<int>(p.q_tokens), args.length = static_cast<int>(p.length);
   const int64_t pairs = p.batch * p.kv_heads;
   // Registers do not hold the queries of 8 rows of more than 128 elements.
   const int most_quads = p.head_dim > 128 ? 1 : 2;
@@ -100,13 +107,12 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
   plan.blocks = p.head_dim <= 64 ? 2 : p.head_dim <= 128 ? 4 : 8;
   args.chunks = static_cast<int>((p.length + kChunkKeys - 1) / kChunkKeys);
   args.scaling = p.scaling * 1.44269504f;
-  args.k_copy = copy_of(p.k_codes, p.head_dim);
-  args.v_copy = copy_of(p.v_codes, p.head_dim);
+  args.copy = std::max(copy_of(p.k_codes, p.head_dim), copy_of(p.v_codes, p.head_dim));
   args.k_fours = reads_fours(p.k_params), args.v_fours = reads_fours(p.v_params);
   // One token: chunks always are what there is to divide. Several: only if rows are too few.
   const int64_t floats = pairs * args.rows * args.chunks * (p.head_dim + 2);
   const bool few = args.row_tiles == 1 || pairs * args.row_tiles < 4 * processors;
-  if (few && args.chunks > 1 && args.chunks < 65536 && floats <= kMostWorkspace)
+  if (few && args.chunks > 1 && floats <= kMostWorkspace)
     plan.workspace = floats;
   if (plan.workspace && p.workspace) {
     args.partial = p.workspace;
@@ -116,8 +122,15 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
     divide_rows(most_quads);
   }
   plan.blocks_x = static_cast<unsigned>(pairs * args.row_tiles);
-  plan.blocks_y = args.partial ? static_cast<unsigned>(args.chunks) : 1;
-  with_attention_kernel(plan, [&](auto kernel) { plan.shared = kernel.kShared; });
+  with_attention_kernel(plan, [&](auto kernel) {
+    plan.shared = kernel.kShared;
+    plan.blocks_y = 1;
+    if (!args.partial) return;
+    // All blocks run at once, if there are not more of them anyway, with as many chunks each.
+    const int64_t room = int64_t{processors} * kernel.kResident / plan.blocks_x;
+    const int64_t each = (args.chunks + std::max<int64_t>(room, 1) - 1) / std::max<int64_t>(room, 1);
+    plan.blocks_y = static_cast<unsigned>((args.chunks + each - 1) / each);
+  });
   check_attention(p, plan.shared, most_shared);
   return plan;
 }
