@@ -86,13 +86,13 @@ GATES = (
     # four query rows. At full bandwidth an H200 leaves 3.5 instructions a code, which keys and values
     # share. A block copies a chunk at once, so what hides the latency is room for four blocks, 32
     # warps, and 128 KB of copies under way.
-    *(
-        Gate(rf"\battention_kv4_kernel<1, {blocks}, true>", mma="IMMA.16832", registers=64, warps=32,
-             in_flight=blocks, whole=True, weights=16 * 32 / 2, limit=1.5)
-        for blocks in (2, 4)
-    ),
+    Gate(r"\battention_kv4_kernel<1, 4, true>", mma="IMMA.16832", registers=64, warps=32, in_flight=4,
+         whole=True, weights=16 * 32 / 2, limit=1.0),
+    # Heads of up to 64 elements take two steps of that loop, which is none then.
+    Gate(r"\battention_kv4_kernel<1, 2, true>", registers=64, warps=32),
+    Gate(r"\battention_kv4_kernel<2, 2, true>", registers=128, warps=16),
     # Heads of up to 256 elements, and up to 8 query rows.
-    Gate(r"\battention_kv4_kernel<\d, \d, true>", mma="IMMA.16832", registers=128, warps=16, in_flight=2,
+    Gate(r"\battention_kv4_kernel<\d, \d, true>", mma="IMMA.16832", registers=128, warps=16, in_flight=4,
          whole=True),
     # lm_head: 32 warps with 1 KB of loads each are what an H200 needs under way.
     Gate(r"\blinear_w8_kernel<.*, true>", registers=64, warps=32),
