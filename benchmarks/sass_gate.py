@@ -82,8 +82,8 @@ GATES = (
              weights=16 * 32 / groups)
         for groups in (2, 4)
     ),
-    # Decode on the 4-bit cache. The loop is the one over values: a 32 x 32 piece takes four m16n8k32 for every
-    # four query rows. At full bandwidth an H200 leaves 3.5 instructions a code, which keys and values
+    # Decode on the 4-bit cache. The loop is the one over values: a 32 x 32 piece takes four m16n8k32 for
+    # every four query rows. At full bandwidth an H200 leaves 3.5 instructions a code, which keys and values
     # share. A block copies a chunk at once, so what hides the latency is room for four blocks, 32
     # warps, and 128 KB of copies under way.
     Gate(r"\battention_kv4_kernel<1, 4, true>", mma="IMMA.16832", registers=64, warps=32, in_flight=4,

@@ -1,6 +1,6 @@
 // attention_kv4, see AttentionKV4Params. Keys are divided into chunks of 256 at fixed places of the
-// cache. A thread block takes some chunks, or all of them, one after another, for up to 8 query rows
-// (tokens and heads) that share a KV head; a chunk's result is (largest score, sum of weights,
+// cache. A thread block takes some chunks, or all of them, one after another, for up to 8 query
+// rows (tokens and heads) that share a KV head; a chunk's result is (largest score, sum of weights,
 // weighted sum of values), and results are merged in a fixed order: 16 chunks to a group, then the
 // groups. So a row's bits depend on the keys it sees and on nothing else.
 //
@@ -24,8 +24,8 @@ namespace w2a4::cuda {
 // head_dim are multiplied with digits that are 0, or not stored.
 template <int kQuads, int kBlocks, bool kSplit>
 struct Attention {
-  static constexpr int kRows = 4 * kQuads;   // query rows of a block
-  static constexpr int kTiles = 2 * kQuads;  // products of eight columns
+  static constexpr int kRows = 4 * kQuads;             // query rows of a block
+  static constexpr int kTiles = 2 * kQuads;            // products of eight columns
   static constexpr int kPairs = kRows * kBlocks * 16;  // of elements
   static constexpr int kResults = (kPairs + kAttentionThreads - 1) / kAttentionThreads;
   // run_all's, where registers are scarcer than shared memory.
@@ -159,7 +159,7 @@ struct Attention {
       for (int i = 0; i < 4; ++i) {
         const float scale = float_from_half(static_cast<uint16_t>(params[i]));
         const float zero = float_from_half(static_cast<uint16_t>(params[i] >> 16));
-        const int32_t(&low)[4] = sums[i / 2][2 * quad], (&high)[4] = sums[i / 2][2 * quad + 1];
+        const int32_t (&low)[4] = sums[i / 2][2 * quad], (&high)[4] = sums[i / 2][2 * quad + 1];
         const int c = i % 2 * 2;
         const float product = join_digits(low[c], low[c + 1], high[c], high[c + 1]);
         score[quad][i] = fma_rn(scale, mul_rn(product, query.down), mul_rn(zero, query.sum));
@@ -189,12 +189,11 @@ struct Attention {
   W2A4_DEVICE void note_maxima(const float (&score)[kQuads][4], const uint32_t (&params)[4]) const {
     W2A4_UNROLL
     for (int quad = 0; quad < kQuads; ++quad) {
-      const float(&s)[4] = score[quad];
+      const float (&s)[4] = score[quad];
       const float top = row_max(max_f32(max_f32(s[0], s[1]), max_f32(s[2], s[3])));
       uint32_t scale = 0;
       W2A4_UNROLL
-      for (int i = 0; i < 4; ++i)
-        scale = larger(scale, s[i] == kHidden ? 0 : params[i] & 0x7fff);
+      for (int i = 0; i < 4; ++i) scale = larger(scale, s[i] == kHidden ? 0 : params[i] & 0x7fff);
       scale = row_max(scale);
       if (g == 0) {
         shared.top_score(4 * quad + j)[warp] = top;
@@ -235,11 +234,12 @@ struct Attention {
       if (warp == 0 && g == 0) shared.result(row) = {top, fixed.down, 0.0f, 0.0f};
     }
     const int which = row_sums<2 * kQuads>(sums);
-    if (g < 2 * kQuads) shared.sums(which / kQuads * kRows + which % kQuads * 4 + j)[warp] = sums[0];
+    if (g < 2 * kQuads)
+      shared.sums(which / kQuads * kRows + which % kQuads * 4 + j)[warp] = sums[0];
   }
 
-  // Sums over keys of weights times codes: a warp takes 32 elements and some of the keys. Those that
-  // no row sees have digits that are 0, whatever their codes.
+  // Sums over keys of weights times codes: a warp takes 32 elements and some of the keys. Those
+  // that no row sees have digits that are 0, whatever their codes.
   W2A4_DEVICE void add_values() const {
     constexpr int kGroups = 8 / Shared::kSplits;  // of 32 keys
     const int split = warp / kBlocks, b = warp % kBlocks;
@@ -276,7 +276,7 @@ struct Attention {
       uint32_t out[4];  // elements 4g .. 4g + 3
       W2A4_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int32_t(&low)[4] = sums[i / 2][2 * quad], (&high)[4] = sums[i / 2][2 * quad + 1];
+        const int32_t (&low)[4] = sums[i / 2][2 * quad], (&high)[4] = sums[i / 2][2 * quad + 1];
         const int c = i % 2 * 2;
         out[i] = as_bits(join_digits(low[c], low[c + 1], high[c], high[c + 1]));
       }
@@ -406,9 +406,8 @@ struct Attention {
       merge(total(n), group(n));
       group(n) = {kHidden, 0.0f, {0.0f, 0.0f}};
     });
-    for_each_result([&](int n, int row, int element) {
-      store_output(args, task, row, element, total(n));
-    });
+    for_each_result(
+        [&](int n, int row, int element) { store_output(args, task, row, element, total(n)); });
   }
 };
 
@@ -452,7 +451,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
     for (int i = 0; i < kGroupChunks; ++i) merge(group, loaded[i]);
     parts[threadIdx.x] = group;
     sync_block();
-    for (int w = 0; w < 8 && warp == 0; ++w) merge(total, parts[32 * w + lane]);
+    for (int w = 0; w < 8 && warp == 0 && first + kGroupChunks * w < task.chunks; ++w)
+      merge(total, parts[32 * w + lane]);
     sync_block();
   }
   if (warp == 0 && element < head_dim) store_output(args, task, 0, element, total);

@@ -9,11 +9,11 @@
 namespace w2a4::cuda {
 
 constexpr int kChunkKeys = 256;
-constexpr int kAttentionThreads = kChunkKeys;  // thread t has key t of the chunk in the softmax
-constexpr int kGroupChunks = 16;               // merged with one another first
-constexpr int kScoreRow = kChunkKeys + 16;     // floats
-constexpr int kDigitRow = kChunkKeys + 32;     // bytes; pairs of words of four rows fill all banks
-constexpr float kHidden = -__builtin_inff();   // the score of a key that is not seen
+constexpr int kAttentionThreads = 256;        // a warp has 32 keys of a chunk
+constexpr int kGroupChunks = 16;              // merged with one another first
+constexpr int kScoreRow = kChunkKeys + 16;    // floats
+constexpr int kDigitRow = kChunkKeys + 32;    // bytes; pairs of words of four rows fill all banks
+constexpr float kHidden = -__builtin_inff();  // the score of a key that is not seen
 
 // How codes come into shared memory: in asynchronous pieces of 16 or 8 bytes, or byte by byte.
 enum class Copy { kPieces16, kPieces8, kBytes };
@@ -29,7 +29,7 @@ struct AttentionArgs {
   float scaling;  // of scores, to the base of 2
   Copy copy;
   bool k_fours, v_fours;  // scales and zero-points of four keys can be read at once
-  float* partial;  // results of chunks, see partial_line; or null: a block does all chunks
+  float* partial;         // results of chunks, see partial_line; or null: a block does all chunks
 };
 
 // ---- what a thread block works on
@@ -388,8 +388,7 @@ W2A4_DEVICE void merge(Part& a, const Part& b) {
   const float keep = exp2_approx(add_rn(a.top, shift)), take = exp2_approx(add_rn(b.top, shift));
   a.weight = fma_rn(b.weight, take, mul_rn(a.weight, keep));
   W2A4_UNROLL
-  for (int i = 0; i < 2; ++i)
-    a.output[i] = fma_rn(b.output[i], take, mul_rn(a.output[i], keep));
+  for (int i = 0; i < 2; ++i) a.output[i] = fma_rn(b.output[i], take, mul_rn(a.output[i], keep));
   a.top = top;
 }
 

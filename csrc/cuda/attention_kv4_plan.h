@@ -112,8 +112,7 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
   // One token: chunks always are what there is to divide. Several: only if rows are too few.
   const int64_t floats = pairs * args.rows * args.chunks * (p.head_dim + 2);
   const bool few = args.row_tiles == 1 || pairs * args.row_tiles < 4 * processors;
-  if (few && args.chunks > 1 && floats <= kMostWorkspace)
-    plan.workspace = floats;
+  if (few && args.chunks > 1 && floats <= kMostWorkspace) plan.workspace = floats;
   if (plan.workspace && p.workspace) {
     args.partial = p.workspace;
     plan.merge_x = static_cast<unsigned>(pairs * args.rows);
@@ -128,7 +127,8 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
     if (!args.partial) return;
     // All blocks run at once, if there are not more of them anyway, with as many chunks each.
     const int64_t room = int64_t{processors} * kernel.kResident / plan.blocks_x;
-    const int64_t each = (args.chunks + std::max<int64_t>(room, 1) - 1) / std::max<int64_t>(room, 1);
+    const int64_t each =
+        (args.chunks + std::max<int64_t>(room, 1) - 1) / std::max<int64_t>(room, 1);
     plan.blocks_y = static_cast<unsigned>((args.chunks + each - 1) / each);
   });
   check_attention(p, plan.shared, most_shared);
