@@ -196,7 +196,7 @@ def rows_of(name: str, shape: Any, options: dict[str, Any], copy_gbps: float) ->
     model = packed_llama(shape, positions, device, dtype)
     right = is_right(model, device)
     moved = [moved_bytes(model, context, batch) for context in contexts]
-    ours = measure(model, contexts, batch, count, device, generate=False) if right else None
+    ours = measure(model, contexts, batch, count, device, generate=False)
     del model
     gc.collect()
     rows = [
@@ -204,11 +204,9 @@ def rows_of(name: str, shape: Any, options: dict[str, Any], copy_gbps: float) ->
             moved[i], moved[i] / copy_gbps / 1e3, right)
         for i, context in enumerate(contexts)
     ]  # fmt: skip
-    for row, a in zip(rows, ours or [], strict=False):
+    for row, a in zip(rows, ours, strict=True):
         row.us, row.first_ms, row.peak_bytes = a.token_us, a.first_ms, a.peak_bytes
     yield rows
-    if ours is None:
-        return
     model = float_llama(shape, positions, device, dtype)
     theirs = measure(model, contexts, batch, count, device, generate=True)
     del model
@@ -275,7 +273,7 @@ def main(device, models, contexts, batch, tokens, json_file):
             ) from None
     print(table(rows))
     if not all(row.correct for row in rows):
-        raise click.ClickException("the engine and model.generate give other tokens, so no times")
+        raise click.ClickException("the engine and model.generate give other tokens: no time above counts")
 
 
 if __name__ == "__main__":
