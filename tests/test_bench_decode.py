@@ -142,7 +142,7 @@ def test_bench_engine(tmp_path, monkeypatch):
     assert all(target.met is None for target in targets.targets(rows))
     monkeypatch.setattr(bench_engine, "is_right", lambda *_: False)
     result = CliRunner().invoke(bench_engine.main, [str(option) for option in options])
-    assert result.exit_code == 1 and "give other tokens, so no times" in result.output
+    assert result.exit_code == 1 and "give other tokens: no time above counts" in result.output
     result = CliRunner().invoke(bench_engine.main, ["--contexts", "5000"])
     assert "--contexts 5000: at most 4096 on a CPU" in result.output
 
