@@ -145,7 +145,8 @@ void attention_kv4(std::istream& in) {
   if (cuda::plan_attention_kv4(p, processors, most_shared).workspace) p.workspace = some<float>();
   const cuda::AttentionPlan plan = cuda::plan_attention_kv4(p, processors, most_shared);
   cuda::with_attention_kernel(plan, [&](auto kernel) {
-    say(kernel, uint64_t{plan.blocks_x} * plan.blocks_y, cuda::kAttentionThreads, plan.shared);
+    say(typename decltype(kernel)::type{}, uint64_t{plan.blocks_x} * plan.blocks_y,
+        cuda::kAttentionThreads, plan.shared);
   });
   if (plan.args.partial)
     say(std::integral_constant<cuda::AttentionKernel, cuda::merge_kv4_kernel>{},

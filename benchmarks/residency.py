@@ -143,10 +143,10 @@ FLOORS = (
     Floor(r"^gemv_imma_kernel<[24], 1>|^gemv_imma_kernel<4, 2>", 2, 2),
     Floor(r"^gemv_imma_kernel<2, 2>", 1, 1),
     # For four, and four fit on an H100.
-    Floor(r"^attention_kv4_kernel<[12], 4, true>", 3, 4),
-    Floor(r"^attention_kv4_kernel<4, 4, true>", 2, 2),
-    Floor(r"^attention_kv4_kernel<4, 4, false>", 1, 2),
-    Floor(r"^merge_kv4_kernel", 3, 3),
+    Floor(r"^attention_kv4_kernel<1, [24], true>", 2, 4),
+    Floor(r"^attention_kv4_kernel<2, [24], true>", 2, 2),
+    Floor(r"^attention_kv4_kernel<2, [24], false>", 1, 2),
+    Floor(r"^merge_kv4_kernel", 2, 2),
     # x of a token, or of four, lies in shared memory.
     Floor(r"^linear_w8_kernel<Float16, 1, true>", 4, 6),
     Floor(r"^linear_w8_kernel<Float16, 4, true>", 2, 3, features=4096),

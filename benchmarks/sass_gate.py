@@ -82,16 +82,16 @@ GATES = (
              weights=16 * 32 / groups)
         for groups in (2, 4)
     ),
-    # Decode on the 4-bit cache. The loop is the one over values: a 32 x 32 piece takes two m16n8k32 for every
-    # two query rows. At full bandwidth an H200 leaves 3.5 instructions a code, which keys and values
-    # share. A block copies its chunk at once, so what hides the latency is room for four blocks, 32
+    # Decode on the 4-bit cache. The loop is the one over values: a 32 x 32 piece takes four m16n8k32 for
+    # every four query rows. At full bandwidth an H200 leaves 3.5 instructions a code, which keys and values
+    # share. A block copies a chunk at once, so what hides the latency is room for four blocks, 32
     # warps, and 128 KB of copies under way.
-    *(
-        Gate(rf"\battention_kv4_kernel<{tiles}, 4, true>", mma="IMMA.16832", registers=64, warps=32,
-             in_flight=4, whole=True, weights=16 * 32 / tiles, limit=1.5)
-        for tiles in (1, 2)
-    ),
-    # Heads of up to 256 elements, and up to 8 query rows: the queries take more registers.
+    Gate(r"\battention_kv4_kernel<1, 4, true>", mma="IMMA.16832", registers=64, warps=32, in_flight=4,
+         whole=True, weights=16 * 32 / 2, limit=1.0),
+    # Heads of up to 64 elements take two steps of that loop, which is none then.
+    Gate(r"\battention_kv4_kernel<1, 2, true>", registers=64, warps=32),
+    Gate(r"\battention_kv4_kernel<2, 2, true>", registers=128, warps=16),
+    # Heads of up to 256 elements, and up to 8 query rows.
     Gate(r"\battention_kv4_kernel<\d, \d, true>", mma="IMMA.16832", registers=128, warps=16, in_flight=4,
          whole=True),
     # lm_head: 32 warps with 1 KB of loads each are what an H200 needs under way.

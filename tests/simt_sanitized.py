@@ -82,7 +82,8 @@ def rope_append(module, head_dim, k, block, dtype, start, starts=None):
     )  # fmt: skip
 
 
-def attention(module, repeat, tokens, head_dim, length, split, sinks=0, starts=None, batch=2, heads=2):
+def attention(module, repeat, tokens, head_dim, length, split, sinks=0, starts=None, batch=2, heads=2,
+              processors=132):  # fmt: skip
     q = random.standard_normal((batch, heads * repeat, tokens, head_dim)).astype(np.float16)
     codes = [random.integers(0, 256, (batch, heads, length, head_dim // 2), np.uint8) for _ in "kv"]
     params = [np.full((batch, heads, length, 2), 0x3000, np.uint16) for _ in "kv"]
@@ -92,7 +93,7 @@ def attention(module, repeat, tokens, head_dim, length, split, sinks=0, starts=N
     room = np.empty(q.size // head_dim * -(-length // 256) * (head_dim + 2), np.float32) if split else None
     module.attention_kv4(
         q, "float16", codes[0], params[0], codes[1], params[1], length, mask, True, 0.1,
-        *(sink if sinks else (None, None)), "float32", starts, y, room, 132, SMALL, 0,
+        *(sink if sinks else (None, None)), "float32", starts, y, room, processors, SMALL, 0,
     )  # fmt: skip
     assert np.isfinite(y).all()
 

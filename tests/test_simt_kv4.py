@@ -338,6 +338,7 @@ def test_more_than_a_group_of_chunks():
     q, kv = 3 * torch.randn(1, 2, 1, 64), packed(1, 1, length, 64)
     y = assert_attention(q, kv, length)
     assert_close(attend(q, kv, length, split=False), y)
+    assert_close(attend(q, kv, length, processors=1, seed=2), y)  # blocks do several chunks each
 
 
 @pytest.mark.parametrize("mask_shape", [(2, 6), (1, 1), (1, 6)])

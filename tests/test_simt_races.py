@@ -63,6 +63,9 @@ KERNELS = {
         for repeat, tokens, head_dim, length, sinks in [
             (1, 1, 64, 600, 0), (4, 1, 128, 257, 3), (3, 2, 80, 300, 0), (8, 1, 30, 300, 300),
         ]
+    ] + [  # blocks that do several chunks each, without and with sinks in the second
+        dict(repeat=4, tokens=1, head_dim=128, length=600, split=True, sinks=sinks, heads=2, processors=1)
+        for sinks in (0, 600)
     ]),
     # More chunks than a block merges at a time.
     "merge_kv4": (kernels.attention, [

@@ -11,11 +11,12 @@ namespace w2a4::cuda {
 
 struct AttentionPlan {
   AttentionArgs args;
-  int tiles;          // of two query rows, in a thread block
+  int quads;          // of four query rows, in a thread block
+  int blocks;         // of 32 elements that the kernel takes
   unsigned blocks_x;  // row tiles of all sequences and KV heads
-  unsigned blocks_y;  // chunks, or 1
+  unsigned blocks_y;  // that share the chunks, or 1
   unsigned merge_x;   // rows of all sequences and KV heads, if chunks are merged by a kernel
-  unsigned merge_y;   // pieces of 32 elements
+  unsigned merge_y;   // pieces of 64 elements
   size_t shared;
   int64_t workspace;  // floats; 0: a thread block does all chunks of its rows
 };
@@ -33,6 +34,11 @@ inline void check_attention(const AttentionKV4Params& p, size_t shared, size_t m
         op + "length=" + std::to_string(p.length) + " with " + std::to_string(p.q_tokens) +
         " query tokens of " + std::to_string(p.q_heads) +
         " heads; the CUDA kernels take fewer than 2**30 keys, and rows in all");
+  for (const Strided4* t : {&p.k_codes, &p.v_codes, &p.k_params, &p.v_params})
+    for (int64_t stride : {t->batch, t->head, t->token})
+      if (stride >= int64_t{1} << (t == &p.k_codes || t == &p.v_codes ? 32 : 31))
+        throw std::runtime_error(op + "a cache has a stride of " + std::to_string(stride) +
+                                 " elements; the CUDA kernels take less than 4 GiB");
   if (shared > most_shared)
     throw std::runtime_error(op + "head_dim=" + std::to_string(p.head_dim) + " needs " +
                              std::to_string(shared) + " bytes of shared memory, this device has " +
@@ -48,6 +54,40 @@ inline Copy copy_of(const Strided4& codes, int64_t head_dim) {
   return fits(16) ? Copy::kPieces16 : fits(8) ? Copy::kPieces8 : Copy::kBytes;
 }
 
+// Can scales and zero-points of four keys, from a multiple of four on, be read at once?
+inline bool reads_fours(const Strided4& params) {
+  return params.token == 2 && params.batch % 8 == 0 && params.head % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(params.data) % 16 == 0;
+}
+
+using AttentionKernel = void (*)(AttentionArgs);
+template <int kQuads, int kBlocks, bool kSplit>
+struct AttentionKernelOf
+    : std::integral_constant<AttentionKernel, attention_kv4_kernel<kQuads, kBlocks, kSplit>> {
+  static constexpr int kResident = kResidentBlocks<kQuads, kBlocks, kSplit>;
+  static constexpr size_t kShared =
+      AttentionShared<4 * kQuads, kBlocks>::kParts +
+      Attention<kQuads, kBlocks, kSplit>::kSharedParts * kAttentionThreads * sizeof(Part);
+};
+
+// Calls run(kernel), kernel an AttentionKernelOf.
+template <class Run>
+void with_attention_kernel(const AttentionPlan& plan, Run&& run) {
+  const auto with_blocks = [&](auto split) {
+    constexpr bool kSplit = decltype(split)::value;
+    if (plan.blocks == 8) return run(AttentionKernelOf<1, 8, kSplit>{});
+    if constexpr (kSplit) {
+      if (plan.quads == 1)
+        return plan.blocks == 2 ? run(AttentionKernelOf<1, 2, kSplit>{})
+                                : run(AttentionKernelOf<1, 4, kSplit>{});
+    }
+    return plan.blocks == 2 ? run(AttentionKernelOf<2, 2, kSplit>{})
+                            : run(AttentionKernelOf<2, 4, kSplit>{});
+  };
+  if (plan.args.partial) return with_blocks(std::true_type{});
+  return with_blocks(std::false_type{});
+}
+
 // With p.workspace null, blocks do all chunks whatever plan.workspace says would be better.
 inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int processors,
                                         size_t most_shared) {
@@ -56,62 +96,45 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
   args.p = p;
   args.repeat = static_cast<int>(p.q_heads / p.kv_heads);
   args.rows = static_cast<int>(p.q_tokens * args.repeat);
+  args.tokens = static_cast<int>(p.q_tokens), args.length = static_cast<int>(p.length);
   const int64_t pairs = p.batch * p.kv_heads;
   // Registers do not hold the queries of 8 rows of more than 128 elements.
-  const int most_tiles = p.head_dim > 128 ? 2 : 4;
-  plan.tiles = std::min(args.rows <= 2 ? 1 : args.rows <= 4 ? 2 : 4, most_tiles);
-  args.row_tiles = (args.rows + 2 * plan.tiles - 1) / (2 * plan.tiles);
+  const int most_quads = p.head_dim > 128 ? 1 : 2;
+  const auto divide_rows = [&](int quads) {
+    plan.quads = quads, args.row_tiles = (args.rows + 4 * quads - 1) / (4 * quads);
+  };
+  divide_rows(std::min(args.rows <= 4 ? 1 : 2, most_quads));
+  plan.blocks = p.head_dim <= 64 ? 2 : p.head_dim <= 128 ? 4 : 8;
   args.chunks = static_cast<int>((p.length + kChunkKeys - 1) / kChunkKeys);
-  args.blocks = static_cast<int>((p.head_dim + 31) / 32);
-  args.pitch = 16 * (args.blocks | 1);
-  args.log_width = 5;
-  while (int64_t{1} << args.log_width < p.head_dim) ++args.log_width;
-  args.splits = 8 / args.blocks;
-  args.k_copy = copy_of(p.k_codes, p.head_dim);
-  args.v_copy = copy_of(p.v_codes, p.head_dim);
+  args.scaling = p.scaling * 1.44269504f;
+  args.copy = std::max(copy_of(p.k_codes, p.head_dim), copy_of(p.v_codes, p.head_dim));
+  args.k_fours = reads_fours(p.k_params), args.v_fours = reads_fours(p.v_params);
   // One token: chunks always are what there is to divide. Several: only if rows are too few.
   const int64_t floats = pairs * args.rows * args.chunks * (p.head_dim + 2);
   const bool few = args.row_tiles == 1 || pairs * args.row_tiles < 4 * processors;
-  if (few && args.chunks > 1 && args.chunks < 65536 && floats <= kMostWorkspace)
-    plan.workspace = floats;
+  if (few && args.chunks > 1 && floats <= kMostWorkspace) plan.workspace = floats;
   if (plan.workspace && p.workspace) {
     args.partial = p.workspace;
     plan.merge_x = static_cast<unsigned>(pairs * args.rows);
-    plan.merge_y = static_cast<unsigned>(args.blocks);
+    plan.merge_y = static_cast<unsigned>((p.head_dim + 63) / 64);
   } else {
-    plan.tiles = most_tiles;
-    args.row_tiles = (args.rows + 2 * plan.tiles - 1) / (2 * plan.tiles);
+    divide_rows(most_quads);
   }
   plan.blocks_x = static_cast<unsigned>(pairs * args.row_tiles);
-  plan.blocks_y = args.partial ? static_cast<unsigned>(args.chunks) : 1;
-  if (!args.partial)  // four parts a thread, or twice as many, see Attention::run_all
-    plan.shared =
-        plan.tiles == 4 ? attention_shared<8>(args.pitch, 8) : attention_shared<4>(args.pitch, 4);
-  else
-    plan.shared = plan.tiles == 1   ? attention_shared<2>(args.pitch, 0)
-                  : plan.tiles == 2 ? attention_shared<4>(args.pitch, 0)
-                                    : attention_shared<8>(args.pitch, 0);
+  with_attention_kernel(plan, [&](auto kernel) {
+    plan.shared = kernel.kShared;
+    plan.blocks_y = 1;
+    if (!args.partial) return;
+    // All blocks run at once, if there are not more of them anyway, with as many chunks each.
+    const int64_t room = int64_t{processors} * kernel.kResident / plan.blocks_x;
+    const int64_t each =
+        (args.chunks + std::max<int64_t>(room, 1) - 1) / std::max<int64_t>(room, 1);
+    plan.blocks_y = static_cast<unsigned>((args.chunks + each - 1) / each);
+  });
   check_attention(p, plan.shared, most_shared);
   return plan;
 }
 
 constexpr size_t kMergeShared = kAttentionThreads * sizeof(Part);
-
-using AttentionKernel = void (*)(AttentionArgs);
-template <int kTiles, int kBlocks, bool kSplit>
-using AttentionKernelOf =
-    std::integral_constant<AttentionKernel, attention_kv4_kernel<kTiles, kBlocks, kSplit>>;
-
-// Calls run(kernel), kernel a std::integral_constant of the function.
-template <class Run>
-void with_attention_kernel(const AttentionPlan& plan, Run&& run) {
-  const bool wide = plan.args.blocks > 4;
-  if (!plan.args.partial)
-    return wide ? run(AttentionKernelOf<2, 8, false>{}) : run(AttentionKernelOf<4, 4, false>{});
-  if (plan.tiles == 4) return run(AttentionKernelOf<4, 4, true>{});
-  if (plan.tiles == 2)
-    return wide ? run(AttentionKernelOf<2, 8, true>{}) : run(AttentionKernelOf<2, 4, true>{});
-  return wide ? run(AttentionKernelOf<1, 8, true>{}) : run(AttentionKernelOf<1, 4, true>{});
-}
 
 }  // namespace w2a4::cuda

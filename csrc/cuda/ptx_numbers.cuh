@@ -239,5 +239,16 @@ W2A4_DEVICE float exp_f32(float x) {
   return std::exp(x);
 #endif
 }
+// 2**x within 2 units in the last place; exact for 0 and -infinity. What is below 2**-126 is 0.
+W2A4_DEVICE float exp2_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
+#endif
+}
 
 }  // namespace w2a4::cuda
