@@ -328,14 +328,17 @@ W2A4_DEVICE void copy_codes(const AttentionArgs& args, const Strided4& codes,
   const int first = chunk * kChunkKeys + mine, count = keys_in_chunk(task, chunk) - mine;
   to += mine * kPitch;
   if (args.copy == Copy::kPieces16) {
-    // Lanes next to each other take a key's pieces, and go on with the key so many later.
+    // Lanes next to each other take a key's pieces, and go on with the key so many later. What is
+    // behind the last key becomes 0, which spares a branch for each.
     constexpr int kStep = 32 / kBlocks;
     const int key = lane / kBlocks, at = lane % kBlocks * 16;
+    if (at >= half) return;
+    const uint8_t* from = token_at<1>(codes, task, first + key) + at;
     W2A4_UNROLL
     for (int i = 0; i < kBlocks; ++i)
-      if (at < half && key + i * kStep < count)
-        cp_async_16(to + slot_of_key(key + i * kStep) * kPitch + at,
-                    token_at<1>(codes, task, first + key + i * kStep) + at, 16);
+      cp_async_16(to + slot_of_key(key + i * kStep) * kPitch + at,
+                  row_of(from, i * kStep, static_cast<uint32_t>(codes.token)),
+                  key + i * kStep < count ? 16 : 0);
   } else {
     const int bytes = args.copy == Copy::kPieces8 ? 8 : 1, pieces = half / bytes;
     W2A4_NO_UNROLL
