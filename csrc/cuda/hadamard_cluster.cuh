@@ -122,9 +122,10 @@ template <class T>
 W2A4_DEVICE void spread_token(const ClusterArgs& args, int64_t token, unsigned char* staged) {
   const ClusterTransform& t = args.t;
   const int columns = 1 << t.log_columns, log_share = t.log_columns - t.log_blocks;
-  const int first = ((threadIdx.x / 32 << t.log_blocks) + cluster_rank()) * kPiece;
+  const int thread = fence_loads(threadIdx.x);
+  const int first = ((thread / 32 << t.log_blocks) + cluster_rank()) * kPiece;
   for (int piece = first; piece < t.size; piece += t.warps * kPiece << t.log_blocks) {
-    const int element = piece + threadIdx.x % 32 * 8;
+    const int element = piece + thread % 32 * 8;
     float v[8];
     W2A4_UNROLL
     for (int i = 0; i < 8; ++i) v[i] = 0.0f;
@@ -157,6 +158,8 @@ W2A4_DEVICE void spread_token(const ClusterArgs& args, int64_t token, unsigned c
 template <int kTiles, class F>
 W2A4_DEVICE void for_each_octet(const ClusterTransform& t, int tile, int first, const F& f) {
   const int share = 1 << (t.log_columns - t.log_blocks);
+  // Fences as in mix_columns.
+  tile = fence_loads(tile), first = fence_loads(first);
   W2A4_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int row = 16 * tile + 8 * half + threadIdx.x % 32 / 4;
@@ -172,7 +175,7 @@ template <int kTiles>
 W2A4_DEVICE void send_maximum(const ClusterTransform& t, bool has_task, int tile,
                               const float (&y)[kTiles][4], uint32_t* maxima) {
   uint32_t most = 0;
-  const int row = 16 * tile + threadIdx.x % 32 / 4;
+  const int row = 16 * fence_loads(tile) + threadIdx.x % 32 / 4;
   W2A4_UNROLL
   for (int i = 0; i < 4 * kTiles; ++i)
     if (has_task && row + 8 * (i % 4 / 2) < t.rows)
