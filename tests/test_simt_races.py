@@ -42,7 +42,7 @@ KERNELS = {
     ] + [dict(k=44, power=128, dtype=HALF, shared=LARGE, processors=1, arch=90, blocks=1)]),
     "quantize_a4": (kernels.quantize, [
         dict(features=features, groups=groups, k=1, block=1, dtype=HALF, **options)
-        for features, groups in [(7, 1), (96, 3), (4096, 32), (20000, 1)]
+        for features, groups in [(7, 1), (96, 3), (576, 1), (4096, 32), (20000, 1)]
         for options in ({}, {"eps": 1e-5}, {"up": True})
     ]),
     "hadamard_quantize": (kernels.quantize, [

@@ -33,15 +33,15 @@ W2A4_DEVICE void load_row_signs(const ClusterTransform& t, int tile, uint32_t (&
   const int copies = (1 << t.log_copies) - 1;
   const int in_stride = t.transpose ? 1 : t.k, out_stride = t.transpose ? t.k : 1;
   W2A4_ROLLED
-  for (int i = 3; i >= 0; --i) {
-    const int w = fence_loads(i);  // or an address a load is kept over the loop
+  for (int i = 7; i >= 0; --i) {      // half a word
+    const int half = fence_loads(i);  // or an address a load is kept over the loop
     uint32_t word = 0;
-    if (4 * w < t.tiles) {
+    if (2 * half < t.tiles) {
       W2A4_UNROLL
-      for (int n = 0; n < 32; ++n) {  // loads that are under way together
+      for (int n = 0; n < 16; ++n) {  // loads that are under way together
         const int f = n / 2, high = n % 2;
         const int row = 16 * tile + 8 * (f % 2) + g;
-        const int input = 64 * w + 16 * (f / 4) + 8 * (f % 4 / 2) + 2 * j + high;
+        const int input = 32 * half + 16 * (f / 4) + 8 * (f % 4 / 2) + 2 * j + high;
         const int out = row < last ? row : last, in = input < last ? input : last;
         int sign = popc(in & out & copies);
         if (t.had_k)
@@ -50,7 +50,10 @@ W2A4_DEVICE void load_row_signs(const ClusterTransform& t, int tile, uint32_t (&
         word |= static_cast<uint32_t>(sign & 1) << (f + 16 * high);
       }
     }
-    signs[3] = signs[2], signs[2] = signs[1], signs[1] = signs[0], signs[0] = word;
+    if (half % 2)
+      signs[3] = signs[2], signs[2] = signs[1], signs[1] = signs[0], signs[0] = word << 8;
+    else
+      signs[0] |= word;
   }
 }
 
@@ -63,14 +66,14 @@ W2A4_DEVICE void mix_columns(const ClusterTransform& t, const unsigned char* sta
   for (int i = 0; i < 12 * kTiles; ++i) sums[i / 12][i / 4 % 3][i % 4] = 0.0f;
   // Fences keep the compiler from making all operands and addresses ahead of the tokens' loop.
   const unsigned char* row = staged + fence_loads(first * t.tile_bytes + threadIdx.x % 32 * 16);
-  W2A4_UNROLL
-  for (int step = 0; step < kMostTiles; step += 2) {
-    if (step >= t.tiles) break;
-    const auto word = static_cast<uint32_t>(fence_loads(static_cast<int>(signs[step / 4])));
+  W2A4_ROLLED
+  for (int step = 0; step < t.tiles; step += 2) {
+    uint32_t word = step < 8 ? step < 4 ? signs[0] : signs[1] : step < 12 ? signs[2] : signs[3];
+    word >>= step % 4 * 4;
     uint32_t a[2][4];
     W2A4_UNROLL
     for (int i = 0; i < 8; ++i)
-      a[i / 4][i % 4] = (word << (15 - 4 * (step % 4) - i) & 0x80008000u) | BFloat16::kOnes;
+      a[i / 4][i % 4] = (word << (15 - i) & 0x80008000u) | BFloat16::kOnes;
     W2A4_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
       uint32_t w[3][4];  // loads and products of the terms are under way together
@@ -119,9 +122,10 @@ template <class T>
 W2A4_DEVICE void spread_token(const ClusterArgs& args, int64_t token, unsigned char* staged) {
   const ClusterTransform& t = args.t;
   const int columns = 1 << t.log_columns, log_share = t.log_columns - t.log_blocks;
-  const int first = ((threadIdx.x / 32 << t.log_blocks) + cluster_rank()) * kPiece;
+  const int thread = fence_loads(threadIdx.x);
+  const int first = ((thread / 32 << t.log_blocks) + cluster_rank()) * kPiece;
   for (int piece = first; piece < t.size; piece += t.warps * kPiece << t.log_blocks) {
-    const int element = piece + threadIdx.x % 32 * 8;
+    const int element = piece + thread % 32 * 8;
     float v[8];
     W2A4_UNROLL
     for (int i = 0; i < 8; ++i) v[i] = 0.0f;
@@ -154,6 +158,8 @@ W2A4_DEVICE void spread_token(const ClusterArgs& args, int64_t token, unsigned c
 template <int kTiles, class F>
 W2A4_DEVICE void for_each_octet(const ClusterTransform& t, int tile, int first, const F& f) {
   const int share = 1 << (t.log_columns - t.log_blocks);
+  // Fences as in mix_columns.
+  tile = fence_loads(tile), first = fence_loads(first);
   W2A4_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int row = 16 * tile + 8 * half + threadIdx.x % 32 / 4;
@@ -169,7 +175,7 @@ template <int kTiles>
 W2A4_DEVICE void send_maximum(const ClusterTransform& t, bool has_task, int tile,
                               const float (&y)[kTiles][4], uint32_t* maxima) {
   uint32_t most = 0;
-  const int row = 16 * tile + threadIdx.x % 32 / 4;
+  const int row = 16 * fence_loads(tile) + threadIdx.x % 32 / 4;
   W2A4_UNROLL
   for (int i = 0; i < 4 * kTiles; ++i)
     if (has_task && row + 8 * (i % 4 / 2) < t.rows)
@@ -219,8 +225,8 @@ __global__ void __launch_bounds__(kClusterWarps * 32, kTiles == 4 ? 1 : 2)
   const int first = warp % groups * kTiles;
   const bool has_task = tile < t.tiles;
   wait_for_previous_kernel();
-  const int64_t step = gridDim.x >> t.log_blocks;
-  for (int64_t token = blockIdx.x >> t.log_blocks; token < t.tokens; token += step) {
+  const int step = gridDim.x >> t.log_blocks;
+  for (int token = blockIdx.x >> t.log_blocks; token < t.tokens; token += step) {
     spread_token<T>(args, token, staged);
     sync_cluster();  // the block has all of its columns
     float y[kTiles][4];
@@ -232,9 +238,9 @@ __global__ void __launch_bounds__(kClusterWarps * 32, kTiles == 4 ? 1 : 2)
       if (threadIdx.x == 0 && cluster_rank() == 0) args.scale[token] = scale;
       if (has_task)
         write_token_codes<kTiles>(t, quantizer_of(scale), tile, first, y,
-                                  args.codes + token * (t.size / 2));
+                                  args.codes + int64_t{token} * (t.size / 2));
     } else if (has_task) {
-      const int64_t at = token * t.size + 2 * (threadIdx.x % 4);
+      const int64_t at = int64_t{token} * t.size + 2 * (threadIdx.x % 4);
       for_each_octet<kTiles>(t, tile, first, [&](int element, int half, int n, bool there) {
         const float v[2] = {y[n][2 * half], y[n][2 * half + 1]};
         if (there) store_run<T>(args.y, at + element, v);

@@ -55,7 +55,7 @@ inline bool divide_token(ClusterTransform& t, size_t most_shared) {
 // Whether a cluster of up to `most_blocks` transforms each token, and how.
 inline bool plan_cluster(const TransformCall& c, int most_blocks, ClusterTransform& t) {
   if (!c.aligned || c.block_size != c.features || c.features < kLeastOfCluster ||
-      c.features > int64_t{1} << 20)
+      c.features > int64_t{1} << 20 || c.tokens > 1 << 30)
     return false;
   const int log_power = log2_of(c.block_size / c.k);
   t.had_k = c.had_k, t.k = static_cast<int>(c.k), t.transpose = c.transpose;
