@@ -244,7 +244,8 @@ def quantize(x, clip=CLIP, group=-1, up=None, eps=None, weight=None, had_k=None,
     plan = simt.load().quantize_a4(
         numpy_of(x), clip.numpy(), codes.numpy(), scale.numpy(), NAMES[x.dtype],
         None if up is None else numpy_of(up), eps, None if weight is None else numpy_of(weight),
-        NAMES[F32 if weight is None else weight.dtype], signs_of(had_k), block, arch, processors, shared, seed,
+        NAMES[F32 if weight is None else weight.dtype], signs_of(had_k), block, arch, processors,
+        shared, seed,
     )  # fmt: skip
     assert codes_intact() and scale_intact()
     return (codes, scale), plan

@@ -51,7 +51,8 @@ KERNELS = {
         for dtype, up in ((F32, True), (F32, False), (HALF, False))
         for features, groups, k, block in [(1536, 12, 12, 1536), (192, 2, 12, 96), (11008, 1, 172, 11008)]
     ] + [
-        dict(features=5632, groups=1, k=44, block=5632, dtype=HALF, up=True, shared=LARGE, processors=1, arch=90)
+        dict(features=5632, groups=1, k=44, block=5632, dtype=HALF, up=True, shared=LARGE,
+             processors=1, arch=90)
     ]),
     "kv4": (kernels.rope_append, [
         dict(head_dim=head_dim, k=k, block=block, dtype=HALF, start=start, starts=OUTSIDE if start else None)
