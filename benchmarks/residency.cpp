@@ -52,12 +52,12 @@ void say(Kernel, uint64_t blocks, unsigned threads, size_t shared, int64_t plann
 
 // Chunk c of a row belongs to warp c % kWarps, see gemv.cuh.
 Stages gemv_stages(const LinearA4Params& p, const cuda::GemvPlan& plan) {
-  using Imma2 = cuda::Imma<2, 1, 1>;
-  using Imma4 = cuda::Imma<4, 1, 1>;
+  using Imma2 = cuda::Imma<2, 1, 2, false>;
+  using Imma4 = cuda::Imma<4, 1, 2, false>;
   const int64_t chunk = cuda::kUnit * cuda::kUnitsInChunk;
   const int64_t chunks = (p.in_features + chunk - 1) / chunk;
   const int64_t steps = plan.bmma ? 1 : p.weight_bits == 2 ? Imma2::kSteps : Imma4::kSteps;
-  const int ring = plan.bmma ? cuda::Bmma<1>::kStages : Imma2::kStages;
+  const int ring = plan.bmma ? cuda::Bmma<1, false>::kStages : Imma2::kStages;
   return {chunks / cuda::kWarps * steps, (chunks + cuda::kWarps - 1) / cuda::kWarps * steps, ring};
 }
 

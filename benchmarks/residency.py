@@ -135,13 +135,12 @@ class Floor:
 #: The first one that matches holds. Where there is less on sm_80, its shared memory is why.
 FLOORS = (
     # Bit-planes of the tokens lie in shared memory, so fewer blocks fit where there are more inputs.
-    Floor(r"^gemv_bmma_kernel<1>", 2, 3, features=4096),
-    Floor(r"^gemv_bmma_kernel<1>", 2, 2, features=14336),
-    Floor(r"^gemv_bmma_kernel<2>", 2, 2, features=5120),
+    Floor(r"^gemv_bmma_kernel<1, (true|false)>", 2, 3, features=14336),
+    Floor(r"^gemv_bmma_kernel<2, (true|false)>", 2, 2, features=5120),
     Floor(r"^gemv_bmma_kernel", 1, 2),
     # __launch_bounds__ ask for two blocks, for one in groups of 64 or 32.
-    Floor(r"^gemv_imma_kernel<[24], 1, [12]>", 2, 2),
-    Floor(r"^gemv_imma_kernel<[24], [24], 1>", 2, 2),
+    Floor(r"^gemv_imma_kernel<[24], 1, [12], (true|false)>", 1, 2),
+    Floor(r"^gemv_imma_kernel<[24], [24], 1, false>", 2, 2),
     # For four, and four fit on an H100.
     Floor(r"^attention_kv4_kernel<1, [24], true>", 2, 4),
     Floor(r"^attention_kv4_kernel<2, [24], true>", 2, 2),

@@ -68,18 +68,18 @@ GATES = (
     # scales and the loop, and some 40 that start a tile, which happens once in a tile's stages. An H200 at
     # full bandwidth leaves 1.74 instructions a weight.
     *(
-        Gate(rf"\bgemv_bmma_kernel<{tokens}>", mma="BMMA.168256", archs=range(80, 100), registers=128,
+        Gate(rf"\bgemv_bmma_kernel<{tokens}, (true|false)>", mma="BMMA.168256", archs=range(80, 100), registers=128,
              warps=16, in_flight=4, side_loads=4, weights=16 * 256 / 3 / tokens, limit=limit)
         for tokens, limit in ((1, 1.0), (2, 1.2))
     ),
     *(
-        Gate(rf"\bgemv_imma_kernel<{bits}, 1, {halves}>", mma="IMMA.16832", registers=128, warps=16,
+        Gate(rf"\bgemv_imma_kernel<{bits}, 1, {halves}, (true|false)>", mma="IMMA.16832", registers=128, warps=16,
              in_flight=4, side_loads=8, weights=16 * 32, limit=limit)
-        for bits, halves, limit in ((2, 1, 2.5), (2, 2, 1.9), (4, 1, 3.6), (4, 2, 2.4))
+        for bits, halves, limit in ((2, 1, 2.5), (2, 2, 2.1), (4, 2, 2.6))
     ),
     # Groups of 64 and 32 inputs: an IMMA a group, more scales, and one block a multiprocessor.
     *(
-        Gate(rf"\bgemv_imma_kernel<[24], {groups}, 1>", mma="IMMA.16832", in_flight=4, side_loads=32,
+        Gate(rf"\bgemv_imma_kernel<[24], {groups}, 1, false>", mma="IMMA.16832", in_flight=4, side_loads=32,
              weights=16 * 32 / groups)
         for groups in (2, 4)
     ),
@@ -98,7 +98,7 @@ GATES = (
     # lm_head: 32 warps with 1 KB of loads each are what an H200 needs under way.
     Gate(r"\blinear_w8_kernel<.*, true>", registers=64, warps=32),
     # Shapes that no model has: right, not fast.
-    Gate(r"\bgemv_imma_kernel<[24], 0, 2>"),
+    Gate(r"\bgemv_imma_kernel<[24], 0, 2, false>"),
     Gate(r"."),
 )  # fmt: skip
 

@@ -103,6 +103,17 @@ def test_against_the_reference(bits, out, features, group):
         assert_rounding(y, expected(case), case)
 
 
+@pytest.mark.parametrize("bits,tokens", [(2, 1), (2, 2), (2, 3), (2, 8), (4, 1), (4, 9)])
+@pytest.mark.parametrize("group,act_group", [(128, 128), (256, 128), (128, 512), (1536, 256)])
+def test_activation_scales_of_whole_units(bits, tokens, group, act_group):
+    case = matrix(bits, 36, 1536, group, tokens, act_group)
+    y, name = simulate(case, seed=tokens)
+    assert name == ("gemv_bmma" if bits == 2 and tokens <= 2 else "gemv_imma")
+    assert_rounding(y, expected(case), case)
+    if name == "gemv_bmma":
+        assert torch.equal(simulate(case, "imma", seed=5)[0], y)
+
+
 @pytest.mark.parametrize(
     "bits,group,tokens", [(2, 128, 1), (2, 256, 2), (2, 128, 8), (2, 64, 1), (4, 128, 1)]
 )

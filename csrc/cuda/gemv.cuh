@@ -24,6 +24,12 @@ W2A4_DEVICE int input_shift(const LinearA4Params& p) {
              ? 31
              : static_cast<int>(popc(static_cast<uint32_t>(p.group_size) - 1));
 }
+// The same for the activations' groups.
+W2A4_DEVICE int act_input_shift(const LinearA4Params& p) {
+  return p.act_group >= p.in_features
+             ? 31
+             : static_cast<int>(popc(static_cast<uint32_t>(p.act_group) - 1));
+}
 // unit >> unit_shift is the group, for groups of at least a unit.
 W2A4_DEVICE int unit_shift(const LinearA4Params& p) {
   const int shift = input_shift(p);

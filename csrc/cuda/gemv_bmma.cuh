@@ -35,7 +35,8 @@ W2A4_DEVICE void activation_planes(const U32x4& x, uint32_t (&planes)[4]) {
                planes[3]);
 }
 
-template <int kTokens>
+// kGrouped: a token has an activation scale for every act_group inputs, whole units, and not one.
+template <int kTokens, bool kGrouped>
 struct Bmma {
   static constexpr int kRows = 16;       // of a tile
   static constexpr int kRowBytes = 128;  // of a stage, which is a chunk
@@ -50,20 +51,22 @@ struct Bmma {
   static constexpr int kLastSlot = (kStages - 1) * kSlotBytes;
   // Shared memory of the block: a ring a warp; the warps' sums of a tile [2, kWarps, kTokens,
   // kRows]; bit-planes [chunks, kTokens, step, q, plane, 2]; counts of set bits [chunks, kTokens,
-  // unit, plane]; and zeros for the lanes whose columns are another unit's.
+  // unit, plane]; activation scales [chunks, kTokens, unit], if they are grouped; and zeros for the
+  // lanes whose columns are another unit's.
   static constexpr int kSums = kWarps * kStages * kSlotBytes;
   static constexpr int kSumBytes = kTokens * kRows * 4;  // of a warp
   static constexpr int kPlanes = kSums + 2 * kWarps * kSumBytes;
-  static constexpr int kPlaneBytes = 256, kCountBytes = 64;  // of a chunk and token
+  // Of a chunk and token.
+  static constexpr int kPlaneBytes = 256, kCountBytes = 64, kActScaleBytes = kGrouped ? 16 : 0;
 
   W2A4_HOST static size_t shared_bytes(int64_t in_features) {
     const int64_t chunks = (in_features + kUnit * kUnitsInChunk - 1) / (kUnit * kUnitsInChunk);
-    return static_cast<size_t>(kPlanes +
-                               (chunks * (kPlaneBytes + kCountBytes) + kPlaneBytes) * kTokens);
+    return static_cast<size_t>(
+        kPlanes + (chunks * (kPlaneBytes + kCountBytes + kActScaleBytes) + kPlaneBytes) * kTokens);
   }
 
   const LinearA4Params& p;
-  unsigned char *ring, *planes, *counts;  // the ring is this warp's
+  unsigned char *ring, *planes, *counts, *act_scales;  // the ring is this warp's
   int64_t first_token;
   int lane, g, q, warp;
   uint32_t units, chunks, tiles;
@@ -93,6 +96,7 @@ struct Bmma {
         group_shift(unit_shift(p)) {
     groups = group_shift == 31 ? 1 : units >> group_shift;
     counts = planes + chunks * kTokens * kPlaneBytes;
+    act_scales = counts + chunks * kTokens * kCountBytes;
     start_tile(static_cast<uint32_t>(warp) < chunks ? blockIdx.x : tiles);
   }
 
@@ -175,6 +179,13 @@ struct Bmma {
       int32_t* count = reinterpret_cast<int32_t*>(counts + (chunk * kTokens + token) * kCountBytes);
       W2A4_UNROLL
       for (int plane = 0; plane < 4; ++plane) count[word / 4 * 4 + plane] = set >> 8 * plane & 255;
+      if constexpr (kGrouped) {
+        float* scale =
+            reinterpret_cast<float*>(act_scales + (chunk * kTokens + token) * kActScaleBytes);
+        const int64_t group =
+            (first_token + token) * (p.in_features / p.act_group) + (input >> act_input_shift(p));
+        scale[word / 4] = there ? p.a_scale[group] : 0.0f;
+      }
     }
   }
 
@@ -197,9 +208,10 @@ struct Bmma {
   }
 
   // `bits` and `any` are this lane's planes and counts of the chunk that starts at `first_unit`,
-  // `slot` is the stage's.
+  // `act_scale` are the chunk's, `slot` is the stage's.
   W2A4_DEVICE void compute_step(const unsigned char* slot, const unsigned char* bits,
-                                const unsigned char* any, uint32_t first_unit, int step) {
+                                const unsigned char* any, const unsigned char* act_scale,
+                                uint32_t first_unit, int step) {
     uint32_t low[4], high[4], both[4];
     W2A4_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -234,7 +246,10 @@ struct Bmma {
       // The even lane of a pair keeps row g, the odd one row g + 8.
       const int32_t keep = q & 1 ? sum1 : sum0, give = q & 1 ? sum0 : sum1;
       const int32_t got = static_cast<int32_t>(shfl_xor(static_cast<uint32_t>(give), 1));
-      acc[t] = fma_rn(exact_float(keep + got + kMagic), scale, acc[t]);
+      float factor = scale;
+      if constexpr (kGrouped)
+        factor = mul_rn(factor, as_float(read_u32(act_scale + t * kActScaleBytes + unit * 4)));
+      acc[t] = fma_rn(exact_float(keep + got + kMagic), factor, acc[t]);
     }
   }
 
@@ -247,7 +262,7 @@ struct Bmma {
       cp_async_commit();
     }
     wait_for_previous_kernel();  // all so far were weights
-    unsigned char* zeros = counts + chunks * kTokens * kCountBytes;
+    unsigned char* zeros = act_scales + chunks * kTokens * kActScaleBytes;
     for (int i = threadIdx.x; i < kTokens * kPlaneBytes / 4; i += kThreads)
       reinterpret_cast<uint32_t*>(zeros)[i] = 0;
     make_planes();
@@ -268,7 +283,8 @@ struct Bmma {
     for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       W2A4_UNROLL
       for (int t = 0; t < kTokens; ++t) acc[t] = 0.0f;
-      const unsigned char *bits = first_bits, *any = first_any;
+      const unsigned char *bits = first_bits, *any = first_any,
+                          *act_scale = act_scales + warp * kTokens * kActScaleBytes;
       uint32_t unit = warp * kUnitsInChunk;
       W2A4_NO_UNROLL
       for (int i = stages; i > 0; --i) {
@@ -277,10 +293,12 @@ struct Bmma {
         load_stage(ring + (slot ? slot - kSlotBytes : kLastSlot));
         cp_async_commit();
         W2A4_UNROLL
-        for (int step = 0; step < kSteps; ++step) compute_step(ring + slot, bits, any, unit, step);
+        for (int step = 0; step < kSteps; ++step)
+          compute_step(ring + slot, bits, any, act_scale, unit, step);
         slot = slot < kLastSlot ? slot + kSlotBytes : 0;
         bits += bits_step;
         any += kWarps * kTokens * kCountBytes;
+        act_scale += kWarps * kTokens * kActScaleBytes;
         unit += kWarps * kUnitsInChunk;
       }
       W2A4_UNROLL
@@ -290,8 +308,8 @@ struct Bmma {
       }
       sync_block();
       if (warp == writer)
-        finish_rows<kRows, kTokens, true>(p, sums, kSumBytes, int64_t{tile} * kRows, first_token,
-                                          lane, 32);
+        finish_rows<kRows, kTokens, !kGrouped>(p, sums, kSumBytes, int64_t{tile} * kRows,
+                                               first_token, lane, 32);
       writer = (writer + 1) % kWarps;
       sums += other_sums;
       other_sums = -other_sums;
@@ -299,10 +317,10 @@ struct Bmma {
   }
 };
 
-template <int kTokens>
+template <int kTokens, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, kTokens == 1 ? 3 : 2)
     gemv_bmma_kernel(const __grid_constant__ LinearA4Params p) {
-  Bmma<kTokens>(p).run();
+  Bmma<kTokens, kGrouped>(p).run();
 }
 
 }  // namespace w2a4::cuda

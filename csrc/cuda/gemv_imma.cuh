@@ -14,9 +14,11 @@ namespace w2a4::cuda {
 // kBits: of a weight. kSubs: groups in a unit, 1, 2 or 4, for groups of 128 * 2**i, 64 and 32
 // inputs and one activation scale a token; 0 is any other shape: a unit then is a piece of one
 // block, loaded byte by byte. kHalves: of 16 rows each, in a tile; one if there are few rows, or
-// many groups.
-template <int kBits, int kSubs, int kHalves>
+// many groups. kGrouped, for kSubs 1: a token has an activation scale for every act_group inputs,
+// whole units, and not one.
+template <int kBits, int kSubs, int kHalves, bool kGrouped>
 struct Imma {
+  static_assert(!kGrouped || kSubs == 1, "a unit has one activation scale");
   static constexpr bool kAny = kSubs == 0;
   static constexpr int kRows = 16 * kHalves;  // of a tile
   static constexpr int kTokens = 8;
@@ -306,6 +308,14 @@ struct Imma {
                                           unit_start(first_unit + unit) / p.act_group]);
         }
       }
+      if constexpr (kGrouped) {
+        if (first_unit + unit < units) {
+          const int act_shift = act_input_shift(p) - 7;
+          const int64_t token = clamp_token(first_token() + 2 * q + i % 2);
+          scale = mul_rn(
+              scale, p.a_scale[token * (units >> act_shift) + (first_unit + unit >> act_shift)]);
+        }
+      }
       to[i] = fma_rn(exact_float(sums[i]), scale, to[i]);
     }
   }
@@ -408,18 +418,18 @@ struct Imma {
       }
       store_sums(reinterpret_cast<float*>(sums + warp * kSumBytes));
       sync_block();
-      finish_rows<kRows, kTokens, !kAny>(p, sums, kSumBytes, int64_t{tile} * kRows, first_token(),
-                                         threadIdx.x, kThreads);
+      finish_rows<kRows, kTokens, !kAny && !kGrouped>(p, sums, kSumBytes, int64_t{tile} * kRows,
+                                                      first_token(), threadIdx.x, kThreads);
       sums += other_sums;
       other_sums = -other_sums;
     }
   }
 };
 
-template <int kBits, int kSubs, int kHalves>
+template <int kBits, int kSubs, int kHalves, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, kSubs == 1 ? 2 : 1)
     gemv_imma_kernel(const __grid_constant__ LinearA4Params p) {
-  Imma<kBits, kSubs, kHalves>(p).run();
+  Imma<kBits, kSubs, kHalves, kGrouped>(p).run();
 }
 
 }  // namespace w2a4::cuda

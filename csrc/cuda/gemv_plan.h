@@ -19,6 +19,7 @@ struct GemvPlan {
   int tokens;                             // of a block, gemv_bmma
   int subs;                               // groups in a unit, gemv_imma
   int halves;                             // of 16 rows, in a tile of gemv_imma
+  bool grouped;                           // activation scales, more than one a token
   unsigned blocks_x, blocks_y, blocks_z;  // for rows; for tokens, y first
 };
 
@@ -30,16 +31,16 @@ constexpr bool has_bmma(int arch) {
   return arch >= 80 && arch < 100;
 }
 
-// Blocks stay for all their tiles; a third one of gemv_bmma fits a multiprocessor, which is room
-// for the kernel that follows to start.
-constexpr int kBlocksOfProcessor = 2;
+// gemv_imma's blocks of a multiprocessor; blocks stay for all their tiles.
+constexpr unsigned kImmaBlocks = 2;
 
 constexpr int64_t kMostBlocksY = 65535;
 
-inline bool fits_bmma(const LinearA4Params& p, int tokens, size_t most_shared) {
-  const size_t shared =
-      tokens == 1 ? Bmma<1>::shared_bytes(p.in_features) : Bmma<2>::shared_bytes(p.in_features);
-  return shared <= most_shared;
+inline size_t bmma_shared(const LinearA4Params& p, int tokens, bool grouped) {
+  const int64_t in = p.in_features;
+  if (grouped)
+    return tokens == 1 ? Bmma<1, true>::shared_bytes(in) : Bmma<2, true>::shared_bytes(in);
+  return tokens == 1 ? Bmma<1, false>::shared_bytes(in) : Bmma<2, false>::shared_bytes(in);
 }
 
 // Blocks for `tiles`, at most `most`, none of which has more than one tile more than it needs to.
@@ -66,12 +67,19 @@ inline bool power_of_two(int64_t n) {
   return (n & (n - 1)) == 0;
 }
 
-// One activation scale a token, rows of whole 16-byte pieces, and groups that units divide or that
-// divide units.
+// Activation scales of whole units, in groups of a power of two, with weights whose groups are
+// whole units too.
+inline bool grouped_units(const LinearA4Params& p) {
+  return p.act_group != p.in_features && p.act_group % kUnit == 0 && power_of_two(p.act_group) &&
+         p.group_size % kUnit == 0;
+}
+
+// Rows of whole 16-byte pieces, groups that units divide or that divide units, and one activation
+// scale a token or several of whole units.
 inline bool regular(const LinearA4Params& p) {
   const bool whole_row = p.group_size == p.in_features;
-  return p.act_group == p.in_features && p.in_features % (128 / p.weight_bits) == 0 &&
-         p.in_features % 32 == 0 &&
+  return (p.act_group == p.in_features || grouped_units(p)) &&
+         p.in_features % (128 / p.weight_bits) == 0 && p.in_features % 32 == 0 &&
          ((whole_row && p.in_features % kUnit == 0) ||
           (!whole_row && p.group_size >= 32 && power_of_two(p.group_size)));
 }
@@ -99,28 +107,37 @@ inline GemvPlan plan_gemv(const LinearA4Params& p, int arch, int processors, siz
   }
   const bool whole_units = regular(p) && p.group_size % kUnit == 0;
   const int tokens = p.tokens <= 1 ? 1 : kBmmaTokens;
-  const bool can =
-      p.weight_bits == 2 && whole_units && fits_bmma(p, tokens, most_shared) && scales_in_pairs(p);
+  const bool grouped = p.act_group != p.in_features;
+  const size_t shared = bmma_shared(p, tokens, grouped);
+  const bool can = p.weight_bits == 2 && whole_units && shared <= most_shared && scales_in_pairs(p);
   if (asked == Gemv::kBmma && !can) {
     throw std::runtime_error(
         "w2a4: W2A4_GEMV=bmma does not serve this call; it takes 2-bit weights in groups of 128 * "
         "2**i or rows of a multiple of 128, an even number of them, and one activation scale a "
-        "token; "
-        "use imma or auto");
+        "token or groups of 128 * 2**i; use imma or auto");
   }
   GemvPlan plan{};
   plan.bmma = asked == Gemv::kBmma ||
               (asked == Gemv::kAuto && can && p.tokens <= kBmmaTokens && has_bmma(arch));
-  plan.tokens = plan.bmma ? tokens : Imma<2, 1, 1>::kTokens;
+  plan.grouped = grouped;
+  plan.tokens = plan.bmma ? tokens : Imma<2, 1, 1, false>::kTokens;
   plan.subs = !regular(p)                 ? 0
               : p.group_size % kUnit == 0 ? 1
                                           : static_cast<int>(kUnit / p.group_size);
-  const unsigned most = kBlocksOfProcessor * processors;
   const auto sixteens = static_cast<unsigned>((p.out_features + 15) / 16);
-  // Before Hopper two blocks with tiles of 32 rows do not fit a multiprocessor.
-  const bool few = sixteens <= most || arch < 90;
-  plan.halves = plan.subs > 1 || (plan.subs == 1 && few) ? 1 : 2;
-  plan.blocks_x = balanced(plan.bmma ? sixteens : (sixteens + plan.halves - 1) / plan.halves, most);
+  if (plan.bmma) {
+    // Each block has 1 KB that is not its own.
+    const auto fit = static_cast<unsigned>((most_shared + 1024) / (shared + 1024));
+    const unsigned resident = fit < 3 ? fit : tokens == 1 ? 3 : 2;
+    plan.blocks_x = balanced(sixteens, processors * resident);
+  } else {
+    // Tiles of 32 rows do more with an activation that they load. For 2-bit weights idle
+    // multiprocessors cost more than that, and before Hopper two blocks of them would not fit.
+    const unsigned most = kImmaBlocks * processors;
+    const bool few = p.weight_bits == 2 && (sixteens <= most || arch < 90) && !grouped;
+    plan.halves = plan.subs > 1 || (plan.subs == 1 && few) ? 1 : 2;
+    plan.blocks_x = balanced((sixteens + plan.halves - 1) / plan.halves, most);
+  }
   const int64_t blocks = (p.tokens + plan.tokens - 1) / plan.tokens;
   plan.blocks_y = static_cast<unsigned>(blocks < kMostBlocksY ? blocks : kMostBlocksY);
   plan.blocks_z = static_cast<unsigned>((blocks + kMostBlocksY - 1) / kMostBlocksY);
@@ -129,38 +146,43 @@ inline GemvPlan plan_gemv(const LinearA4Params& p, int arch, int processors, siz
 
 using GemvKernel = void (*)(LinearA4Params);
 
-template <int kTokens, class Run>
+template <int kTokens, bool kGrouped, class Run>
 void with_bmma(const LinearA4Params& p, Run&& run) {
-  run(std::integral_constant<GemvKernel, gemv_bmma_kernel<kTokens>>{}, "gemv_bmma",
-      Bmma<kTokens>::shared_bytes(p.in_features));
+  run(std::integral_constant<GemvKernel, gemv_bmma_kernel<kTokens, kGrouped>>{}, "gemv_bmma",
+      Bmma<kTokens, kGrouped>::shared_bytes(p.in_features));
+}
+
+template <int kBits, int kSubs, int kHalves, bool kGrouped, class Run>
+void with_variant(Run&& run) {
+  run(std::integral_constant<GemvKernel, gemv_imma_kernel<kBits, kSubs, kHalves, kGrouped>>{},
+      "gemv_imma", size_t{Imma<kBits, kSubs, kHalves, kGrouped>::kSharedBytes});
 }
 
 template <int kBits, class Run>
 void with_imma(const GemvPlan& plan, Run&& run) {
-  const auto call = [&](auto subs, auto halves) {
-    constexpr int kSubs = decltype(subs)::value, kHalves = decltype(halves)::value;
-    run(std::integral_constant<GemvKernel, gemv_imma_kernel<kBits, kSubs, kHalves>>{}, "gemv_imma",
-        size_t{Imma<kBits, kSubs, kHalves>::kSharedBytes});
-  };
-  const std::integral_constant<int, 1> one;
-  const std::integral_constant<int, 2> two;
   switch (plan.subs) {
     case 0:
-      return call(std::integral_constant<int, 0>{}, two);
+      return with_variant<kBits, 0, 2, false>(run);
     case 1:
-      return plan.halves == 1 ? call(one, one) : call(one, two);
+      if (plan.grouped) return with_variant<kBits, 1, 2, true>(run);
+      if constexpr (kBits == 2)
+        if (plan.halves == 1) return with_variant<kBits, 1, 1, false>(run);
+      return with_variant<kBits, 1, 2, false>(run);
     case 2:
-      return call(two, one);
+      return with_variant<kBits, 2, 1, false>(run);
     default:
-      return call(std::integral_constant<int, 4>{}, one);
+      return with_variant<kBits, 4, 1, false>(run);
   }
 }
 
 // Calls run(kernel, name, bytes of shared memory), kernel a std::integral_constant of the function.
 template <class Run>
 void with_gemv_kernel(const LinearA4Params& p, const GemvPlan& plan, Run&& run) {
-  if (plan.bmma && plan.tokens == 1) return with_bmma<1>(p, run);
-  if (plan.bmma) return with_bmma<kBmmaTokens>(p, run);
+  if (plan.bmma && plan.tokens == 1)
+    return plan.grouped ? with_bmma<1, true>(p, run) : with_bmma<1, false>(p, run);
+  if (plan.bmma)
+    return plan.grouped ? with_bmma<kBmmaTokens, true>(p, run)
+                        : with_bmma<kBmmaTokens, false>(p, run);
   p.weight_bits == 2 ? with_imma<2>(plan, run) : with_imma<4>(plan, run);
 }
 
