@@ -15,8 +15,9 @@ from .integrations.arguments import CACHE, cache_name
 from .integrations.fused import LayerOp, decoder_layer, fused_parts, layer_op
 from .integrations.kv_cache import KV4Cache
 
-#: Tokens of a prompt that go through the layers at a time, so that memory does not grow with its length.
-PREFILL_CHUNK = 1024
+#: Tokens of a prompt that go through the layers at a time, so that memory does not grow with its length; and
+#: of all prompts together on a GPU, to which Python cannot tell what to do fast enough in smaller pieces.
+PREFILL_CHUNK, CUDA_PREFILL_CHUNK = 1024, 4096
 
 #: Kinds of RoPE whose angles depend on how long a sequence has become.
 DYNAMIC_ROPE = ("dynamic", "longrope")
@@ -96,8 +97,8 @@ class PackedSequences:
 
     def _prefill(self, ids: Tensor, cache: KV4Cache) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        chunks = zip(ids.split(PREFILL_CHUNK, 1), positions.split(PREFILL_CHUNK, 1), strict=True)
-        for chunk, places in chunks:
+        size = max(1, CUDA_PREFILL_CHUNK // len(ids)) if ids.is_cuda else PREFILL_CHUNK
+        for chunk, places in zip(ids.split(size, 1), positions.split(size, 1), strict=True):
             hidden = self.decoder.embed_tokens(chunk)
             rotary = self._rotary(hidden, places)
             for part in self.parts:
