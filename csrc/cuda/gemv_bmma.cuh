@@ -254,7 +254,6 @@ struct Bmma {
   }
 
   W2A4_DEVICE void run() {
-    let_next_kernel_start();
     const int stages = (static_cast<int>(chunks) - warp + kWarps - 1) / kWarps;  // of a tile
     // A ring of kStages slots: while one is computed, the others are on their way.
     W2A4_UNROLL

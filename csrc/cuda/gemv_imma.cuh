@@ -372,7 +372,6 @@ struct Imma {
   }
 
   W2A4_DEVICE void run() {
-    let_next_kernel_start();
     // A ring of slots: while one is computed, the others are on their way. Weights need not wait
     // for the kernel before this one.
     Stage stage = next;

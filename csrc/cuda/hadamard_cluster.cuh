@@ -209,7 +209,6 @@ W2A4_DEVICE void write_token_codes(const ClusterTransform& t, const Quantizer& q
 template <class T, bool kCodes, int kTiles>
 __global__ void __launch_bounds__(kClusterWarps * 32, kTiles == 4 ? 1 : 2)
     hadamard_cluster_kernel(const __grid_constant__ ClusterArgs args) {
-  let_next_kernel_start();
   const ClusterTransform& t = args.t;
   unsigned char* staged = shared_memory();
   const int staged_bytes = 3 * t.own * t.tile_bytes;

@@ -130,21 +130,14 @@ W2A4_DEVICE uint32_t warp_max(uint32_t value W2A4_SITE) {
 #endif
 }
 
-// Kernels of one stream overlap: a kernel may start as soon as all blocks of the one it follows
-// have begun (runtime.h, launch), and reads weights then, which nothing writes while a model runs.
-// Kernels that read some before their inputs call this first.
-W2A4_DEVICE void let_next_kernel_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Waits until the previous kernel has ended and its writes can be seen; it has waited for the one
-// before it, and so on. All threads of every kernel call this, before they write anything.
+// Kernels of one stream overlap: a kernel may start before the one it follows has ended (runtime.h,
+// launch). It waits here until that one, and with it all before it, has ended and its writes can
+// be seen; only weights, which nothing writes while a model runs, may be read before. All threads
+// of every kernel call this, before anything that they write.
 W2A4_DEVICE void wait_for_previous_kernel() {
-  let_next_kernel_start();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

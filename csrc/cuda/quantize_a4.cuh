@@ -406,7 +406,6 @@ W2A4_DEVICE void share(uint32_t value, uint32_t* all, uint32_t (&values)[kQuanti
 template <class T, int kTokenRuns>
 __global__ void __launch_bounds__(kQuantizeWarps * 32)
     quantize_token_kernel(const __grid_constant__ QuantizeArgs args) {
-  let_next_kernel_start();
   const QuantizeA4Params& p = args.p;
   auto* sums = reinterpret_cast<uint32_t*>(shared_memory());
   uint32_t* maxima = sums + kQuantizeWarps;
