@@ -342,8 +342,8 @@ def launches() -> list[Case]:
         (2, 192, 96, 2, "gemv_imma"), (2, 101, 101, 1, "gemv_imma"), (4, 640, 128, 1, "gemv_imma"),
         (4, 320, 64, 9, "gemv_imma"), (4, 160, 32, 2, "gemv_imma"), (4, 101, 101, 2, "gemv_imma"),
     ):  # fmt: skip
-        build = partial(linear, bits, 33, features, group, tokens, HALF, kernel)
-        add(f"linear_w{bits}a4", f"33x{features}g{group}", tokens, HALF, kernel, build)
+        build = partial(linear, bits, 34, features, group, tokens, HALF, kernel)
+        add(f"linear_w{bits}a4", f"34x{features}g{group}", tokens, HALF, kernel, build)
     for dtype in (F32, HALF, BF16):
         for tokens in (1, 3):
             add("linear_w8", "33x576", tokens, dtype, "cuda", partial(linear_w8, 33, 576, tokens, dtype))
