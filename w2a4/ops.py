@@ -90,7 +90,6 @@ def build_info() -> str:
 
 
 # Fallback: a device without compiled kernels runs the reference.
-
 _warned: set[str] = set()
 
 
@@ -249,8 +248,7 @@ def linear_w2a4(
     The bits are those of the reference on a CPU; the kernels of CUDA round at other places, see `dispatch`.
 
     Args:
-        a_codes: uint8 `[..., ceil(in / 2)]`, and
-        a_scale: float32 `[..., A]`, from `quantize_a4`.
+        a_codes, a_scale: uint8 `[..., ceil(in / 2)]` and float32 `[..., A]`, from `quantize_a4`.
         weight: uint8 `[out, ceil(in / 4)]`.
         levels: int8 `[out, in / group_size, 4]`.
         scale: float16 `[out, in / group_size]`.
@@ -260,22 +258,15 @@ def linear_w2a4(
         residual: `[..., out]` in out_dtype or None; added to the rounded result, as by an addition after it.
 
     Returns:
-        `[..., out]`; a token's result does not depend on the other tokens, but on a CUDA device its last
-        bits may on whether they are few or many, see `dispatch`.
+        `[..., out]`; a token's result does not depend on other tokens; on a CUDA device its last bits may
+        depend on whether they are few or many, see `dispatch`.
 
     Raises:
         BackendError: W2A4_BACKEND asks for a kernel that can not run this.
 
     Equivalent: `dequantize_a4(a_codes, a_scale, in) @ (scale * levels[codes]).T + bias`.
     """
-    a_codes, a_scale = a_codes.contiguous(), a_scale.contiguous()
-    triton = (dispatch.backend != "auto" or not a_codes.is_cpu) and dispatch.prefers_triton(
-        a_codes, a_scale, scale, group_size, out_dtype, _cuda is not None
-    )
-    args = a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype
-    if triton:
-        return _added(torch.ops.w2a4.gemm_w2a4.default(*args), residual)
-    return _ops.linear_w2a4.default(*args, _contiguous(residual))
+    return _linear_a4(2, a_codes, a_scale, (weight, levels), scale, bias, group_size, out_dtype, residual)
 
 
 def linear_w4a4(
@@ -286,22 +277,18 @@ def linear_w4a4(
 
     Equivalent: `dequantize_a4(a_codes, a_scale, in) @ (scale * codes).T + bias`.
     """
+    return _linear_a4(4, a_codes, a_scale, (weight,), scale, bias, group_size, out_dtype, residual)
+
+
+def _linear_a4(bits, a_codes, a_scale, weights, scale, bias, group_size, out_dtype, residual):
     a_codes, a_scale = a_codes.contiguous(), a_scale.contiguous()
-    triton = (dispatch.backend != "auto" or not a_codes.is_cpu) and dispatch.prefers_triton(
-        a_codes, a_scale, scale, group_size, out_dtype, _cuda is not None
-    )
-    args = a_codes, a_scale, weight, scale, bias, group_size, out_dtype
-    if triton:
-        return _added(torch.ops.w2a4.gemm_w4a4.default(*args), residual)
-    return _ops.linear_w4a4.default(*args, _contiguous(residual))
-
-
-def _added(y: Tensor, residual: Tensor | None) -> Tensor:
-    return y if residual is None else y + residual
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    args = a_codes, a_scale, *weights, scale, bias, group_size, out_dtype
+    triton = dispatch.backend != "auto" or not a_codes.is_cpu
+    if triton and dispatch.prefers_triton(a_codes, a_scale, scale, group_size, out_dtype, _cuda is not None):
+        y = getattr(torch.ops.w2a4, f"gemm_w{bits}a4").default(*args)
+        return y if residual is None else y + residual
+    op = getattr(_ops, f"linear_w{bits}a4")
+    return op.default(*args, residual if residual is None else residual.contiguous())
 
 
 def linear_w8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
