@@ -25,8 +25,7 @@ def folder(tmp_path_factory):
     [
         ("ops", 160),
         ("commands", 80),
-        # Digests of tensors and checks of config.json are what refuses the rest.
-        pytest.param("checkpoints", 60, marks=pytest.mark.xfail(reason="nothing tells a swapped tensor yet")),
+        ("checkpoints", 60),
         ("kills", 1),
     ],
 )

@@ -15,7 +15,7 @@ from ..directories import is_unfinished
 from ..errors import CheckpointError
 from ..report import read_config
 from .consistency import FLOATS, check_directory, is_packed
-from .digests import SMALL, compare_config, compare_digests
+from .digests import compare_config, compare_digests
 
 #: Raised when the layout of tensors or of quantization_config changes incompatibly.
 FORMAT_VERSION = 1
@@ -27,7 +27,7 @@ SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16",
 def check_headers(files: list[str], expected: dict[str, torch.Tensor]) -> None:
     """Compare safetensors headers with the tensors a model expects, before any is read.
 
-    Small tensors are compared with their digests, and config.json with what it was when they were written.
+    Tensors are compared with their digests, and config.json with what it was when they were written.
 
     Args:
         files: the shards.
@@ -62,7 +62,7 @@ def check_headers(files: list[str], expected: dict[str, torch.Tensor]) -> None:
             "another model"
         )
     for file in files:
-        compare_digests(Path(file), SMALL)
+        compare_digests(Path(file))
 
 
 def _check_kind(name: str, shape: list[int], dtype: str, tensor: torch.Tensor) -> None:
