@@ -313,7 +313,7 @@ struct Imma {
           const int act_shift = act_input_shift(p) - 7;
           const int64_t token = clamp_token(first_token() + 2 * q + i % 2);
           scale = mul_rn(
-              scale, p.a_scale[token * (units >> act_shift) + (first_unit + unit >> act_shift)]);
+              scale, p.a_scale[token * (units >> act_shift) + ((first_unit + unit) >> act_shift)]);
         }
       }
       to[i] = fma_rn(exact_float(sums[i]), scale, to[i]);
