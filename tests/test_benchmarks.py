@@ -376,18 +376,20 @@ def test_what_is_slow_or_local():
 
 def test_the_gate_counts_instructions_a_weight():
     good = sass.Resources(24, 0, 0, 0, 0)
-    report = sass_gate.examine("void w2a4::cuda::gemv_bmma_kernel<1>(int)", 90, good, body(SYNCHRONOUS))
-    assert report.kernel == "gemv_bmma_kernel<1>" and report.mma == 2
+    report = sass_gate.examine(
+        "void w2a4::cuda::gemv_bmma_kernel<1, false>(int)", 90, good, body(SYNCHRONOUS)
+    )
+    assert report.kernel == "gemv_bmma_kernel<1, false>" and report.mma == 2
     assert report.per_weight == pytest.approx(18 * 32 / (2 * 16 * 256 / 3))
     assert report.breaches == ["has 2 loads under way before the first is needed, least 4"]
     bad = sass.Resources(200, 8, 4, 4, 0)
-    report = sass_gate.examine("gemv_bmma_kernel<1>", 80, bad, body(ASYNCHRONOUS))
+    report = sass_gate.examine("gemv_bmma_kernel<1, true>", 80, bad, body(ASYNCHRONOUS))
     assert (
         "has no BMMA.168256 in a loop" in report.breaches
         and "spills 8 bytes, has 8 bytes of stack, accesses them 0 times" in report.breaches
     )
     assert "uses 200 registers, limit 128" in report.breaches
-    report = sass_gate.examine("gemv_bmma_kernel<1>", 100, good, body(ASYNCHRONOUS))
+    report = sass_gate.examine("gemv_bmma_kernel<1, true>", 100, good, body(ASYNCHRONOUS))
     assert not report.breaches, "sm_100 has no BMMA and gets the other kernel"
     assert not sass_gate.examine("any_other_kernel", 90, good, body(ASYNCHRONOUS)).breaches
 

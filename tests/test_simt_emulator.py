@@ -89,7 +89,17 @@ def test_blocks_run_interleaved_or_one_after_another():
 KERNEL_SOURCES = {path: path.read_text() for path in (simt.ROOT / "csrc/cuda").glob("*.cu*")}
 #: Instructions of which a copy may be left out, added or moved, as of any arithmetic: they concern one lane,
 #: and no memory.
-PURE = {"mad.wide", "cvt.f32", "cvt.rn", "lop3.b32", "prmt.b32", "dp4a.s32", "rcp.approx"}
+PURE = {
+    "mad.wide",
+    "cvt.f32",
+    "cvt.rn",
+    "lop3.b32",
+    "prmt.b32",
+    "dp4a.s32",
+    "rcp.approx",
+    "ex2.approx",
+    "mov.u32",
+}
 
 
 def test_assembly_that_lanes_do_together_or_on_memory_is_volatile():
@@ -100,7 +110,9 @@ def test_assembly_that_lanes_do_together_or_on_memory_is_volatile():
         for match in re.findall(r'\basm\b( volatile)?\s*\(\s*"((?:\w+\.\w+)?)', source)
     ]
     opcodes = {opcode for _, opcode in statements}
-    assert {"mma.sync", "ldmatrix.sync", "redux.sync", "cp.async"} | PURE == opcodes - {""}
+    together = {"mma.sync", "ldmatrix.sync", "redux.sync", "cp.async", "barrier.cluster"}
+    together |= {"griddepcontrol.wait", "griddepcontrol.launch_dependents"}
+    assert together | PURE == opcodes - {""}
     assert all(volatile or opcode in PURE for volatile, opcode in statements)
     assert len(statements) == sum(len(re.findall(r"\basm\b", source)) for source in KERNEL_SOURCES.values())
 
