@@ -70,12 +70,12 @@ GATES = (
     *(
         Gate(rf"\bgemv_bmma_kernel<{tokens}, (true|false)>", mma="BMMA.168256", archs=range(80, 100),
              registers=128, warps=16, in_flight=4, side_loads=4, weights=16 * 256 / 3 / tokens, limit=limit)
-        for tokens, limit in ((1, 1.0), (2, 1.2))
+        for tokens, limit in ((1, 1.05), (2, 1.25))
     ),
     *(
         Gate(rf"\bgemv_imma_kernel<{bits}, 1, {halves}, (true|false)>", mma="IMMA.16832", registers=128,
-             warps=16, in_flight=4, side_loads=8, weights=16 * 32, limit=limit)
-        for bits, halves, limit in ((2, 1, 2.5), (2, 2, 2.1), (4, 2, 2.6))
+             warps=16, in_flight=4, side_loads=12, weights=16 * 32, limit=limit)
+        for bits, halves, limit in ((2, 1, 2.6), (2, 2, 2.6), (4, 2, 3.0))
     ),
     # Groups of 64 and 32 inputs: an IMMA a group, more scales, and one block a multiprocessor.
     *(

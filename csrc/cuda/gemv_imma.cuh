@@ -294,28 +294,34 @@ struct Imma {
     }
   }
 
+  // Activation scales of tokens 2q, 2q + 1 in a unit, where a token has several.
+  W2A4_DEVICE void load_act_scales(uint32_t unit, float (&act_scales)[2]) const {
+    if constexpr (kAny || kGrouped) {
+      W2A4_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int64_t token = clamp_token(first_token() + 2 * q + i);
+        act_scales[i] = 0.0f;
+        if (unit >= units) continue;
+        if constexpr (kGrouped) {
+          const int act_shift = act_input_shift(p) - 7;
+          act_scales[i] = p.a_scale[token * (units >> act_shift) + (unit >> act_shift)];
+        } else {
+          act_scales[i] =
+              p.a_scale[token * (p.in_features / p.act_group) + unit_start(unit) / p.act_group];
+        }
+      }
+    }
+  }
+
   // acc += scale * sums, of rows g, g + 8 and tokens 2q, 2q + 1.
-  W2A4_DEVICE void add_sums(const int32_t (&sums)[4], const U32x2* levels, uint32_t first_unit,
-                            int unit, int sub, int half, float (&to)[4]) const {
+  W2A4_DEVICE void add_sums(const int32_t (&sums)[4], const U32x2* levels,
+                            const float (&act_scales)[2], int unit, int sub, int half,
+                            float (&to)[4]) const {
     W2A4_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int row = half * 16 + i / 2 * 8 + g;
       float scale = as_float(levels[(unit * kGroups + sub) * kRows + row].y);
-      if constexpr (kAny) {
-        if (first_unit + unit < units) {
-          const int64_t token = clamp_token(first_token() + 2 * q + i % 2);
-          scale = mul_rn(scale, p.a_scale[token * (p.in_features / p.act_group) +
-                                          unit_start(first_unit + unit) / p.act_group]);
-        }
-      }
-      if constexpr (kGrouped) {
-        if (first_unit + unit < units) {
-          const int act_shift = act_input_shift(p) - 7;
-          const int64_t token = clamp_token(first_token() + 2 * q + i % 2);
-          scale = mul_rn(
-              scale, p.a_scale[token * (units >> act_shift) + ((first_unit + unit) >> act_shift)]);
-        }
-      }
+      if constexpr (kAny || kGrouped) scale = mul_rn(scale, act_scales[i % 2]);
       to[i] = fma_rn(exact_float(sums[i]), scale, to[i]);
     }
   }
@@ -323,6 +329,8 @@ struct Imma {
   W2A4_DEVICE void compute(uint32_t first_unit, const unsigned char* slot, const U32x2* levels) {
     W2A4_UNROLL
     for (int unit = 0; unit < kUnits; ++unit) {
+      float act_scales[2];
+      load_act_scales(first_unit + unit, act_scales);
       const U32x4 x =
           read_u32x4(slot + kActivations + activation_offset(g, unit * kUnit / 2 + q * 16));
       const uint32_t words[4] = {x.x, x.y, x.z, x.w};
@@ -347,7 +355,7 @@ struct Imma {
                                         kGroups == 1 ? b[i][1] : b[i][1] & mine};
             mma_s8_16x8x32(sums, a[i], masked, sums);
           }
-          add_sums(sums, levels, first_unit, unit, sub, half, acc[half][unit % kParities]);
+          add_sums(sums, levels, act_scales, unit, sub, half, acc[half][unit % kParities]);
         }
       }
     }

@@ -207,7 +207,7 @@ W2A4_DEVICE void write_token_codes(const ClusterTransform& t, const Quantizer& q
 // ---- the kernel
 
 template <class T, bool kCodes, int kTiles>
-__global__ void __launch_bounds__(kClusterWarps * 32, kTiles == 4 ? 1 : 2)
+__global__ void __launch_bounds__(kClusterWarps * 32, kTiles == 2 ? 1 : 2)
     hadamard_cluster_kernel(const __grid_constant__ ClusterArgs args) {
   const ClusterTransform& t = args.t;
   unsigned char* staged = shared_memory();
@@ -264,10 +264,8 @@ template <bool kCodes, class Run>
 void with_cluster_kernel(const char* op, ScalarType dtype, const ClusterTransform& t, Run&& run) {
   if (t.at_once == 1)
     with_format<ClusterKernels<kCodes, 1>::template Of>(op, dtype, run);
-  else if (t.at_once == 2)
-    with_format<ClusterKernels<kCodes, 2>::template Of>(op, dtype, run);
   else
-    with_format<ClusterKernels<kCodes, 4>::template Of>(op, dtype, run);
+    with_format<ClusterKernels<kCodes, 2>::template Of>(op, dtype, run);
 }
 
 }  // namespace w2a4::cuda

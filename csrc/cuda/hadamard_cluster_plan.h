@@ -44,7 +44,7 @@ inline bool divide_token(ClusterTransform& t, size_t most_shared) {
   t.own = (1 << t.log_columns >> t.log_blocks) / 8;
   if (t.own == 0) return false;
   t.at_once = 1;
-  while (t.at_once < 4 && t.own % (2 * t.at_once) == 0 &&
+  while (t.at_once < 2 && t.own % (2 * t.at_once) == 0 &&
          t.tiles * t.own > t.at_once * kClusterWarps)
     t.at_once *= 2;
   const int tasks = t.tiles * t.own / t.at_once;
@@ -92,7 +92,7 @@ inline int most_cluster(int arch) {
 // Thread blocks that are resident at once, in whole clusters that do the same number of tokens. A
 // cluster lies within a part of the device, so a few processors may be left over.
 inline Launch cluster_launch(const ClusterTransform& t, int processors, size_t most_shared) {
-  const int64_t by_warps = (t.at_once == 4 ? 1 : 2) * kClusterWarps / t.warps;
+  const int64_t by_warps = (t.at_once == 2 ? 1 : 2) * kClusterWarps / t.warps;
   const auto by_shared = static_cast<int64_t>(most_shared / (cluster_shared(t) + 1024));
   int64_t most = std::max<int64_t>(1, std::min(by_warps, by_shared)) * processors;
   if (t.log_blocks) most = std::max<int64_t>(1, most * 7 / 8 >> t.log_blocks);
