@@ -151,7 +151,7 @@ FLOORS = (
     Floor(r"^linear_w8_kernel<Float16, 4, true>", 2, 3, features=4096),
     Floor(r"^linear_w8_kernel<Float16, 4, true>", 2, 2, features=5120),
     Floor(r"^linear_w8_kernel<Float16, 4, true>", 1, 1),
-    Floor(r"^quantize_kernel|^quantize_token_kernel<\w+, [12]>|^hadamard_cluster_kernel<.*, [12]>", 2, 2),
+    Floor(r"^quantize_kernel|^quantize_token_kernel<\w+, [12]>|^hadamard_cluster_kernel<.*, 1>", 2, 2),
     # 16 values a thread and more, and weights of a norm; more columns a warp.
     Floor(r"^quantize_token_kernel|^hadamard_cluster_kernel", 1, 1),
     Floor(r"^rope_append_kv4_kernel", 12, 12),
