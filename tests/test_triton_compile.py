@@ -1,5 +1,6 @@
 """The machine code of the Triton kernels, compiled without a GPU: tensor cores, spills, layouts."""
 
+import ast
 import os
 import re
 from dataclasses import replace
@@ -171,7 +172,8 @@ KERNELS = [value for module in (attention, fake_quant, gemm, ldp) for name, valu
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
 def test_torch_compile_can_paste_kernels(kernel):
-    compile(pasted(kernel), "pasted", "exec")
+    functions = [node.name for node in ast.parse(pasted(kernel)).body if isinstance(node, ast.FunctionDef)]
+    assert kernel.__name__ in functions
 
 
 def test_assembly_of_several_lines_could_not_be_pasted(monkeypatch):
