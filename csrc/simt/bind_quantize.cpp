@@ -34,6 +34,16 @@ py::dict describe(const cuda::Transform& t, const cuda::Launch& how) {
   return d;
 }
 
+// Runs what it is given, and says in `plan` how that was divided.
+auto run_into(py::dict& plan, unsigned seed) {
+  return [&plan, seed](auto kernel, const auto& args, const cuda::Launch& how) {
+    simt::launch(
+        {how.blocks}, how.threads, how.shared, seed, [&] { decltype(kernel)::value(args); },
+        how.cluster);
+    plan = describe(args.t, how);
+  };
+}
+
 // x and y [rows, n]. Returns how the transform was divided.
 py::dict hadamard(const py::array& x, py::array& y, const std::string& dtype, const Signs& had_k,
                   int64_t block_size, bool transpose, int arch, int processors, size_t most_shared,
@@ -43,13 +53,7 @@ py::dict hadamard(const py::array& x, py::array& y, const std::string& dtype, co
   p.had_k = had_k ? had_k->data() : nullptr, p.k = had_k ? had_k->shape(0) : 1;
   p.rows = x.shape(0), p.n = x.shape(1), p.block_size = block_size, p.transpose = transpose;
   py::dict plan;
-  cuda::with_hadamard(p, arch, processors, most_shared,
-                      [&](auto kernel, const auto& args, const cuda::Launch& how) {
-                        simt::launch(
-                            {how.blocks}, how.threads, how.shared, seed,
-                            [&] { decltype(kernel)::value(args); }, how.cluster);
-                        plan = describe(args.t, how);
-                      });
+  cuda::with_hadamard(p, arch, processors, most_shared, run_into(plan, seed));
   return plan;
 }
 
@@ -71,13 +75,7 @@ py::dict quantize_a4(const py::array& x, const py::array_t<float>& clip,
   p.had_k = had_k ? had_k->data() : nullptr, p.k = had_k ? had_k->shape(0) : 1;
   p.block_size = block_size;
   py::dict plan;
-  cuda::with_quantize(p, arch, processors, most_shared,
-                      [&](auto kernel, const auto& args, const cuda::Launch& how) {
-                        simt::launch(
-                            {how.blocks}, how.threads, how.shared, seed,
-                            [&] { decltype(kernel)::value(args); }, how.cluster);
-                        plan = describe(args.t, how);
-                      });
+  cuda::with_quantize(p, arch, processors, most_shared, run_into(plan, seed));
   return plan;
 }
 
