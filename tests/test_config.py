@@ -36,8 +36,8 @@ def test_yaml_and_dict_round_trip(recipe, tmp_path):
 def test_every_field_can_be_overridden():
     others = {
         "name": "x", "smooth": 0.5, "weight_bits": 4, "weight_method": "rtn", "group_size": -1,
-        "act_bits": 16, "act_clip": 0.8, "o_proj_act": "token", "kv_bits": 16, "kv_clip": 1.0,
-        "sink_tokens": 4, "head_bits": 16,
+        "act_bits": 16, "act_clip": 0.8, "act_group_size": 64, "o_proj_act": "token", "kv_bits": 16,
+        "kv_clip": 1.0, "sink_tokens": 4, "head_bits": 16,
         "embed_bits": 16, "gptq_damp": 0.1, "gptq_block": 64, "gptq_act_order": False, "gptq_refine": 0,
         "gptq_target": "quantized", "first_token": 0.5, "calib_samples": 3, "calib_seqlen": 8,
         "rotation.r1": "none", "rotation.r2": "random",

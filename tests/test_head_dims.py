@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import w2a4
 from w2a4.config import Recipe
+from w2a4.errors import RecipeError
 from w2a4.integrations.hf import act_group_size
 
 #: Size of a head and heads, so that o_proj has as many inputs as `auto` has groups of 128, 64 or 32 for.
@@ -77,3 +78,45 @@ def test_heads_that_share_a_scale(head_dim, in_features, group, want):
     assert (in_features if got == -1 else got) == want
     assert act_group_size(recipe, "down_proj", head_dim, in_features) == -1
     assert act_group_size(recipe.override(o_proj_act="token"), "o_proj", head_dim, in_features) == -1
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "head_dim", "want"),
+    [(64, "down_proj", 64, 64), (64, "o_proj", 128, 64), (256, "o_proj", 128, 128), (-1, "q_proj", 128, -1),
+     (512, "q_proj", 128, -1)],
+)  # fmt: skip
+def test_activations_of_a_linear_share_scales_in_groups(asked, name, head_dim, want):
+    recipe = Recipe(group_size=128, act_group_size=asked)
+    assert act_group_size(recipe, name, head_dim, 512) == want
+
+
+def test_a_group_of_activations_that_does_not_fit_is_refused_before_the_work():
+    with pytest.raises(RecipeError, match=r"act_group_size=96 .*in_features=512.*\[256, 128, 64, 32, -1\]"):
+        act_group_size(Recipe(group_size=128, act_group_size=96), "q_proj", 128, 512)
+    model = tiny(64, 2)
+    with pytest.raises(RecipeError, match="act_group_size=24"):
+        w2a4.quantize(model, None, Recipe(act_group_size=24), calibration(4, 16), progress=False)
+    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear, "nothing was touched"
+
+
+def test_grouped_activations_save_train_and_err_less(tmp_path):
+    """`act_group_size` in a checkpoint, in training and in the engine."""
+    ids, error = prompt(tokens=7), {}
+    for size in (-1, 32):
+        model = tiny(64, 2)
+        recipe = Recipe(name="grouped", weight_bits=4, act_group_size=size, calib_samples=4, calib_seqlen=16)
+        full = model(ids).logits.detach()
+        w2a4.quantize(model, None, recipe, calibration(4, 16), progress=False)
+        error[size] = float((model(ids).logits.detach() - full).norm() / full.norm())
+    assert error[32] < error[-1]
+    want = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, 7:]
+    assert torch.equal(w2a4.Engine(model).generate([ids[0]], 4)[0], want)
+    model.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.model.layers[0].mlp.down_proj.act_group_size == 32
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    trained = w2a4.prepare(tiny(64, 2), None, recipe, calibration(4, 16), progress=False)
+    trained(ids, labels=ids).loss.backward()
+    want = trained.eval()(ids).logits.detach()
+    got = w2a4.convert(trained)(ids).logits.detach()
+    assert float((got - want).abs().max()) < 1e-3 * float(want.abs().max())

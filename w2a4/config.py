@@ -216,8 +216,9 @@ class Recipe:
         act_bits: 4 (per token, dynamic, symmetric) or 16 (kept).
         act_clip: the scale is `act_clip * max|x| / 7`; `search` takes, for each linear, the clip of
             least squared error on the calibration text.
-        o_proj_act: `head` gives each attention head of o_proj's input its own scale, `token` one
-            for the whole token (R2 rotates inside a head only, so heads differ in size).
+        act_group_size: activations of a token that share one scale; -1 is the whole token.
+        o_proj_act: `head` gives each attention head of o_proj's input its own scale, `token` as many as
+            `act_group_size` says (R2 rotates inside a head only, so heads differ in size).
         kv_bits: 4 (asymmetric, a scale and a zero-point a token and head) or 16 (kept).
         kv_clip: the range is shrunk by this factor around its middle.
         sink_tokens: the first cache entries kept in 16 bits.
@@ -243,6 +244,7 @@ class Recipe:
     group_size: int | Literal["auto"] = "auto"
     act_bits: Literal[4, 16] = 4
     act_clip: float | Literal["search"] = "search"
+    act_group_size: int = -1
     o_proj_act: Literal["head", "token"] = "head"
     kv_bits: Literal[4, 16] = 4
     kv_clip: float = 0.95
@@ -263,6 +265,8 @@ class Recipe:
         _check_fields(self)
         if isinstance(self.group_size, int) and self.group_size != -1 and self.group_size < 4:
             raise RecipeError(f"group_size={self.group_size}: give -1, 'auto' or a number >= 4")
+        if self.act_group_size != -1 and self.act_group_size < 4:
+            raise RecipeError(f"act_group_size={self.act_group_size}: give -1 or a number >= 4")
         for key in ("act_clip", "kv_clip"):
             value = getattr(self, key)
             if value != "search" and not 0 < value <= 1:
@@ -380,6 +384,27 @@ def resolve_group_size(in_features: int, group_size: int | str) -> int:
             f"use one of {[*fits, -1]} (-1 is the whole row) or 'auto'"
         )
     return group_size
+
+
+def resolve_act_group_size(in_features: int, act_group_size: int, group_size: int) -> int:
+    """Activations that share a scale, -1 for all: a number must divide, and go with the weights' groups.
+
+    >>> resolve_act_group_size(576, 64, 64), resolve_act_group_size(576, -1, 64)
+    (64, -1)
+    """
+    if act_group_size in (-1, in_features):
+        return -1
+
+    def fits(size: int) -> bool:
+        return in_features % size == 0 and (group_size % size == 0 or size % group_size == 0)
+
+    if not fits(act_group_size):
+        raise RecipeError(
+            f"act_group_size={act_group_size} must divide in_features={in_features}, and divide or be a "
+            f"multiple of group_size={group_size}; use one of "
+            f"{[*filter(fits, (256, *AUTO_GROUP_SIZES)), -1]} (-1 is the whole token)"
+        )
+    return act_group_size
 
 
 def _keys(cls: type, prefix: str = "") -> list[str]:

@@ -46,8 +46,8 @@ from .smooth import smooth
 
 #: What learning depends on; the rest of a recipe may change between learning and quantising.
 RECIPE_FIELDS = (
-    "rotation", "rotation_learning", "weight_bits", "group_size", "act_bits", "act_clip", "o_proj_act",
-    "kv_bits", "kv_clip", "sink_tokens",
+    "rotation", "rotation_learning", "weight_bits", "group_size", "act_bits", "act_clip", "act_group_size",
+    "o_proj_act", "kv_bits", "kv_clip", "sink_tokens",
 )  # fmt: skip
 
 #: What it depends on besides if the model is smoothed first.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .calibrate import STAGES, LayerQuantizer, Streams, check_weight
-from .config import Recipe, RotationConfig, resolve_group_size
+from .config import Recipe, RotationConfig
 from .data import TextSource, calibration_ids
 from .devices import peak_memory_mb
 from .directories import atomic_directory, check_out_dir
@@ -23,6 +23,7 @@ from .integrations.generation import check_generation
 from .integrations.gguf_file import load_gguf
 from .integrations.hf import (
     W2A4Config,
+    act_group_size,
     check_language_model,
     check_original,
     decoder_linears,
@@ -227,8 +228,9 @@ def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
         )
     check_generation(model)
     if recipe.weight_bits < 16:
-        for linear in decoder_linears(model.model.layers[0]).values():
-            resolve_group_size(linear.in_features, recipe.group_size)
+        layer = model.model.layers[0]
+        for name, linear in decoder_linears(layer).items():
+            act_group_size(recipe, name, layer.self_attn.head_dim, linear.in_features)
 
 
 def _quantize_layers(

@@ -27,9 +27,9 @@ TEXTS = (
     "--help",
 )
 FIELDS = ("rotation.seed", "rotation.r1", "rotation.r4", "rotation.learned", "smooth", "weight_bits",
-          "rotation", "group_size", "weight_method", "act_bits", "act_clip", "o_proj_act", "kv_bits",
-          "kv_clip", "nothing", "sink_tokens", "gptq_damp", "gptq_block", "gptq_refine", "first_token",
-          "name", "", "training.lr", "a.b.c", "calib_samples", "calib_seqlen")  # fmt: skip
+          "rotation", "group_size", "weight_method", "act_bits", "act_clip", "act_group_size", "o_proj_act",
+          "kv_bits", "kv_clip", "nothing", "sink_tokens", "gptq_damp", "gptq_block", "gptq_refine",
+          "first_token", "name", "", "training.lr", "a.b.c", "calib_samples", "calib_seqlen")  # fmt: skip
 VALUES = (*NUMBERS, "null", "none", "auto", "search", "true", "2001-99-99", "2001-01-01", "{a: 1}", "[[[[",
           "&a [*a]",
           "!!python/object:os.system x", "a: b: c", "\"\\ud800\"", "hadamard", "random",

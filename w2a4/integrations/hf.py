@@ -23,7 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config import Recipe, resolve_group_size
+from ..config import Recipe, resolve_act_group_size, resolve_group_size
 from ..errors import CheckpointError, RotationError
 from ..layers import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
 from ..report import Report
@@ -184,13 +184,14 @@ def act_group_size(recipe: Recipe, name: str, head_dim: int, in_features: int) -
     Kernels need groups of weights and of activations of which one divides the other. Where a head (of 80, 96,
     100, …) is neither to the group of the weights, so many heads share a scale as make up whole groups.
     """
-    if name != "o_proj" or recipe.o_proj_act != "head":
-        return -1
     group = resolve_group_size(in_features, recipe.group_size)
+    asked = resolve_act_group_size(in_features, recipe.act_group_size, group)
+    if name != "o_proj" or recipe.o_proj_act != "head" or 0 < asked <= head_dim:
+        return asked
     if group % head_dim == 0 or head_dim % group == 0:
         return head_dim
     heads = math.lcm(group, head_dim)
-    return heads if in_features % heads == 0 else -1
+    return heads if in_features % heads == 0 else asked
 
 
 def decoder_linears(layer: nn.Module) -> dict[str, nn.Module]:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Positions whose probabilities exist at one time. Few: memory of 50 MB, had anew for each temporary,
-#: costs more than the arithmetic (three times, on a CPU with a vocabulary of 49,152).
-CHUNK = 32
+#: Positions whose probabilities exist at one time. On a CPU few: memory of 50 MB, had anew for each
+#: temporary, costs more than the arithmetic (three times, with a vocabulary of 49,152). On a GPU, where a
+#: launch costs as much as the arithmetic of dozens, many.
+CHUNK, CUDA_CHUNK = 32, 1024
 
 #: Least probability of all tokens that are not among the k most probable ones; below is rounding.
 LEAST_REST = 1e-6
@@ -73,9 +74,13 @@ def _confidence(target: tuple[Tensor, ...], keep: Tensor) -> Tensor:
     if len(target) == 3:
         tops = target[1][:, 0].float().exp()
     else:
-        parts = map(Tensor.float, target[0].split(CHUNK))
+        parts = map(Tensor.float, target[0].split(_chunk(keep)))
         tops = torch.cat([(part.amax(-1) - part.logsumexp(-1)).exp() for part in parts])
     return (tops * keep).sum() / keep.sum().clamp_min(1)
+
+
+def _chunk(like: Tensor) -> int:
+    return CUDA_CHUNK if like.is_cuda else CHUNK
 
 
 def _log_target(target: tuple[Tensor, ...], log_p: Tensor) -> Tensor:
@@ -102,11 +107,12 @@ class _Divergence(torch.autograd.Function):
         grad = torch.empty_like(student)
         count = keep.sum().clamp_min(1)
         total = student.new_zeros((), dtype=torch.float32)
+        size = _chunk(student)
         parts = zip(
-            student.split(CHUNK),
-            keep.split(CHUNK),
-            grad.split(CHUNK),
-            zip(*(t.split(CHUNK) for t in target), strict=True),
+            student.split(size),
+            keep.split(size),
+            grad.split(size),
+            zip(*(t.split(size) for t in target), strict=True),
             strict=True,
         )
         for logits, kept, out, known in parts:
