@@ -6,9 +6,11 @@ import errno
 import functools
 import json
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
+from capture_lint import CaptureLint
 from packed import SHAPE, calibration
 from safetensors.torch import save_file
 from tiny_llama import tiny_llama
@@ -16,7 +18,7 @@ from tiny_llama import tiny_llama
 import w2a4
 from w2a4.config import Training
 from w2a4.errors import CalibrationError, TrainingError
-from w2a4.training import generations, run, trainer
+from w2a4.training import generations, graphs, run, trainer
 from w2a4.training.block import BlockTrainer
 from w2a4.training.losses import distillation_loss
 from w2a4.training.optimizer import parameter_groups, rate
@@ -111,6 +113,71 @@ def test_accumulation_does_not_matter(tmp_path):
         losses.append([entry["loss"] for entry in short.state.log_history if "loss" in entry])
     assert len(losses[0]) == TRAINING.steps
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+class Emulated(graphs.GradientGraph):
+    """Computes anew at every replay, into the places of the first time, as a CUDA graph does."""
+
+    def _capture(self):
+        self.value = self._pass()
+        self.grads = [parameter.grad for parameter in self.parameters]
+        self.graph = SimpleNamespace(replay=self._replay)
+
+    def _replay(self):
+        held, before = self.grads, [parameter.grad for parameter in self.parameters]
+        self.value.copy_(self._pass())
+        for parameter, grad, kept in zip(self.parameters, held, before, strict=True):
+            if grad is not None:
+                grad.copy_(parameter.grad)
+            parameter.grad = kept
+
+
+@pytest.mark.parametrize("micro", [4, 1])
+def test_steps_that_are_replayed_are_the_same(micro, tmp_path, monkeypatch):
+    """Also where gradients of several replays are added up."""
+    monkeypatch.setattr(trainer, "GradientGraph", Emulated)
+    training, ran = dataclasses.replace(TRAINING, micro_batch=micro, steps=5), []
+    for replayed in (False, True):
+        each = make_trainer(tmp_path / str(replayed), training)
+        each._graphs = replayed
+        each.train()
+        assert (each._graph is not None) == replayed
+        losses = [entry["loss"] for entry in each.state.log_history if "loss" in entry]
+        ran.append((losses, [parameter.detach() for parameter in each.model.parameters()]))
+    assert ran[0][0] == ran[1][0]
+    assert all(map(torch.equal, ran[0][1], ran[1][1]))
+
+
+def test_a_step_that_cannot_be_captured_is_run(tmp_path, monkeypatch):
+    def refuse(graph):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs.GradientGraph, "_capture", refuse)
+    short = make_trainer(tmp_path, dataclasses.replace(TRAINING, steps=2))
+    short._graphs = True
+    with pytest.warns(UserWarning, match="without a CUDA graph, and slower: operation not permitted when"):
+        short.train()
+    assert short.state.global_step == 2 and not short._graphs
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_step_can_be_captured(bits, tmp_path):
+    """Nothing in it waits for the GPU, or copies to it; see `capture_lint`."""
+    recipe = w2a4.Recipe.load("w2a4kv4").override(weight_bits=bits, **{"training.init": "lloyd"})
+    args = training_arguments(TRAINING, tmp_path, 1, 0, False, torch.device("cpu"))
+    student = prepare(llama(), None, recipe, calibration(), progress=False)
+    short = QATTrainer(student, llama().eval(), TRAINING, args, train_dataset=Windows(stream(), 24, 8))
+    ids = stream(48).view(-1, 24)
+
+    def step():
+        short._causal_loss(short.model, ids).backward()
+
+    short.model.train()
+    step()
+    with CaptureLint() as lint:
+        step()
+    (only_here,) = lint.found
+    assert "losses.py" in only_here, "on a CPU it is asked whether the loss was scaled"
 
 
 def test_groups_have_their_own_rates():

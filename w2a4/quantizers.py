@@ -70,9 +70,8 @@ def fake_quant_kv4(x: Tensor, clip: Tensor | float) -> Tensor:
     """
     rows = _for_kernels(x)
     if ops.has_training_kernels(rows):
-        clip = (
-            clip if isinstance(clip, Tensor) else torch.tensor([clip], dtype=torch.float32, device=x.device)
-        )
+        if not isinstance(clip, Tensor):  # filled on the device: a copy to it would have to be waited for
+            clip = torch.full((1,), clip, dtype=torch.float32, device=x.device)
         return _FakeQuantRows.apply(rows, clip, True).to(x.dtype)
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     middle, half = (low + high) * 0.5, (high - low) * 0.5 * clip

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ..config import Training
 from ..errors import CalibrationError, TrainingError
 from ..files import write_json
 from ..layers import W8Embedding
+from .graphs import GradientGraph, causal_logits
 from .linear import fake_quant_linears
 from .losses import distillation_loss
 from .optimizer import parameter_groups, rate
@@ -129,6 +131,15 @@ class QATTrainer(Trainer):
         self.teacher = teacher.to(self.args.device) if isinstance(teacher, nn.Module) else teacher
         self.started, self.spent, self._minutes = time.monotonic(), 0.0, 0.0
         self.first_loss: float | None = None
+        #: Of the last step, if it was not looked at yet, for which a GPU would have to be waited for.
+        self._unseen: Tensor | None = None
+        self._graph: GradientGraph | None = None
+        self._graphs = (
+            self.args.device.type == "cuda"
+            and self.args.world_size == 1
+            and isinstance(teacher, nn.Module)  # another one reads files
+            and not training.gradient_checkpointing  # it asks a generator for its state
+        )
         self.add_callback(_Clock(self))
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
@@ -178,20 +189,59 @@ class QATTrainer(Trainer):
         output = model(input_ids=ids, use_cache=False)
         return distillation_loss(output.logits, target, kind=self.training.loss), output
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def _causal_loss(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """As `_loss`, with a teacher in memory, for a graph."""
+        with torch.no_grad():
+            target = causal_logits(self.teacher, ids)
+        return distillation_loss(causal_logits(model, ids), target, kind=self.training.loss)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        graph = self._captured(model, inputs) if self._graphs else None
+        if graph is None:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        else:
+            loss = graph.run(self._prepare_inputs(inputs)["input_ids"])
         # Rates and the end follow the clock, which must be the same in all processes.
+        if self.args.world_size == 1 and loss.is_cuda:
+            self._minutes, before, self._unseen = self._clock(), self._unseen, loss.detach()
+            if before is not None:
+                self._check(float(before), self.state.global_step)
+            return loss
         here = loss.new_tensor([[loss.detach(), self._clock()]], dtype=torch.float64)
         value, self._minutes = self.accelerator.gather(here).mean(0).tolist()
-        if self.first_loss is None and math.isfinite(value):
-            self.first_loss = value
-        if not math.isfinite(value) or value > EXPLODED * (self.first_loss or math.inf):
+        self._check(value, self.state.global_step + 1)
+        return loss
+
+    def _captured(self, model: nn.Module, inputs: dict[str, Tensor]) -> GradientGraph | None:
+        """A step's passes as a CUDA graph; None if they cannot be captured."""
+        if self._graph is None:
+            parts = self.args.gradient_accumulation_steps
+
+            def loss(ids: Tensor) -> Tensor:
+                with self.accelerator.autocast():
+                    return self._causal_loss(model, ids) / parts
+
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            model.train()
+            ids = self._prepare_inputs(inputs)["input_ids"]
+            try:
+                self._graph = GradientGraph(loss, trained, ids, accumulate=parts > 1)
+            except RuntimeError as error:
+                self._graphs = False
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"training goes without a CUDA graph, and slower: {reason}", stacklevel=2)
+        return self._graph
+
+    def _check(self, loss: float, step: int) -> None:
+        """Raise TrainingError if a step's loss is not finite, or many times the first."""
+        if self.first_loss is None and math.isfinite(loss):
+            self.first_loss = loss
+        if not math.isfinite(loss) or loss > EXPLODED * (self.first_loss or math.inf):
             raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is {value:.4g}{self._culprit()}; lower "
+                f"step {step}: the loss is {loss:.4g}{self._culprit()}; lower "
                 f"training.lr (now {self.training.lr:g}) or training.quantizer_lr (now "
                 f"{self.training.quantizer_lr:g}); checkpoints saved before stay in {self.args.output_dir!r}"
             )
-        return loss
 
     def _culprit(self) -> str:
         return agree(self._not_finite()) or ""
@@ -254,6 +304,9 @@ class QATTrainer(Trainer):
         self._write(functools.partial(self._save, output_dir, self.trained_state()))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._unseen is not None:
+            before, self._unseen = self._unseen, None
+            self._check(float(before), self.state.global_step)
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             self._write(functools.partial(super()._save_checkpoint, model, trial))
@@ -373,7 +426,8 @@ def training_arguments(
         output_dir=str(out), max_steps=training.steps, per_device_train_batch_size=micro,
         gradient_accumulation_steps=share // micro, max_grad_norm=training.max_grad_norm,
         bf16=on_gpu,
-        use_cpu=not on_gpu, logging_steps=1, save_steps=max(1, training.steps // 10),
+        # A loss that is logged is waited for.
+        use_cpu=not on_gpu, logging_steps=10 if on_gpu else 1, save_steps=max(1, training.steps // 10),
         save_total_limit=2, seed=seed % 2**32, report_to=[], disable_tqdm=not progress,
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
