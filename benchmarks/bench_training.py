@@ -3,8 +3,8 @@
     python -m benchmarks.bench_training [--layers 6] [--tokens 1024] [--repeats 7] [--device cuda]
         [--json FILE]
 
-A LLaMA with SmolLM2-135M's widths and random weights, on a GPU under bfloat16's autocast as Trainer has it;
-loss is cross-entropy, so that no teacher counts.
+A LLaMA with SmolLM2-135M's widths and random weights, on a GPU under bfloat16's autocast as Trainer has it,
+there also as the CUDA graph that `w2a4 train` makes of it; loss is cross-entropy, so that no teacher counts.
 Embedding, norms and head are frozen in both.
 Steps of both kinds take turns in one process; peak memory is that of a process of its own for each. Before
 the clock starts, the fake-quantised model's logits must be those of the packed model it becomes.
@@ -18,11 +18,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -32,6 +34,7 @@ import w2a4
 from benchmarks.files import write_json
 from benchmarks.harness import metadata, warn_if_busy
 from w2a4.devices import peak_memory_mb, pick_device
+from w2a4.training.graphs import GradientGraph, causal_logits
 from w2a4.training.optimizer import parameter_groups
 from w2a4.training.prepare import convert, prepare
 
@@ -41,6 +44,7 @@ RECIPE = w2a4.Recipe.load("w2a4kv4-rcp-quick").override(
 )
 
 KINDS = ("plain", "quantised", "quantised, checkpointing")
+GRAPH = "quantised, graph"
 
 
 def build(kind: str, layers: int) -> nn.Module:
@@ -67,17 +71,29 @@ def stepper(kind: str, layers: int, ids: Tensor) -> Callable[[], None]:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = parameter_groups(model, RECIPE.training) if kind != "plain" else trained
     optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=True)
+    graph = (
+        GradientGraph(partial(_causal_loss, model), trained, ids, accumulate=False) if kind == GRAPH else None
+    )
 
     def step() -> None:
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
+        if graph is not None:
+            graph.run(ids)
+        else:
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if ids.is_cuda:
             torch.cuda.synchronize(ids.device)
 
     return step
+
+
+def _causal_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        logits = causal_logits(model, ids)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def memory(kind: str, layers: int, ids: Tensor) -> float:
@@ -110,7 +126,7 @@ def measured(layers: int, ids: Tensor, repeats: int) -> list[dict[str, Any]]:
     """
     if not is_right(min(layers, 2), ids[:1, :64]):
         raise click.ClickException("the fake-quantised model is not the packed one; nothing was timed")
-    steps = {kind: stepper(kind, layers, ids) for kind in KINDS}
+    steps = {kind: stepper(kind, layers, ids) for kind in (*KINDS, *[GRAPH] * ids.is_cuda)}
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in tqdm(range(repeats + 1), unit="round", disable=not sys.stderr.isatty()):
         for kind, step in steps.items():

@@ -3,14 +3,18 @@
 All need a GPU; `python -m benchmarks.gpu_run run` runs them.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from packed import calibration
-from test_training import Letters, Writer, llama, small_recipe, stream
+from test_training import TRAINING, Letters, Writer, llama, small_recipe, stream
 from watch import LONG, SLOW
 
 import w2a4
 from w2a4.training import generations, run
+from w2a4.training.prepare import prepare
+from w2a4.training.trainer import QATTrainer, Windows, training_arguments
 
 pytestmark = pytest.mark.gpu
 
@@ -67,6 +71,23 @@ def test_training(route, tmp_path):
     ]
     assert models[1].device.type == ("cpu" if route == "block" else "cuda")
     assert_as_good(models[1], models[0], alike=0.96)
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+def test_steps_as_graphs_are_the_same(micro, tmp_path):
+    """Losses of a captured run are those of one that launches every kernel; so far as atomic sums agree."""
+    training, losses = dataclasses.replace(TRAINING, micro_batch=micro, steps=20), []
+    for captured in (False, True):
+        student = prepare(llama(), None, "w2a4kv4", calibration(), progress=False).to(CUDA)
+        args = training_arguments(training, tmp_path / str(captured), 1, 0, False, CUDA)
+        teacher = llama().eval().to(CUDA, torch.bfloat16)
+        made = QATTrainer(student, teacher, training, args, train_dataset=Windows(stream(), 24, 80))
+        made._graphs = captured
+        made.train()
+        assert (made._graph is not None) == captured
+        losses.append([entry["loss"] for entry in made.state.log_history if "loss" in entry])
+    assert len(losses[0]) == len(losses[1]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_the_teacher_writes(tmp_path, monkeypatch):

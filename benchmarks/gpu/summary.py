@@ -159,7 +159,7 @@ def trained(lines: list[Line]) -> str:
             rate = line["tokens"] / line["seconds"]
             parts.append(f"{line['steps']} steps, {line['tokens']} tokens, {rate:,.0f} a second")
         if line.get("op") == "writes":
-            parts.append(f"{line['prompt']}{line['text']}")
+            parts.append(f"{line['state']}: {line['prompt']}{line['text']}")
     return "\n\n".join([*parts, listed("Not done", missing(lines, []))])
 
 

@@ -7,6 +7,7 @@ What training changed is written down every few minutes, in files that may come 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import tempfile
 import time
@@ -23,6 +24,7 @@ import w2a4
 from benchmarks.files import append_line
 from benchmarks.gpu import small
 from w2a4 import data
+from w2a4.devices import peak_memory_mb
 from w2a4.evaluate import generation_speed, perplexity
 from w2a4.training.generations import write_generations
 from w2a4.training.prepare import convert, prepare
@@ -31,7 +33,7 @@ from w2a4.training.trainer import QATTrainer, Windows, training_arguments
 #: Files of a carried folder.
 TOKENS, HELD_OUT = "tokens.safetensors", "held_out.json"
 #: Seconds kept for what comes after the last step, and between two small checkpoints.
-AFTER, EVERY = 70, 90
+AFTER, EVERY = 30, 90
 PROMPT = "The three most important things to know about rivers are"
 
 
@@ -102,7 +104,14 @@ def train(
     model.to(device)
     tokens = load_file(carry / TOKENS)["tokens"].long()
     judge = partial(_judge, tokenizer, held_out, emit, seqlen, 2 if device == "cpu" else 16)
+
+    def writes(state: str) -> None:
+        written = generation_speed(model, tokenizer, PROMPT, 48)
+        speed = written["tokens_per_second"]
+        emit(op="writes", state=state, prompt=PROMPT, text=written["text"], tokens_per_second=speed)
+
     judge(model, "full precision")
+    writes("full precision")
     recipe = w2a4.Recipe.load("w2a4kv4-rcp").override(
         **{"training.micro_batch": -1, "training.gradient_checkpointing": False, "training.steps": 1_000_000}
         | settings
@@ -130,12 +139,14 @@ def train(
     begun = time.monotonic()
     trainer.train()
     step, spent = trainer.state.global_step, time.monotonic() - begun
-    emit(op="trained", steps=step, tokens=step * training.batch_size * training.seqlen, seconds=spent)
+    emit(op="trained", steps=step, tokens=step * training.batch_size * training.seqlen, seconds=spent,
+         graph=trainer._graph is not None, peak_mb=peak_memory_mb(torch.device(device)))  # fmt: skip
     small.write(model, recipe, step, out)
+    for path in sorted(out.glob(small.NAME.format("*"))):
+        emit(op="file", name=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     convert(model)
     judge(model, "trained")
-    written = generation_speed(model, tokenizer, PROMPT, 48)
-    emit(op="writes", prompt=PROMPT, text=written["text"], tokens_per_second=written["tokens_per_second"])
+    writes("trained")
 
 
 def _judge(
