@@ -49,7 +49,7 @@ class Measured:
         token_us: a step of decoding, of the whole batch.
         first_ms: until the first token of a prompt of the context; None if it was not read.
         generate_us: a step of transformers' `generate`; None if it was not run.
-        peak_bytes: of memory, the model included; None on a CPU.
+        peak_bytes: of memory, the model included, and what was there before it not; None on a CPU.
     """
 
     token_us: float
@@ -147,8 +147,16 @@ def generate_us(model: Any, ids: list[torch.Tensor], count: int, device: str) ->
     return 1e6 * (seconds(lambda: run(max_new_tokens=1 + count), device) - one) / count
 
 
-def measure(model: Any, contexts: list[int], batch: int, count: int, device: str, generate: bool):
-    """`Measured` of each context."""
+def held_bytes(device: str) -> int:
+    """Of GPU memory that tensors take."""
+    gc.collect()
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
+
+
+def measure(
+    model: Any, contexts: list[int], batch: int, count: int, device: str, generate: bool, before: int
+):
+    """`Measured` of each context; `before` are the bytes that were held without the model."""
     found = []
     for context in tqdm(contexts, unit="context", disable=not sys.stderr.isatty()):
         # A cache no longer than it must be: transformers' attention goes through all of a static one.
@@ -161,7 +169,7 @@ def measure(model: Any, contexts: list[int], batch: int, count: int, device: str
             runs = [seconds(functools.partial(engine.generate, ids, 1), device) for _ in range(4)]
             first = 1e3 * statistics.median(runs[1:])
         us = step_us(engine, ids, context, count, device)
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+        peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
         del engine
         if generate and context <= LONGEST_PROMPT:
             per_token = generate_us(model, ids, count, device)
@@ -193,10 +201,11 @@ def rows_of(name: str, shape: Any, options: dict[str, Any], copy_gbps: float) ->
     device, contexts, batch, count = (options[key] for key in ("device", "contexts", "batch", "tokens"))
     dtype = torch.float16 if device == "cuda" else torch.float32
     positions = max(contexts) + ROOM
+    before = held_bytes(device)
     model = packed_llama(shape, positions, device, dtype)
     right = is_right(model, device)
     moved = [moved_bytes(model, context, batch) for context in contexts]
-    ours = measure(model, contexts, batch, count, device, generate=False)
+    ours = measure(model, contexts, batch, count, device, False, before)
     del model
     gc.collect()
     rows = [
@@ -207,8 +216,9 @@ def rows_of(name: str, shape: Any, options: dict[str, Any], copy_gbps: float) ->
     for row, a in zip(rows, ours, strict=True):
         row.us, row.first_ms, row.peak_bytes = a.token_us, a.first_ms, a.peak_bytes
     yield rows
+    before = held_bytes(device)
     model = float_llama(shape, positions, device, dtype)
-    theirs = measure(model, contexts, batch, count, device, generate=True)
+    theirs = measure(model, contexts, batch, count, device, True, before)
     del model
     gc.collect()
     for row, b in zip(rows, theirs, strict=True):
