@@ -189,8 +189,9 @@ def pasted(kernel) -> str:
     return found["source"]
 
 
-KERNELS = [value for module in (attention, distill, fake_quant, gemm, ldp)
-           for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "arg_names")]  # fmt: skip
+MODULES = attention, distill, fake_quant, gemm, ldp
+KERNELS = [value for module in MODULES for name, value in vars(module).items()
+           if name.endswith("_kernel") and hasattr(value, "arg_names")]  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)

@@ -74,8 +74,7 @@ def divergence_rows_kernel(
         t_sum = t_sum * t_factor + tl.sum(q, axis=1)
         s_gap = _times(s_factor, s_gap) + tl.sum(_times(p, gap), axis=1)
         t_gap = _times(t_factor, t_gap) - tl.sum(_times(q, gap), axis=1)
-    # NaN where the largest is infinite.
-    s_log, t_log = tl.log(s_sum) + (s_largest - s_largest), tl.log(t_sum) + (t_largest - t_largest)
+    s_log, t_log = tl.log(s_sum), tl.log(t_sum)
     # The mean gap first loses what is common to all tokens, which may be large and would be rounded with it.
     reverse = (tl.div_rn(s_gap, s_sum) - (s_largest - t_largest)) - (s_log - t_log)
     forward = (tl.div_rn(t_gap, t_sum) - (t_largest - s_largest)) - (t_log - s_log)

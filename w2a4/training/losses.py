@@ -155,7 +155,8 @@ class _FusedDivergence(torch.autograd.Function):
         # A largest logit is that much below the log of the sum.
         tops = (-known[:, 3]).exp()
         b = (tops * keep).sum() / count if cakld else known.new_zeros(())
-        reverse, forward = (torch.where(f == 0, 0.0, f * known[:, i]) for f, i in ((b, 4), (1 - b, 5)))
+        # What has the factor 0 is none, even if it is infinite.
+        reverse, forward = ((f * known[:, i]).masked_fill(f == 0, 0) for f, i in ((b, 4), (1 - b, 5)))
         # Autograd lets go of what it saves once it was used, but takes nothing from inference mode.
         ctx.teacher = teacher if teacher.is_inference() else None
         ctx.save_for_backward(
