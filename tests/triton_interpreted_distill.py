@@ -150,6 +150,13 @@ def test_tokens_that_one_has_masked():
     assert with_gradient(masked, teacher, None, "kl")[0] == INF
 
 
+def test_strided_arguments():
+    student, teacher, mask = logits(131, 6).T, logits(131, 6).T, torch.rand(12)[::2] < 0.5
+    want = with_gradient(student.contiguous(), teacher.contiguous(), mask.contiguous())
+    for got, expected in zip(with_gradient(student, teacher, mask), want, strict=True):
+        assert_close(got, expected)
+
+
 def test_a_teacher_from_inference_mode():
     student, teacher = logits(3, 131), logits(3, 131)
     with torch.inference_mode():

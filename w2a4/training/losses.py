@@ -57,7 +57,8 @@ def distillation_loss(
     Returns:
         float32 scalar, differentiable in student. Nothing of the size of the logits is made but the
         gradient: with the value, a few positions at a time; or, where Triton's kernels take the logits, in
-        backward. Those tell logits of -inf apart, see `kernels/w2a4_triton/distill.py`; else they give NaN.
+        backward. With those a logit of -inf is a token of no probability, and positions that do not count
+        are not read, see `kernels/w2a4_triton/distill.py`; without them either may turn all into NaN.
 
     Source: BitDistiller (arXiv 2402.10631), RCP (arXiv 2502.15779).
     """
@@ -69,7 +70,8 @@ def distillation_loss(
     keep = torch.ones(len(student), dtype=torch.bool, device=student.device)
     keep = keep if mask is None else mask.flatten()
     if len(target) == 1 and _has_kernels(student, target[0]):
-        return _FusedDivergence.apply(student.contiguous(), target[0].contiguous(), keep, kind == "cakld")
+        tensors = (each.contiguous() for each in (student, target[0], keep))
+        return _FusedDivergence.apply(*tensors, kind == "cakld")
     confidence = _confidence(target, keep) if kind == "cakld" else student.new_zeros((), dtype=torch.float32)
     return _Divergence.apply(student, keep, confidence, *target)
 
@@ -158,10 +160,8 @@ class _FusedDivergence(torch.autograd.Function):
         # What has the factor 0 is none, even if it is infinite.
         reverse, forward = ((f * known[:, i]).masked_fill(f == 0, 0) for f, i in ((b, 4), (1 - b, 5)))
         # Autograd lets go of what it saves once it was used, but takes nothing from inference mode.
-        ctx.teacher = teacher if teacher.is_inference() else None
-        ctx.save_for_backward(
-            student, None if teacher.is_inference() else teacher, known, keep.float() / count, b
-        )
+        ctx.teacher, saved = (teacher, None) if teacher.is_inference() else (None, teacher)
+        ctx.save_for_backward(student, saved, known, keep.float() / count, b)
         return (reverse + forward).sum() / count
 
     @staticmethod
