@@ -21,6 +21,7 @@ from benchmarks.bench_quantize import OPS as QUANTIZERS
 from w2a4 import dispatch, ops, quantizers, reference
 from w2a4.packing import packed_width
 from w2a4.rotation.hadamard import had_k_matrix
+from w2a4.training import losses
 
 HALF, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -197,17 +198,37 @@ def training(name: str, rows: int, size: int, dtype: torch.dtype, device: str) -
         return [result.detach(), *(leaf.grad for leaf in leaves)]
 
     def check(got: list[Tensor]) -> bool:
-        before, dispatch.backend = dispatch.backend, "reference"
-        try:
-            want = call()
-        finally:
-            dispatch.backend = before
+        want = in_pytorch(call)
         total = float(grad.double().abs().sum())
         return torch.equal(got[0], want[0]) and all(
             norms_agree(ours, theirs, total) for ours, theirs in zip(got[1:], want[1:], strict=True)
         )
 
     return call, check
+
+
+def distillation_loss(rows: int, vocabulary: int, dtype: torch.dtype, device: str) -> Prepared:
+    """The loss and its gradient, against the same in PyTorch on that device."""
+    student, teacher = (3 * torch.randn(2, rows, vocabulary, device=device)).to(dtype)
+
+    def call() -> list[Tensor]:
+        leaf = student.detach().clone().requires_grad_()
+        loss = losses.distillation_loss(leaf, teacher)
+        return [loss.detach(), *torch.autograd.grad(loss, leaf)]
+
+    def check(got: list[Tensor]) -> bool:
+        want = in_pytorch(call)
+        return all(norms_agree(*pair, float(want[0])) for pair in zip(got, want, strict=True))
+
+    return call, check
+
+
+def in_pytorch(call: Callable[[], list[Tensor]]) -> list[Tensor]:
+    before, dispatch.backend = dispatch.backend, "reference"
+    try:
+        return call()
+    finally:
+        dispatch.backend = before
 
 
 def ldp(*tensors: Tensor, group: int) -> Tensor:
@@ -263,6 +284,12 @@ def plan(device: str, small: bool) -> list[Case]:
         size = 128 if name == "fake_quant_kv4" else sizes.hidden
         cases.append(case(name, f"{64}x{size}", 64, train, "triton" if device == "cuda" else "cuda",
                           partial(training, name, 64, size, train)))  # fmt: skip
+    vocabulary = sizes.head[0]
+    kernel, build = (
+        "triton" if device == "cuda" else "cuda",
+        partial(distillation_loss, 64, vocabulary, train),
+    )
+    cases.append(case("distillation_loss", f"64x{vocabulary}", 64, train, kernel, build))
     found: dict[str, Case] = {}
     for each in cases:
         on_cpu = device == "cpu" and each.kernel != "triton"

@@ -7,6 +7,7 @@ that try every one are marked slow.
 import gemm_oracle
 import pytest
 import torch
+from distillation import assert_as_defined, with_gradient
 from numerics import UNIT, assert_close
 from test_gpu import cuda, linear
 from test_ops import linear_inputs
@@ -15,6 +16,7 @@ from watch import LONG, SLOW
 
 from w2a4 import dispatch, ops, quantizers
 from w2a4.errors import BackendError
+from w2a4.training import losses
 
 pytestmark = pytest.mark.gpu
 
@@ -212,3 +214,56 @@ def test_quantizers_are_those_of_pytorch(name, dtype, monkeypatch):
     for ours, theirs in zip(got[1:], want[1:], strict=True):
         size = 4 * total * float(x.abs().max())
         assert_close(ours, theirs, atol=4 * UNIT * size, rtol=torch.finfo(theirs.dtype).eps)
+
+
+# the distillation loss
+
+
+@pytest.mark.parametrize("kind", ["cakld", "kl"])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=SLOW), torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [131, 49152])
+def test_distillation_loss_is_as_defined(vocabulary, dtype, kind):
+    student, teacher = (3 * torch.randn(2, 256, vocabulary, device="cuda")).to(dtype)
+    teacher[:9, 7], student[:5, 7] = 50, 50
+    assert dispatch.has_triton_training(student.device, dtype)
+    assert_as_defined(student, teacher, None, kind)
+    assert_as_defined(student, teacher, torch.rand(256, device="cuda") < 0.7, kind)
+
+
+def test_distillation_loss_makes_its_gradient_and_nothing_else_of_that_size():
+    student, teacher = (3 * torch.randn(2, 256, 49152, device="cuda")).bfloat16()
+    student.requires_grad_()
+    for _ in range(2):  # compiled the first time
+        student.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        losses.distillation_loss(student, teacher).backward()
+        more = torch.cuda.max_memory_allocated() - before
+    assert more < 1.1 * student.nbytes
+
+
+def test_distillation_loss_in_a_cuda_graph():
+    student, teacher = (3 * torch.randn(2, 64, 5000, device="cuda")).bfloat16()
+    mask = torch.rand(64, device="cuda") < 0.7
+    want = with_gradient(student, teacher, mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = with_gradient(student, teacher, mask)
+    for tensor in got:
+        tensor.zero_()
+    graph.replay()
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_distillation_loss_of_more_elements_than_32_bits_count():
+    rows, vocabulary = 2**31 // 49152 + 2, 49152
+    few = (3 * torch.randn(2, 2, vocabulary, device="cuda")).bfloat16()
+    student, teacher = few.new_zeros(rows, vocabulary), few.new_zeros(rows, vocabulary)
+    student[-2:], teacher[-2:] = few
+    mask = torch.arange(rows, device="cuda") >= rows - 2
+    loss, grad = with_gradient(student, teacher, mask)
+    want, expected = with_gradient(*few)
+    assert_close(loss, want)
+    assert_close(grad[-2:], expected)
+    assert not grad[:-2].any()

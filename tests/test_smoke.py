@@ -89,7 +89,8 @@ def test_cases_on_a_gpu_are_every_op_and_kernel():
     kernels = {(case.op, case.kernel) for case in cases}
     compiled = ("linear_w8", "quantize_a4", "rmsnorm_a4", "hadamard", "hadamard_a4", "silu_mul_hadamard_a4",
                 "rope_append_kv4", "append_kv4", "quantize_kv4", "attention_kv4")  # fmt: skip
-    triton = ("linear_w2a4", "linear_w4a4", "attention_kv4", "fake_quant_a4", "fake_quant_kv4", "ldp")
+    triton = ("linear_w2a4", "linear_w4a4", "attention_kv4", "fake_quant_a4", "fake_quant_kv4", "ldp",
+              "distillation_loss")  # fmt: skip
     gemv = {("linear_w2a4", "gemv_bmma"), ("linear_w2a4", "gemv_imma"), ("linear_w4a4", "gemv_imma")}
     assert kernels == {(op, "cuda") for op in compiled} | {(op, "triton") for op in triton} | gemv
     # What w2a4._cuda registers, according to its source.

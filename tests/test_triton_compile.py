@@ -18,7 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from w2a4.triton_kernels import attention, fake_quant, gemm, gemm_int8, language, ldp
+from w2a4.triton_kernels import attention, distill, fake_quant, gemm, gemm_int8, language, ldp
 from w2a4.triton_kernels.tiles import INT8_TILES, TILES
 
 from benchmarks import triton_loops
@@ -111,6 +111,29 @@ def test_fake_quant_machine_code(kernel, size, constants, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", [distill.divergence_rows_kernel, distill.divergence_grad_kernel])
+@pytest.mark.parametrize(
+    "vocabulary,dtypes", [(49152, "bf16 bf16"), (128256, "fp32 bf16"), (131, "fp16 bf16")]
+)
+def test_distillation_machine_code(kernel, vocabulary, dtypes, arch):
+    student, teacher = (f"*{dtype}" for dtype in dtypes.split())
+    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    types = dict.fromkeys(pointers, "*fp32") | {"rows": "i32", "keep_ptr": "*u8"}
+    types |= dict(student_ptr=student, teacher_ptr=teacher, grad_ptr=student)
+    chunk = min(triton.next_power_of_2(vocabulary), 4096)
+    constants = dict(SIZE=vocabulary, CHUNK=chunk, ROWS=4096 // chunk)
+    types = {name: type for name, type in types.items() if name in kernel.arg_names}
+    code = triton_loops.compile_case(triton_loops.Case("", kernel, types, constants, distill.WARPS, 3), arch)
+    assert code.stack == 0 and not {"LDL", "STL"} & code.opcodes
+    assert not re.search(r"(div|rcp)\.(full|approx)", code.ptx)
+    if vocabulary % 16 == 0:
+        # Three blocks a multiprocessor: one's loads run while another one's reductions wait.
+        assert code.registers <= 80
+        wide = [i.opcode for i in code.body if i.opcode.startswith(("LDG.E.128", "STG.E.128"))]
+        assert len(wide) >= 4
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("head_dim,kind", triton_loops.ATTENTION)
 def test_attention_machine_code(arch, head_dim, kind):
     case = triton_loops.attention_case(head_dim, kind, arch)
@@ -166,7 +189,8 @@ def pasted(kernel) -> str:
     return found["source"]
 
 
-KERNELS = [value for module in (attention, fake_quant, gemm, ldp) for name, value in vars(module).items()
+MODULES = attention, distill, fake_quant, gemm, ldp
+KERNELS = [value for module in MODULES for name, value in vars(module).items()
            if name.endswith("_kernel") and hasattr(value, "arg_names")]  # fmt: skip
 
 
@@ -201,6 +225,16 @@ def test_attention_traces_into_one_graph_that_writes_its_result_only(a_target, d
 
     args = torch.zeros(1, 4, 70, 32).half(), codes, params, codes.clone(), params.clone()
     assert_traces(call, args, dynamic, (1, 70, 4, 32), 2)
+
+
+def test_distillation_traces_into_one_graph_that_writes_its_result_only(a_target):
+    rows, grad = torch.ops.w2a4.divergence_rows, torch.ops.w2a4.divergence_grad
+    logits, keep = torch.zeros(3, 131).half(), torch.ones(3, dtype=torch.bool)
+
+    def call(student, teacher, keep, b):
+        return grad(student, teacher, rows(student, teacher, keep), keep.float(), b) + 1
+
+    assert_traces(call, (logits, logits.clone(), keep, torch.tensor(0.5)), False, (3, 131), 2)
 
 
 def assert_traces(function, args, dynamic, shape, kernels):

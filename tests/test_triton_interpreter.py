@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
     ("triton_interpreted.py", "not (fake_quant or ldp or row)"),
     ("triton_interpreted.py", "fake_quant or ldp or row"),
     ("triton_interpreted_attention.py", ""),
+    ("triton_interpreted_distill.py", ""),
 ])  # fmt: skip
 def test_interpreted(file, what):
     triton = pytest.importorskip("triton", reason="needs triton")

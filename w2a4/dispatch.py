@@ -140,7 +140,7 @@ def attention_kernel(
 
 
 def has_triton_training(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether fake quantisation of such tensors runs on Triton; on CPUs in the interpreter, if forced.
+    """Whether training's own ops on such tensors run on Triton; on CPUs in the interpreter, if forced.
 
     Raises:
         BackendError: W2A4_BACKEND=triton where Triton does not run.
@@ -202,7 +202,7 @@ def _import_triton_kernels() -> Any:
         spec = importlib.util.spec_from_file_location(name, beside)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
-    kernels = ("attention", "fake_quant", "gemm", "language", "ldp")
+    kernels = ("attention", "distill", "fake_quant", "gemm", "language", "ldp")
     return {kernel: importlib.import_module(f"{name}.{kernel}") for kernel in kernels}["language"]
 
 

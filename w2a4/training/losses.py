@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import dispatch
+
 #: Positions whose probabilities exist at one time. On a CPU few: memory of 50 MB, had anew for each
 #: temporary, costs more than the arithmetic (three times, with a vocabulary of 49,152). On a GPU, where a
 #: launch costs as much as the arithmetic of dozens, many.
@@ -53,8 +55,10 @@ def distillation_loss(
         mask: bool `[...]`, True where a position counts; None is everywhere.
 
     Returns:
-        float32 scalar, differentiable in student. The gradient is computed with the value, a few
-        positions at a time, so that nothing of the size of the logits is kept but itself.
+        float32 scalar, differentiable in student. Nothing of the size of the logits is made but the
+        gradient: with the value, a few positions at a time; or, where Triton's kernels take the logits, in
+        backward. With those a logit of -inf is a token of no probability, and positions that do not count
+        are not read, see `kernels/w2a4_triton/distill.py`; without them either may turn all into NaN.
 
     Source: BitDistiller (arXiv 2402.10631), RCP (arXiv 2502.15779).
     """
@@ -65,8 +69,15 @@ def distillation_loss(
         target = (teacher.detach().flatten(0, -2),)
     keep = torch.ones(len(student), dtype=torch.bool, device=student.device)
     keep = keep if mask is None else mask.flatten()
+    if len(target) == 1 and _has_kernels(student, target[0]):
+        tensors = (each.contiguous() for each in (student, target[0], keep))
+        return _FusedDivergence.apply(*tensors, kind == "cakld")
     confidence = _confidence(target, keep) if kind == "cakld" else student.new_zeros((), dtype=torch.float32)
     return _Divergence.apply(student, keep, confidence, *target)
+
+
+def _has_kernels(*logits: Tensor) -> bool:
+    return all(dispatch.has_triton_training(each.device, each.dtype) for each in logits)
 
 
 def _confidence(target: tuple[Tensor, ...], keep: Tensor) -> Tensor:
@@ -134,3 +145,28 @@ class _Divergence(torch.autograd.Function):
         if scale.device.type != "cpu" or scale != 1:  # as it mostly is, and this is as large as the logits
             grad = grad * scale.to(grad.dtype)
         return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class _FusedDivergence(torch.autograd.Function):
+    """The same of whole logits by Triton's kernels, which read them once for the value, again in backward."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, keep: Tensor, cakld: bool) -> Tensor:
+        known = torch.ops.w2a4.divergence_rows.default(student, teacher, keep)
+        count = keep.sum().clamp_min(1)
+        # A largest logit is that much below the log of the sum.
+        tops = (-known[:, 3]).exp()
+        b = (tops * keep).sum() / count if cakld else known.new_zeros(())
+        # What has the factor 0 is none, even if it is infinite.
+        reverse, forward = ((f * known[:, i]).masked_fill(f == 0, 0) for f, i in ((b, 4), (1 - b, 5)))
+        # Autograd lets go of what it saves once it was used, but takes nothing from inference mode.
+        ctx.teacher, saved = (teacher, None) if teacher.is_inference() else (None, teacher)
+        ctx.save_for_backward(student, saved, known, keep.float() / count, b)
+        return (reverse + forward).sum() / count
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        student, teacher, known, weight, b = ctx.saved_tensors
+        teacher = ctx.teacher if teacher is None else teacher
+        grad = torch.ops.w2a4.divergence_grad.default(student, teacher, known, weight * scale, b)
+        return grad, None, None, None
