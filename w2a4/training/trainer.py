@@ -426,10 +426,10 @@ def training_arguments(
         output_dir=str(out), max_steps=training.steps, per_device_train_batch_size=micro,
         gradient_accumulation_steps=share // micro, max_grad_norm=training.max_grad_norm,
         bf16=on_gpu,
-        # A loss that is logged is waited for.
-        use_cpu=not on_gpu, logging_steps=10 if on_gpu else 1, save_steps=max(1, training.steps // 10),
-        save_total_limit=2, seed=seed % 2**32, report_to=[], disable_tqdm=not progress,
-        remove_unused_columns=False,
+        # A loss that is logged, or looked at for NaN (`_check` does that), is waited for.
+        use_cpu=not on_gpu, logging_steps=10 if on_gpu else 1, logging_nan_inf_filter=False,
+        save_steps=max(1, training.steps // 10), save_total_limit=2, seed=seed % 2**32, report_to=[],
+        disable_tqdm=not progress, remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
     )  # fmt: skip
 
