@@ -133,6 +133,14 @@ def test_training_mode_and_gradients_are_left_alone():
     assert model.training and torch.is_grad_enabled()
 
 
+def test_a_part_in_training_mode_is_evaluated():
+    model = packed_model().eval()
+    part = model.model.layers[1].train()
+    with engine.inference(model):
+        assert not any(module.training for module in model.modules())
+    assert not part.training, "the mode that comes back is that of the whole model"
+
+
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).repeat(4000, 1)
 
 
