@@ -243,8 +243,8 @@ def test_opcheck(name):
     args = {
         "linear_w2a4": (*linear_args, 128, torch.float16),
         "quantize_a4": (x, clip, 64),
-        # Only here x needs a gradient: torch's check of them adds up outputs in place, and where the first are
-        # codes, their sum is an integer that cannot take the scales.
+        # Only here x needs a gradient: torch's check of them adds up outputs in place, and the sum of codes,
+        # where these come first, is an integer that cannot take the scales.
         "hadamard": (x.clone().requires_grad_(), None, 256),
         "rmsnorm_a4": (x, None, 1e-5, clip),
     }[name]
