@@ -98,6 +98,42 @@ def test_the_same_on_a_device_that_is_not_there(recipe, batch, cuda_kernels):
         assert linted(steps, torch.empty(batch, dtype=torch.long, device=DEVICE)) == []
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("recipe", ["w2", "no r3, r4", "random r3"])
+def test_a_padded_prompt(recipe, batch, one_by_one):
+    model, ids, last = packed_model(**RECIPES[recipe]), prompt(batch, 32), torch.tensor([20])
+    with engine.inference(model):
+        steps = sequences.PackedSequences(model, [*ids], 48, fused_parts(model), graphs=True)
+        steps._padded(ids, last)
+        with CaptureLint() as lint:
+            steps._padded(ids, last)
+        assert lint.found == [] and lint.ran >= OPS and "decoder_layer" not in lint.ran
+        captured, replayed = (trace(lambda: steps._padded(ids, last)) for _ in range(2))
+    assert captured.ops and list(differences(captured, replayed)) == []
+    captured.forget()
+    replayed.forget()
+    online._cached_tables.cache_clear()
+    gc.collect()
+    given = {ids.data_ptr(), last.data_ptr()}
+    lost = [name for place, (name, kept) in captured.read.items() if kept.expired() and place not in given]
+    assert lost == []
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 16), (1, 64), (2, 80)])
+def test_a_padded_prompt_on_a_device_that_is_not_there(batch, tokens, cuda_kernels):
+    model = packed_model()
+    parts = fused_parts(model)
+    with fake_cuda(model), engine.inference(model):
+        rows = [torch.empty(9, dtype=torch.long, device=DEVICE)] * batch
+        steps = sequences.PackedSequences(model, rows, 96, parts)
+        ids = torch.empty(batch, tokens, dtype=torch.long, device=DEVICE)
+        steps._padded(ids, steps.starts[:1])
+        with CaptureLint() as lint:
+            logits = steps._padded(ids, steps.starts[:1])
+    assert lint.found == [] and "decoder_layer" not in lint.ran
+    assert logits.device == DEVICE and logits.shape == steps.logits.shape
+
+
 def test_a_step_of_a_float_model():
     model = float_model()
     with engine.inference(model):

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from w2a4 import devices, sequences
+from w2a4 import devices
 from w2a4.devices import pick_device
 from w2a4.errors import W2A4Error
+from w2a4.graphs import StepGraphs
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_graphs_are_of_the_device_of_the_model(index, monkeypatch):
         steps.append((record.current, tokens.tolist(), bound))
         return tokens + 1
 
-    graphs = sequences.StepGraphs(step, [torch.zeros(2)], batch=2, capacity=512)
+    graphs = StepGraphs(step, [torch.zeros(2)], batch=2, capacity=512)
     graphs.device = torch.device("cuda", index)
     assert graphs.run(torch.tensor([5, 6]), 9).tolist() == [6, 7]
     assert steps == [(index, [5, 6], 256)] * 2, "once outside, once in the capture"

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from packed import packed_model, prompt
+from rerun import rerun_graphs
 from tiny_llama import tiny_llama
 
 import w2a4
-from w2a4 import engine, sequences
+from w2a4 import engine, graphs, sequences
 from w2a4.engine import Engine, Sampling
 from w2a4.errors import W2A4Error
 
@@ -47,30 +48,10 @@ def test_sinks_of_sequences_of_different_lengths():
     assert_same(Engine(model).generate(prompts, 12), [by_transformers(model, ids) for ids in prompts])
 
 
-class Rerun:
-    """In place of a CUDA graph: does the step again, and leaves its logits where the first ones were."""
-
-    def __init__(self, graphs: sequences.StepGraphs, bound: int):
-        self.graphs, self.bound = graphs, bound
-        self.logits = graphs.step(graphs.tokens, bound)
-        for counter in graphs.counters:
-            counter -= 1
-
-    def replay(self):
-        self.logits.copy_(self.graphs.step(self.graphs.tokens, self.bound))
-
-
 def test_steps_as_graphs(monkeypatch):
     """What is captured: a step under a bound on the lengths, with tokens and lengths in fixed places."""
-    bounds = []
-
-    def capture(graphs, bound):
-        bounds.append(bound)
-        run = Rerun(graphs, bound)
-        return run, run.logits
-
-    monkeypatch.setattr(sequences.StepGraphs, "capture", capture)
-    monkeypatch.setattr(sequences.StepGraphs, "LEAST", 16)
+    bounds, _ = rerun_graphs(monkeypatch)
+    monkeypatch.setattr(graphs.StepGraphs, "LEAST", 16)
     monkeypatch.setattr(engine.ops, "has_cuda_kernels", lambda device: True)
     model = packed_model()
     want = [by_transformers(model, ids) for ids in PROMPTS]
@@ -90,12 +71,7 @@ def test_steps_as_graphs(monkeypatch):
 
 def test_a_float_model_in_a_static_cache(monkeypatch):
     """Its steps, as they are captured on a CUDA device."""
-
-    def capture(graphs, bound):
-        run = Rerun(graphs, bound)
-        return run, run.logits
-
-    monkeypatch.setattr(sequences.StepGraphs, "capture", capture)
+    rerun_graphs(monkeypatch)
     model = tiny_llama(dtype=torch.float32, vocab_size=131, eos_token_id=None).eval()
     rows = [PROMPTS[0], PROMPTS[3]]
     assert not sequences.StaticSequences.serves(model, PROMPTS) and not sequences.StaticSequences.serves(
@@ -155,6 +131,14 @@ def test_training_mode_and_gradients_are_left_alone():
     model = packed_model().train()
     Engine(model).generate(PROMPTS[:1], 2)
     assert model.training and torch.is_grad_enabled()
+
+
+def test_a_part_in_training_mode_is_evaluated():
+    model = packed_model().eval()
+    part = model.model.layers[1].train()
+    with engine.inference(model):
+        assert not any(module.training for module in model.modules())
+    assert not part.training, "the mode that comes back is that of the whole model"
 
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).repeat(4000, 1)

@@ -12,10 +12,11 @@ PACKAGE = ROOT / "w2a4"
 
 #: Top first. CONTRIBUTING.md says why.
 LAYERS = (
-    "cli", "verify_command", "options", "demo", "evaluate", "training", "engine", "constraints", "sequences",
-    "verification", "pipeline", "learn_rotation", "smooth", "resume", "calibrate", "integrations", "layers",
-    "fitting", "rotation", "quantizers", "ops", "dispatch", "fakes", "reference", "packing", "data",
-    "report", "config", "sources", "directories", "files", "devices", "gradients", "errors", "version",
+    "cli", "verify_command", "options", "demo", "evaluate", "training", "engine", "constraints",
+    "sequences", "graphs", "verification", "pipeline", "learn_rotation", "smooth", "resume", "calibrate",
+    "integrations", "layers", "fitting", "rotation", "quantizers", "ops", "dispatch", "fakes", "reference",
+    "packing", "data", "report", "config", "sources", "directories", "files", "devices", "gradients",
+    "errors", "version",
 )  # fmt: skip
 #: May be imported from anywhere, import nothing of the package.
 FREE = ("_C",)

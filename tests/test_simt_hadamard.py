@@ -414,6 +414,19 @@ def test_tokens_do_not_depend_on_each_other(seed):
         assert_close(single, w[7:8])
 
 
+@pytest.mark.parametrize("features", [1536, 11008])
+def test_bits_do_not_depend_on_how_many_tokens_there_are(features):
+    """More of them than multiprocessors are divided otherwise; padding of a prompt counts on this."""
+    had_k = had_k_matrix(hadamard_spec(features).k)
+    x, up = (aligned(torch.randn(3, features).half()) for _ in "xu")
+    args = dict(had_k=had_k, block=features, processors=2, shared=LARGE)
+    many, plan = quantize(x, up=up, **args)
+    few, other = quantize(aligned(x[:2]), up=aligned(up[:2]), **args)
+    assert (plan["tiles"], other["tiles"]) == (2, 1) and plan["cluster"] == other["cluster"] == 0
+    for got, want in zip(few, many, strict=True):
+        assert_close(got, want[:2])
+
+
 def test_what_no_kernel_takes_is_refused():
     x = torch.randn(2, 48)
     with pytest.raises(RuntimeError, match="not float64; convert"):

@@ -4,8 +4,8 @@ A packed LLaMA's decoder layers are called one after another, without what trans
 them for every token (masks, hooks, output objects). The ops and their order are those of the model's own
 forward, so the tokens are those of `model.generate`. Any other model goes through its own forward.
 
-On a CUDA device a step of decoding is captured as a CUDA graph and replayed for every token; elsewhere the
-same step is run.
+On a CUDA device a step of decoding is captured as a CUDA graph and replayed for every token, and so are short
+prompts from the second of about a length on, see `graphs`; elsewhere the same is run.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class Engine:
         Args:
             model: a causal language model; its packed KV cache is made here, of fixed size.
             max_length: tokens of a prompt and its continuation; 4096 if the model allows it.
-            cuda_graphs: on a CUDA device, replay steps of decoding; else launch kernels one by one.
+            cuda_graphs: on a CUDA device, replay steps of decoding and short prompts; else launch kernels one
+                by one.
 
         Raises:
             W2A4Error: the model's positions end before `max_length`.
@@ -280,12 +281,14 @@ def _check_finite(logits: Tensor, sequences: Any) -> None:
 def inference(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients; the training mode comes back afterwards."""
     was_training = model.training
-    model.eval()
+    if any(module.training for module in model.modules()):  # to say so to every module takes milliseconds
+        model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def end_tokens(model: Any) -> list[int]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from . import devices
-from .errors import W2A4Error
+from .graphs import Captures, PromptGraphs, StepGraphs
 from .integrations.arguments import CACHE, cache_name
 from .integrations.fused import LayerOp, decoder_layer, fused_parts, layer_op
 from .integrations.kv_cache import KV4Cache
@@ -43,9 +41,13 @@ class PackedSequences:
         self.rotary: tuple[Tensor, Tensor] | None = None
         self.calls: list[LayerOp] | None = None
         self.graphs: StepGraphs | None = None
+        self.prompts: PromptGraphs | None = None
+        captures, graphs = Captures(), graphs and not self._dynamic_rope()
+        if graphs and not sink_tokens_of(model):
+            self.prompts = PromptGraphs(self._padded, len(rows), capacity, self.starts.device, captures)
         self.begin(rows)
-        if graphs and not self._dynamic_rope() and self.length >= sink_tokens_of(model):
-            self.graphs = StepGraphs(self._step, [self.starts], len(rows), capacity)
+        if graphs and self.length >= sink_tokens_of(model):
+            self.graphs = StepGraphs(self._step, [self.starts], len(rows), capacity, captures)
             self.tables = _rotation_tables(parts, self.decoder.norm.weight)
 
     def fits(self, model: Any, rows: list[Tensor]) -> bool:
@@ -59,13 +61,16 @@ class PackedSequences:
         lengths = [len(row) for row in rows]
         self.length = max(lengths)
         if len(set(lengths)) == 1:
-            self.logits = self._prefill(torch.stack(rows), self.cache)
+            ids = torch.stack(rows)
+            logits = None if self.prompts is None else self.prompts.run(ids)
+            self.logits = self._prefill(ids, self.cache) if logits is None else logits
         else:  # one after another, so that no padding is computed
             views = [self.cache.row(i) for i in range(len(rows))]
             logits = [self._prefill(row[None], view) for row, view in zip(rows, views, strict=True)]
             self.logits = torch.cat(logits)
             self.cache.join(views)
         self.starts.copy_(torch.tensor(lengths))
+        # A replay runs nothing of Python's, and what ran padded counted more tokens.
         self.cache.go_on(self.starts, self.length)
 
     def advance(self, tokens: Tensor) -> None:
@@ -95,7 +100,20 @@ class PackedSequences:
         self.starts += 1
         return self._logits(hidden)
 
+    def _padded(self, ids: Tensor, last: Tensor) -> Tensor:
+        """Logits after token `last`, int64 `[1]`, of prompts `[batch, tokens]`; padding is behind it.
+
+        What padding leaves in the cache lies where nothing looks until it has been written again.
+        """
+        self.cache.clear()
+        return self._logits(self._read(ids, self.cache).index_select(1, last))
+
     def _prefill(self, ids: Tensor, cache: KV4Cache) -> Tensor:
+        """Logits after the last token of prompts `[batch, tokens]`."""
+        return self._logits(self._read(ids, cache)[:, -1:])
+
+    def _read(self, ids: Tensor, cache: KV4Cache) -> Tensor:
+        """Hidden states of the last chunk."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         size = max(1, CUDA_PREFILL_CHUNK // len(ids)) if ids.is_cuda else PREFILL_CHUNK
         for chunk, places in zip(ids.split(size, 1), positions.split(size, 1), strict=True):
@@ -103,10 +121,11 @@ class PackedSequences:
             rotary = self._rotary(hidden, places)
             for part in self.parts:
                 hidden = decoder_layer(part, hidden, rotary, None, cache)
-        return self._logits(hidden)
+        return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.head(self.decoder.norm(hidden[:, -1:]))[:, -1]
+        """`[batch, vocabulary]` of hidden states `[batch, 1, hidden]`."""
+        return self.head(self.decoder.norm(hidden))[:, -1]
 
     def _dynamic_rope(self) -> bool:
         return getattr(self.decoder.rotary_emb, "rope_type", "default") in DYNAMIC_ROPE
@@ -123,69 +142,6 @@ class PackedSequences:
         return cos[0, positions], sin[0, positions]
 
 
-class StepGraphs:
-    """A step of decoding as CUDA graphs, each captured when it is first needed.
-
-    How many blocks look at the cache is part of a graph, so there is one for every power of two that bounds
-    the lengths; the lengths themselves are read on the device.
-
-    Args:
-        step: `(tokens int64 [batch], bound) -> logits`.
-        counters: what a step advances, on the device of the model, which need not be the current one.
-        batch: sequences.
-        capacity: the largest bound.
-    """
-
-    LEAST = 256
-
-    def __init__(
-        self, step: Callable[[Tensor, int], Tensor], counters: list[Tensor], batch: int, capacity: int
-    ):
-        self.step, self.counters, self.capacity = step, counters, capacity
-        self.device = counters[0].device
-        self.tokens = torch.empty(batch, dtype=torch.long, device=self.device)
-        self.captured: dict[int, tuple[Any, Tensor]] = {}
-        self.pool: Any = None
-
-    def run(self, tokens: Tensor, length: int) -> Tensor:
-        """Logits of the step after which the longest sequence has `length` tokens, valid until the next."""
-        bound = min(self.capacity, max(self.LEAST, 1 << (length - 1).bit_length()))
-        with devices.current(self.device):
-            self.tokens.copy_(tokens)
-            if bound not in self.captured:
-                self.captured[bound] = self.capture(bound)
-            graph, logits = self.captured[bound]
-            graph.replay()
-        return logits
-
-    def capture(self, bound: int) -> tuple[Any, Tensor]:
-        """A graph of the step, which is not run, and its logits; the device of the model is current."""
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        before = [counter.clone() for counter in self.counters]
-        # Once outside: kernels are loaded and libraries get their workspaces then. It writes what the
-        # replay will write.
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self.step(self.tokens, bound)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        for counter, value in zip(self.counters, before, strict=True):
-            counter.copy_(value)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Left to itself, torch captures on a stream of the device that was current at its first capture.
-            with torch.cuda.graph(graph, pool=self.pool, stream=stream):
-                logits = self.step(self.tokens, bound)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise W2A4Error(
-                f"a step of decoding cannot be captured as a CUDA graph ({reason}); give "
-                "Engine(model, cuda_graphs=False)"
-            ) from error
-        return graph, logits
-
-
 def _rotation_tables(parts: list[Any], like: Tensor) -> list[tuple[Tensor | None, ...]]:
     """What online rotations of these layers read, for hidden states like this tensor."""
     rotations = {
@@ -198,8 +154,14 @@ def _rotation_tables(parts: list[Any], like: Tensor) -> list[tuple[Tensor | None
 
 
 def _places(model: Any) -> list[int]:
-    """Where the parameters lie."""
-    return [parameter.data_ptr() for parameter in model.parameters()]
+    """Where the parameters lie. Every request asks, and `model.parameters()` takes milliseconds."""
+    places, rest = [], [model]
+    while rest:
+        module = rest.pop()
+        if module is not None:
+            rest.extend(module._modules.values())
+            places += [each.data_ptr() for each in module._parameters.values() if each is not None]
+    return places
 
 
 class StaticSequences:
