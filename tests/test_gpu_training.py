@@ -12,6 +12,7 @@ from test_training import TRAINING, Letters, Writer, llama, small_recipe, stream
 from watch import LONG, SLOW
 
 import w2a4
+from w2a4 import quantizers
 from w2a4.training import generations, run
 from w2a4.training.prepare import prepare
 from w2a4.training.trainer import QATTrainer, Windows, training_arguments
@@ -71,6 +72,27 @@ def test_training(route, tmp_path):
     ]
     assert models[1].device.type == ("cpu" if route == "block" else "cuda")
     assert_as_good(models[1], models[0], alike=0.96)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ldp(dtype):
+    """As on a CPU but for the last bits of sums and exponentials, which now and then move a level a step."""
+    w, parameters = torch.randn(96, 576) * 0.05, [torch.randn(96, 9) for _ in range(4)]
+    grad, ran = torch.randn(96, 576), []
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device).requires_grad_() for t in (w.to(dtype), *parameters)]
+        y = quantizers.ldp_fake_quant(*leaves, 64)
+        y.backward(grad.to(device, dtype))
+        ran.append([y.detach().float().cpu(), *(leaf.grad.float().cpu() for leaf in leaves)])
+        levels, scale = quantizers.ldp_to_codebook(*leaves, 64)
+        codes = quantizers.nearest_codes(
+            leaves[0].detach().unflatten(1, (-1, 64)).float(), levels, scale
+        ).long()
+        packed = (levels.float() * scale.float()[..., None]).gather(-1, codes).flatten(1)
+        assert torch.equal(packed.to(dtype), y.detach())
+    for got, want in zip(ran[1], ran[0], strict=True):
+        apart = (got - want).abs() > 0.01 * want.abs() + 1e-3 * want.abs().mean()
+        assert apart.float().mean() < 0.01
 
 
 @pytest.mark.parametrize("micro", [4, 2])

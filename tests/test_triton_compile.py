@@ -86,10 +86,18 @@ def test_decoding_moves_16_bytes_at_a_time(bits):
         assert_packs_lie_in_rows(code.ttgir)
 
 
+#: What LDP trains.
+LDP = ("beta", "gamma", "s1", "s2")
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(
     "kernel,size,constants",
-    [(ldp.snap_kernel, 128, {}), (ldp.snap_backward_kernel, 128, {}), (ldp.snap_backward_kernel, 28672, {})]
+    [
+        (kernel, size, {})
+        for kernel in (ldp.ldp_forward_kernel, ldp.ldp_backward_kernel)
+        for size in (64, 28672)
+    ]
     + [(fake_quant.fake_quant_kernel, 128, {"KV": True}), (fake_quant.fake_quant_kernel, 4096, {"KV": False})]
     + [(fake_quant.fake_quant_a4_backward_kernel, 28672, {})]
     + [(fake_quant.fake_quant_a4_backward_kernel, 4096, {})]
@@ -98,11 +106,13 @@ def test_decoding_moves_16_bytes_at_a_time(bits):
 )
 def test_fake_quant_machine_code(kernel, size, constants, arch):
     chunk = min(triton.next_power_of_2(size), 4096)
-    floats = {name for name in kernel.arg_names if name.split("_")[0] in ("clip", "soft", "levels")}
-    floats |= {"grad_clip_ptr", "grad_soft_ptr"}
+    floats = {name for name in kernel.arg_names if name.split("_")[0] in ("clip", "soft")}
+    floats |= {"grad_clip_ptr", *(f"{part}{name}_ptr" for part in ("", "grad_") for name in LDP)}
     pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
     types = {name: "*fp32" if name in floats else "*bf16" for name in pointers}
     types |= {name: "i32" for name in ("rows", "groups") if name in kernel.arg_names}
+    stored = {"levels_ptr": "*i8", "scale_ptr": "*fp16"}
+    types |= {name: type for name, type in stored.items() if name in kernel.arg_names}
     constants = constants | dict(SIZE=size, CHUNK=chunk, ROWS=4096 // chunk)
     code = triton_loops.compile_case(triton_loops.Case("", kernel, types, constants, 4, 3), arch)
     assert code.stack == 0 and not {"LDL", "STL"} & code.opcodes

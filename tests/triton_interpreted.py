@@ -549,6 +549,28 @@ def test_ldp(out, features, group, dtype):
     assert_same_gradients(gradients[1:], wanted[1:], [sizes(grad, w)[1]] * 4)
 
 
+@pytest.mark.parametrize("size", [1e-7, 3e-6, 0.1, 1e4])
+def test_ldp_is_what_is_packed(size):
+    """To the bit, also where float16 holds the scale in a few bits or not at all."""
+    w, parameters = torch.randn(6, 128) * size, [torch.randn(6, 4) for _ in range(4)]
+    got = quantizers.ldp_fake_quant(w, *parameters, 32)
+    levels, scale = quantizers.ldp_to_codebook(w, *parameters, 32)
+    codes = quantizers.nearest_codes(w.unflatten(1, (-1, 32)), levels, scale).long()
+    assert_close((levels.float() * scale.float()[..., None]).gather(-1, codes).flatten(1), got)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "backend", "reference")
+        wanted = quantizers.ldp_to_codebook(w, *parameters, 32)
+    assert torch.equal(levels, wanted[0]) and torch.equal(scale, wanted[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_ldp_shows_what_is_not_finite(bad):
+    w, parameters = torch.randn(3, 64), [torch.randn(3, 2) for _ in range(4)]
+    w[1, 40] = bad
+    y = quantizers.ldp_fake_quant(w, *parameters, 32).unflatten(1, (2, 32))
+    assert y[1, 1].isnan().all() and y[[0, 2]].isfinite().all() and y[1, 0].isfinite().all()
+
+
 def test_quantizers_with_kernels_compile_into_one_graph():
     x, clip = torch.randn(3, 64, requires_grad=True), torch.tensor([0.9], requires_grad=True)
 
@@ -566,8 +588,10 @@ def row_op_calls():
     yield "fake_quant_rows", (x.half(), clip, False)
     yield "fake_quant_rows", (x, clip, True)
     yield "fake_quant_rows_backward", (x.bfloat16(), x.bfloat16(), clip, False)
-    yield "snap", (w, soft)
-    yield "snap_backward", (w.half(), w.half(), soft, soft)
+    shares = [torch.randn(3, 2) for _ in range(4)]
+    yield "ldp_forward", (w, *shares)
+    stored = torch.zeros(3, 2, 4, dtype=torch.int8), torch.ones(3, 2, dtype=torch.float16)
+    yield "ldp_backward", (w.half(), w.half(), *shares, soft, *stored)
 
 
 @pytest.mark.parametrize("name,args", list(row_op_calls()))
@@ -585,9 +609,11 @@ def bad_rows():
     yield "fake_quant_rows", (x, clip.double(), True), "clip has dtype torch.float64"
     yield "fake_quant_rows", (x, torch.rand(2), True), r"clip has shape \[2\], expected \[1\]"
     yield "fake_quant_rows_backward", (x[:2], x, clip, True), r"grad has shape \[2, 64\], expected \[3, 64\]"
-    yield "snap", (w[0], soft), r"w has shape \[2, 32\], expected \[out, groups, group_size\]"
-    yield "snap", (w, soft[:2]), r"levels has shape \[2, 2, 4\], expected \[3, 2, 4\]"
-    yield "snap_backward", (w, w, soft, soft.half()), "levels has dtype torch.float16"
+    shares = [torch.randn(3, 2) for _ in range(4)]
+    yield "ldp_forward", (w[0], *shares), r"w has shape \[2, 32\], expected \[out, groups, group_size\]"
+    yield "ldp_forward", (w, *shares[:3], shares[3][:2]), r"s2 has shape \[2, 2\], expected \[3, 2\]"
+    stored = torch.zeros(3, 2, 4, dtype=torch.int8), torch.ones(3, 2, dtype=torch.float16)
+    yield "ldp_backward", (w, w, *shares, soft.half(), *stored), "soft has dtype torch.float16"
 
 
 @pytest.mark.parametrize("name,args,message", list(bad_rows()))

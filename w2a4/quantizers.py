@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import dispatch, ops
 from .config import resolve_group_size
 from .reference import divide
 
@@ -144,9 +144,26 @@ def ldp_fake_quant(
         `[out, in]` in w's dtype.
     """
     size = resolve_group_size(w.shape[-1], group_size)
+    if dispatch.has_triton_training(w.device, w.dtype):
+        return _Partition.apply(w.unflatten(-1, (-1, size)), beta, gamma, s1, s2).flatten(-2)
     # Kernels take 16 bits as they are, and no copy in float32 is kept for backward.
     groups = w.unflatten(-1, (-1, size)) if ops.has_training_kernels(w) else _groups(w, size)
     return _Codebook.apply(groups, _sorted_levels(groups, beta, gamma, s1, s2)).flatten(-2).to(w.dtype)
+
+
+class _Partition(torch.autograd.Function):
+    """LDP of groups `[out, G, g]` by Triton's kernels, which make the levels too."""
+
+    @staticmethod
+    def forward(ctx, groups: Tensor, *shares: Tensor) -> Tensor:
+        groups, shares = groups.contiguous(), [share.contiguous() for share in shares]
+        y, *levels = torch.ops.w2a4.ldp_forward.default(groups, *shares)
+        ctx.save_for_backward(groups, *shares, *levels)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.w2a4.ldp_backward.default(grad.contiguous(), *ctx.saved_tensors)
 
 
 class _Codebook(torch.autograd.Function):
@@ -222,6 +239,10 @@ def ldp_to_codebook(
     Returns:
         levels int8 `[out, G, 4]`, ascending; scale float16 `[out, G]`.
     """
+    if dispatch.has_triton_training(w.device, w.dtype):
+        size = resolve_group_size(w.shape[-1], group_size)
+        groups, shares = w.unflatten(-1, (-1, size)).contiguous(), (beta, gamma, s1, s2)
+        return torch.ops.w2a4.ldp_forward.default(groups, *(share.contiguous() for share in shares))[2:]
     return _round_levels(_sorted_levels(_groups(w, group_size), beta, gamma, s1, s2))
 
 
