@@ -155,6 +155,8 @@ FLOORS = (
     # 16 values a thread and more, and weights of a norm; more columns a warp.
     Floor(r"^quantize_token_kernel|^hadamard_cluster_kernel", 1, 1),
     Floor(r"^rope_append_kv4_kernel", 12, 12),
+    # 16 numbers of a head, of cos and of sin in registers, and the next head's on their way.
+    Floor(r"^rope_append_kv4_wide_kernel", 4, 5),
     # As many warps as there is work for, up to 16: more blocks where they are small, see `planned`.
     Floor(r"^hadamard_kernel|^hadamard_quantize_kernel", 1, 1),
 )

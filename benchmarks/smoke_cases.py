@@ -334,10 +334,11 @@ def transforms(sizes: Sizes) -> Iterator[Case]:
 def caches(sizes: Sizes) -> Iterator[Case]:
     heads, kv_heads = sizes.heads
     for head_dim, dtype in ((128, HALF), (64, BF16)):
-        for tokens in (1, 16):
-            shape = f"{heads}x{kv_heads}x{head_dim}"
+        shape = f"{heads}x{kv_heads}x{head_dim}"
+        for tokens in (1, 16, sizes.prompt):
             yield case("rope_append_kv4", shape, tokens, dtype, "cuda",
                        partial(rope_append_kv4, heads, kv_heads, head_dim, tokens, dtype))  # fmt: skip
+        for tokens in (1, 16):
             for op in (quantize_kv4, append_kv4):
                 yield case(op.__name__, f"{kv_heads}x{head_dim}", tokens, dtype, "cuda",
                            partial(op, kv_heads, head_dim, tokens, dtype))  # fmt: skip
@@ -391,6 +392,9 @@ def launches() -> list[Case]:
             add("append_kv4", f"2x{head_dim}", 3, dtype, "cuda", partial(append_kv4, 2, head_dim, 3, dtype))
             add("rope_append_kv4", f"8x2x{head_dim}", 3, dtype, "cuda",
                 partial(rope_append_kv4, 8, 2, head_dim, 3, dtype))  # fmt: skip
+        for head_dim in (64, 128, 256):  # as many heads of tokens as another kernel takes
+            add("rope_append_kv4", f"128x64x{head_dim}", 33, dtype, "cuda",
+                partial(rope_append_kv4, 128, 64, head_dim, 33, dtype))  # fmt: skip
     for head_dim in (64, 80, 128, 256):
         for keys, tokens in ((20, 1), (600, 1), (300, 5)):
             add("attention_kv4", f"8x2x{head_dim}x{keys}", tokens, HALF, "cuda",

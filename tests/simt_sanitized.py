@@ -68,7 +68,7 @@ def linear_w8(module, tokens, out, features):
     assert np.isfinite(y).all()
 
 
-def rope_append(module, head_dim, k, block, dtype, start, starts=None):
+def rope_append(module, head_dim, k, block, dtype, start, starts=None, wide=2**31):
     qkv = random.standard_normal((2, 3, 5 * head_dim)).astype(dtype)
     angles = np.ones((2, 3, head_dim), np.float32)
     codes = [np.zeros((2, 1, start + 3, head_dim // 2), np.uint8) for _ in "kv"]
@@ -76,7 +76,7 @@ def rope_append(module, head_dim, k, block, dtype, start, starts=None):
     q = np.empty((2, 3, 3, head_dim), dtype)
     module.rope_append_kv4(
         qkv, np.dtype(dtype).name, angles, angles, "float32", signs(k), block, codes[0], params[0], codes[1],
-        params[1], start, starts, 0.9, q, 0,
+        params[1], start, starts, 0.9, q, 0, wide,
     )  # fmt: skip
     assert np.isfinite(q).all()
     module.quantize_kv4(

@@ -71,26 +71,27 @@ needs_hopper = pytest.mark.skipif(
 @needs_hopper
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_tile_of_long_prompts(bits):
-    assert_int8_tile(-1, 128, bits)
+    assert_int8_tile(-1, 128, -1, bits)
+    assert_int8_tile(-1, 128, 128, bits)
 
 
 @SLOW
 @needs_hopper
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("group", [128, -1])
+@pytest.mark.parametrize("group,act_group", [(128, -1), (-1, -1), (128, 128), (128, 384), (-1, 128)])
 @pytest.mark.parametrize("tile", range(4))
-def test_every_tile_of_long_prompts(tile, group, bits):
-    assert_int8_tile(tile, group, bits)
+def test_every_tile_of_long_prompts(tile, group, act_group, bits):
+    assert_int8_tile(tile, group, act_group, bits)
 
 
-def assert_int8_tile(tile, group, bits):
+def assert_int8_tile(tile, group, act_group, bits):
     """Twice each, since copies that run ahead may be right by chance."""
     from w2a4.triton_kernels import tiles
 
     assert len(tiles.INT8_TILES) == 4
     with tiles.only(tiles.INT8_TILES[tile]):
         for tokens, out, bias in ((512, 256, None), (515, 264, torch.float32), (2048, 136, torch.float16)):
-            args = linear_inputs(bits, tokens, out, 1152, group, bias=bias)
+            args = linear_inputs(bits, tokens, out, 1152, group, act_group, bias)
             for _ in range(2):
                 assert_close(*both(bits, args))
 

@@ -90,6 +90,26 @@ def test_rope_append_kv4_kernel(batch, tokens, q_heads, kv_heads, head_dim, had_
     assert_quantized_keys(kv[:2], exact[:, q_heads:-kv_heads], error[:, q_heads:-kv_heads].amax(-1), places)
 
 
+@pytest.mark.parametrize("head_dim,q_heads,kv_heads", [(64, 32, 4), (128, 32, 32), (128, 30, 6), (256, 9, 3)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rope_append_kv4_of_many_tokens_has_the_bits_of_few_at_a_time(head_dim, q_heads, kv_heads, dtype):
+    """Two kernels: see kWideRows in kv4_plan.h."""
+    tokens, heads = 600, q_heads + 2 * kv_heads
+    qkv = torch.randn(2, tokens, heads * head_dim, device="cuda").to(dtype)
+    cos, sin = (torch.randn(1, tokens, head_dim, device="cuda").to(dtype) for _ in range(2))
+    found = []
+    for step in (tokens, 8192 // heads // 2 - 1):
+        kv = [torch.zeros(2, kv_heads, tokens + 3, width, dtype=kind, device="cuda") for _ in "kv"
+              for width, kind in ((head_dim // 2, torch.uint8), (2, torch.float16))]  # fmt: skip
+        q = []
+        for first in range(0, tokens, step):
+            part = [t[:, first : first + step].contiguous() for t in (qkv, cos, sin)]
+            q.append(ops.rope_append_kv4(*part, None, head_dim, *kv, 3 + first, 0.95))
+        found.append((torch.cat(q, 2), *kv))
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+
+
 def assert_attention(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, starts=None):
     q, mask, starts, *kv = on_gpu(q, mask, starts, *kv)
     sinks = None if sinks is None else on_gpu(*sinks)

@@ -107,6 +107,9 @@ def test_what_the_plans_say():
     assert of("linear_w2a4", "11008x4096") == ("gemv_bmma_kernel<1, false>", 344, (1, 1, 3))
     assert of("linear_w2a4", "11008x4096", 16) == ("gemv_imma_kernel<2, 1, 2, false>", 2 * 172, (2, 2, 3))
     assert of("linear_w4a4", "11008x4096") == ("gemv_imma_kernel<4, 1, 2, false>", 172, (4, 4, 3))
+    (few,), (many,) = (found["rope_append_kv4", "32x32x128", tokens] for tokens in (8, 2048))
+    assert (few.kernel, few.blocks) == ("rope_append_kv4_kernel<Float16, 4>", 8 * 96 // 4)
+    assert (many.kernel, many.blocks) == ("rope_append_kv4_wide_kernel<Float16, 8>", 2048)
     assert [one.kernel for one in found["attention_kv4", "32x32x128 of 4096", 1]] == [
         "attention_kv4_kernel<1, 4, true>",
         "merge_kv4_kernel",

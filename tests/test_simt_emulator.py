@@ -97,6 +97,8 @@ PURE = {
     "prmt.b32",
     "dp4a.s32",
     "rcp.approx",
+    "max.NaN",
+    "min.NaN",
     "ex2.approx",
     "mov.u32",
 }

@@ -6,7 +6,7 @@ import simt
 import torch
 from numerics import UNIT, assert_close
 from op_arguments import FLOATS, HAD12
-from test_simt_hadamard import NAMES, NEEDS_PYBIND11, SMALL, guarded, numpy_of, signs_of
+from test_simt_hadamard import NAMES, NEEDS_PYBIND11, SMALL, aligned, guarded, numpy_of, signs_of
 
 from w2a4 import reference
 from w2a4.packing import unpack
@@ -110,15 +110,20 @@ def test_places_out_of_bounds_are_not_written():
 # rope_append_kv4
 
 
-def rope_append(qkv, cos, sin, had_k, block, kv, start, starts=None, q_heads=1, seed=0):
+#: Heads of tokens from which on the kernel for many tokens serves: never, and always where it can.
+NEVER, ALWAYS = 2**31, 0
+
+
+def rope_append(qkv, cos, sin, had_k, block, kv, start, starts=None, q_heads=1, seed=0, wide=NEVER):
     batch, tokens, head_dim = len(qkv), qkv.shape[1], cos.shape[-1]
     q, intact = guarded((batch, q_heads, tokens, head_dim), qkv.dtype)
-    simt.load().rope_append_kv4(
+    served = simt.load().rope_append_kv4(
         numpy_of(qkv), NAMES[qkv.dtype], numpy_of(cos), numpy_of(sin), NAMES[cos.dtype],
         signs_of(had_k), block, *[numpy_of(t) for t in kv], start,
-        None if starts is None else starts.numpy(), 0.95, numpy_of(q), seed,
+        None if starts is None else starts.numpy(), 0.95, numpy_of(q), seed, wide,
     )  # fmt: skip
     assert intact()
+    assert served == (wide == ALWAYS)
     return q
 
 
@@ -181,16 +186,85 @@ def assert_quantized_keys(got, exact, error, places):
     assert ((found - steps.clamp(0, 15)).abs() <= torch.where(scale == 0, INF, allowed)).all()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_rope_append_kv4_without_r3_has_the_bits_of_the_reference(seed):
+@pytest.mark.parametrize("seed,wide", [(1, NEVER), (2, NEVER), (1, ALWAYS), (2, ALWAYS)])
+def test_rope_append_kv4_without_r3_has_the_bits_of_the_reference(seed, wide):
     qkv, angles = torch.randn(2, 3, 5 * 64), torch.randn(2, 3, 32).repeat(1, 1, 2)
     kv = [t for _ in range(2) for t in caches(2, 1, 9, 64)[:2]]
     want = [t.clone() for t in kv]
     args = qkv, angles.cos(), angles.sin(), None, 1
-    q = rope_append(*args, kv, 6, torch.tensor([2, 6]), q_heads=3, seed=seed)
+    q = rope_append(*args, kv, 6, torch.tensor([2, 6]), q_heads=3, seed=seed, wide=wide)
     assert_close(q, reference.rope_append_kv4(*args, *want, 6, 0.95, torch.tensor([2, 6])))
     for got, expected in zip(kv, want, strict=True):
         assert (numpy_of(got) == numpy_of(expected)).all()
+
+
+@pytest.mark.parametrize(
+    "batch,tokens,q_heads,kv_heads,head_dim,block",
+    [(1, 3, 8, 4, 128, 128), (2, 2, 5, 1, 128, 16), (1, 2, 9, 3, 64, 64), (1, 3, 3, 2, 256, 256),
+     (2, 1, 4, 4, 128, 1), (1, 1, 1, 1, 64, 2), (1, 2, 1, 5, 256, 8), (1, 2, 16, 16, 128, 64)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_kernel_for_many_tokens_gives_the_same_bits(
+    batch, tokens, q_heads, kv_heads, head_dim, block, dtype
+):
+    qkv = torch.randn(batch, tokens, (q_heads + 2 * kv_heads) * head_dim)
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    heads[0, 0, -1] = torch.randint(0, 31, (head_dim,)) / 2  # a value with ties
+    heads[0, -1, -1] = 3.0
+    heads[-1, -1, -1, 5] *= 1e4
+    qkv = qkv.to(dtype)
+    # Any numbers serve as cos and sin; halves of them differ here.
+    cos, sin = (torch.randn(1 if tokens == 3 else batch, tokens, head_dim) for _ in range(2))
+    rope_dtype = {HALF: F32, BF16: BF16, F32: HALF}[dtype] if tokens == 2 else dtype
+    starts = torch.tensor([1, 4][:batch])
+    found = []
+    for wide in (NEVER, ALWAYS):
+        (k_codes, k_params, k_intact), (v_codes, v_params, v_intact) = (
+            caches(batch, kv_heads, tokens + 5, head_dim) for _ in "kv"
+        )
+        kv = k_codes, k_params, v_codes, v_params
+        args = qkv, cos.to(rope_dtype), sin.to(rope_dtype), None, block, kv, 4, starts
+        found.append((rope_append(*args, q_heads=q_heads, wide=wide, seed=batch), *kv))
+        assert k_intact() and v_intact()
+    for got, want in zip(*reversed(found), strict=True):
+        assert (numpy_of(got).view(np.uint8) == numpy_of(want).view(np.uint8)).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6, 1e30, -1e4])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_kernel_for_many_tokens_takes_values_as_the_reference(scale, seed):
+    """Heads that `special_heads` makes, constant, subnormal and not finite ones among them, as values."""
+    values = (special_heads(128) * scale).transpose(1, 2).flatten(2)
+    qkv = torch.cat([torch.randn(2, 5, 4 * 128), values], -1).contiguous()
+    angles = torch.ones(1, 5, 128)
+    (k_codes, k_params, _), (v_codes, v_params, intact) = (caches(2, 3, 8, 128) for _ in "kv")
+    starts = torch.tensor([-2, 3])  # the first two tokens of the first sequence are not written
+    kv = k_codes, k_params, v_codes, v_params
+    rope_append(qkv, angles, angles, None, 1, kv, 3, starts, 1, seed, ALWAYS)
+    codes, params = reference.quantize_kv4(values.unflatten(-1, (3, 128)).transpose(1, 2), 0.95)
+    assert intact()
+    assert_close(v_codes[1, :, 3:], codes[1])
+    assert_close(v_params[1, :, 3:], params[1])
+    assert_close(v_codes[0, :, :3], codes[0, :, 2:])
+    assert_close(v_params[0, :, :3], params[0, :, 2:])
+    assert poisoned(v_codes[0, :, 3:]) and poisoned(v_codes[1, :, :3])
+
+
+@pytest.mark.parametrize("change", ["had_k", "head_dim", "qkv", "cos", "codes"])
+def test_what_the_kernel_for_many_tokens_does_not_take_goes_to_the_other(change):
+    head_dim = 96 if change == "head_dim" else 64
+
+    def shifted(x, name):
+        return aligned(x, 2) if change == name else aligned(x)
+
+    qkv, angles = torch.randn(1, 2, 3 * head_dim), torch.randn(1, 2, head_dim)
+    qkv, cos = shifted(qkv, "qkv"), shifted(angles.cos(), "cos")
+    had_k = -torch.ones(1, 1, dtype=torch.int8) if change == "had_k" else None
+    kv = [t for _ in "kv" for t in caches(1, 1, 3, head_dim + 4 * (change == "codes"))[:2]]
+    if change == "codes":
+        kv = [kv[0][..., 2:], kv[1], kv[2][..., 2:], kv[3]]
+    with pytest.raises(AssertionError, match="False == "):
+        rope_append(qkv, cos, aligned(angles.sin()), had_k, 1, kv, 1, wide=ALWAYS)
 
 
 def test_what_no_kernel_takes_is_refused():

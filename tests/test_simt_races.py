@@ -58,6 +58,9 @@ KERNELS = {
         dict(head_dim=head_dim, k=k, block=block, dtype=HALF, start=start, starts=OUTSIDE if start else None)
         for start in (0, 4)
         for head_dim, k, block in [(30, 1, 2), (64, 1, 64), (96, 12, 96), (256, 1, 256)]
+    ] + [
+        dict(head_dim=head_dim, k=1, block=head_dim, dtype=HALF, start=4, starts=OUTSIDE, wide=0)
+        for head_dim in (64, 128, 256)
     ]),
     "attention_kv4": (kernels.attention, [
         dict(repeat=repeat, tokens=tokens, head_dim=head_dim, length=length, split=split, sinks=sinks,

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from w2a4.triton_kernels import attention, distill, fake_quant, gemm, gemm_int8, language, ldp
 from w2a4.triton_kernels.tiles import INT8_TILES, TILES
 
-from benchmarks import triton_loops
+from benchmarks import sass, triton_loops
 from benchmarks.triton_loops import ARCHS
 from w2a4 import dispatch, ops, quantizers
 
@@ -57,20 +57,31 @@ def test_gemm_with_several_scales_a_token_rounds_every_product(arch):
     assert code.stack == 0 and not {"LDL", "STL", "FFMA", "FFMA2"} & code.opcodes
 
 
-@pytest.mark.parametrize("group,bits", [(128, 2), (4096, 2), (4096, 4)])
+@pytest.mark.parametrize(
+    "group,act_group,bits", [(128, 4096, 2), (4096, 4096, 2), (4096, 4096, 4), (128, 128, 2), (4096, 128, 4)]
+)
 @pytest.mark.parametrize("tile", INT8_TILES)
-def test_gemm_of_decoded_codes_machine_code(tile, group, bits):
-    case = triton_loops.gemm_case(bits, group, tile)
+def test_gemm_of_decoded_codes_machine_code(tile, group, act_group, bits):
+    case = triton_loops.gemm_case(bits, group, tile, act_group)
     for y in ("bf16", "fp32"):
         case.types["y_desc"] = case.types["y_desc"].replace("bf16", y)
         code = triton_loops.compile_case(case, 90)
+        if y == "fp32" and act_group == 128 and tile.m > 128:
+            # Layers give 16-bit floats; these triton 3.9 leaves a dozen registers short, 3.6 does not.
+            assert code.stack <= 64
+            continue
         assert code.stack == 0 and not {"LDL", "STL"} & code.opcodes
         assert {"IGMMA", "UTMALDG", "UTMASTG"} <= code.opcodes
         loop = triton_loops.examine(case, 90, code)
-        if group == 128:
+        if min(group, act_group) == 128:
             assert triton_loops.breaches(loop, case) == []
         else:
             assert loop.promotion == 0 and not loop.local
+        if act_group == 128:
+            # Behind the loop a bias may be added by one: to the product with a power of two, which is exact.
+            steps = sass.main_loop(code.body, shortest=True)
+            assert not any(i.opcode.startswith("FFMA") for i in steps), "a product that is not rounded"
+            assert "LDGSTS" in code.opcodes  # scales of tokens are loaded ahead
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -112,16 +112,36 @@ def test_gemm_on_decoded_codes_gives_the_same_bits(bits, tile, tokens, out, feat
 
 
 @pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("tile", tiles.INT8_TILES)
+@pytest.mark.parametrize(
+    "tokens,out,features,group,act_group,bias",
+    [(1, 8, 256, 128, 128, None), (259, 136, 512, 128, 256, torch.float32), ((3, 51), 72, 384, -1, 128, None),
+     (131, 72, 512, 256, 128, torch.float16)],
+)  # fmt: skip
+def test_gemm_on_decoded_codes_with_several_scales_a_token(
+    bits, tile, tokens, out, features, group, act_group, bias, decoded
+):
+    args = linear_inputs(bits, tokens, out, features, group, act_group, bias=bias)
+    with tiles.only(tile):
+        got, want = both(bits, args)
+    assert_close(got, want)
+    assert_close(got, getattr(reference, f"linear_w{bits}a4")(*args, torch.float32))
+    assert len(decoded) == 1
+
+
+@pytest.mark.parametrize("bits", [2, 4])
 def test_gemm_decodes_in_parts_what_takes_too_much_memory(bits, decoded, monkeypatch):
     monkeypatch.setattr(gemm_int8, "MOST_BYTES", 128 * 256)
-    args = linear_inputs(bits, 130, 264, 256, 128, bias=torch.float32)
-    with tiles.only(tiles.INT8_TILES[1]):
-        assert_close(*both(bits, args))
-    assert [len_ for len_, _ in decoded] == [128, 2] * 3
+    for act_group in (-1, 128):
+        args = linear_inputs(bits, 130, 264, 256, 128, act_group, bias=torch.float32)
+        with tiles.only(tiles.INT8_TILES[1]):
+            assert_close(*both(bits, args))
+    assert [len_ for len_, _ in decoded] == [128, 2] * 6
 
 
 @pytest.mark.parametrize("out,features,group,act_group", [
-    (12, 128, 128, -1), (8, 192, -1, -1), (8, 256, 64, -1), (8, 512, 256, -1), (8, 256, 128, 128),
+    (12, 128, 128, -1), (8, 192, -1, -1), (8, 256, 64, -1), (8, 512, 256, -1), (8, 512, -1, 256),
+    (8, 256, 128, 64),
 ])  # fmt: skip
 def test_gemm_of_other_shapes_decodes_in_the_loop(out, features, group, act_group, decoded):
     with tiles.only(*tiles.INT8_TILES):
@@ -343,7 +363,9 @@ def test_tiles_of_decoded_codes_serve_long_prompts_on_hopper(a_gpu, monkeypatch)
     assert not chosen()
     monkeypatch.setattr(tiles, "_is_hopper", lambda device: True)
     assert chosen() and chosen(group=4096) and chosen(tokens=1024)
-    assert not (chosen(tokens=1023) or chosen(group=64) or chosen(act_group=128) or chosen(out_features=4100))
+    assert chosen(act_group=128) and chosen(act_group=256) and chosen(group=4096, act_group=128)
+    assert not (chosen(tokens=1023) or chosen(group=64) or chosen(out_features=4100))
+    assert not (chosen(act_group=64) or chosen(group=4096, act_group=256))
     assert not chosen(torch.nn.Parameter(codes)), "a tensor that is not a plain one, as while tracing"
     assert tiles.serving(problem._replace(tokens=512), codes) == tiles.TILES + tiles.INT8_TILES
 

@@ -28,6 +28,10 @@ struct RopeAppendKV4Args {
   float scale;      // of R3, 1 / sqrt(block_size)
   int log_power;    // block_size is k << log_power
   bool mixed;       // by had_k, through shared memory
+  // Of kv4_wide.cuh, which serves if `lanes`, those of a head, are not 0: groups of heads that a
+  // token has, and blocks that share them.
+  int lanes;
+  uint32_t groups, splits;
 };
 
 // Calls f(r, pair) for the pairs of elements of a head that the lane holds.
@@ -58,6 +62,18 @@ W2A4_DEVICE int64_t place_of(const Params& p, int64_t batch, int64_t token) {
 
 // ---- quantisation
 
+// Scale and zero-point of a head, float16 bits.
+struct HeadGrid {
+  uint16_t scale, zero;
+};
+
+W2A4_DEVICE HeadGrid grid_of(float low, float high, float clip) {
+  const float middle = mul_rn(add_rn(low, high), 0.5f);
+  const float half = mul_rn(mul_rn(add_rn(high, -low), 0.5f), clip);
+  return {half_from_float(quotient_rn<15>(add_rn(half, half))),
+          half_from_float(add_rn(middle, -half))};
+}
+
 // Codes [head_dim / 2] and params [2] of a head, as reference.quantize_kv4 makes them, bit for bit.
 template <int kRounds>
 W2A4_DEVICE void quantize_head(const Head<kRounds>& x, int head_dim, float clip, uint8_t* codes,
@@ -72,11 +88,8 @@ W2A4_DEVICE void quantize_head(const Head<kRounds>& x, int head_dim, float clip,
   });
   const float high = from_ordered_bits(warp_max(most));
   const float low = from_ordered_bits(~warp_max(least));
-  const float middle = mul_rn(add_rn(low, high), 0.5f);
-  const float half = mul_rn(mul_rn(add_rn(high, -low), 0.5f), clip);
-  const uint16_t scale_bits = half_from_float(quotient_rn<15>(add_rn(half, half)));
-  const uint16_t zero_bits = half_from_float(add_rn(middle, -half));
-  const float scale = float_from_half(scale_bits), zero = float_from_half(zero_bits);
+  const HeadGrid grid = grid_of(low, high, clip);
+  const float scale = float_from_half(grid.scale), zero = float_from_half(grid.zero);
   const Quantizer q = quantizer_of(scale);
   const uint32_t mask = scale == 0.0f ? 0 : q.mask;
   for_each_pair<kRounds>(head_dim, [&](int r, int pair) {
@@ -89,7 +102,7 @@ W2A4_DEVICE void quantize_head(const Head<kRounds>& x, int head_dim, float clip,
     codes[pair] = static_cast<uint8_t>(code[0] | code[1] << 4);
   });
   const int lane = threadIdx.x % 32;
-  if (lane < 2) params[lane] = lane == 0 ? scale_bits : zero_bits;
+  if (lane < 2) params[lane] = lane == 0 ? grid.scale : grid.zero;
 }
 
 template <int kRounds>

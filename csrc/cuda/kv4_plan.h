@@ -2,10 +2,12 @@
 // rule for the launchers and for the tests, which run the kernels on a CPU.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
 #include "kv4.cuh"
+#include "kv4_wide.cuh"
 
 namespace w2a4::cuda {
 
@@ -44,7 +46,28 @@ inline HeadsPlan<QuantizeKV4Args> plan_quantize_kv4(const QuantizeKV4Params& p) 
   return {{p, pairs, rows}, blocks_of_rows(rows), 0};
 }
 
-inline HeadsPlan<RopeAppendKV4Args> plan_rope_append_kv4(const RopeAppendKV4Params& p) {
+// From so many heads of tokens on, more than the warps that an H200 holds, rope_append_kv4 is done
+// by kv4_wide.cuh.
+constexpr uint32_t kWideRows = 8192;
+// Blocks that it makes at least, as long as there are heads for them.
+constexpr uint32_t kWideBlocks = 2048;
+
+inline bool wide_cache(const Strided4& codes) {
+  return reinterpret_cast<uintptr_t>(codes.data) % 4 == 0 && codes.batch % 4 == 0 &&
+         codes.head % 4 == 0 && codes.token % 4 == 0;
+}
+
+// Lanes of a head in kv4_wide.cuh, or 0 where that cannot serve.
+inline int wide_lanes(const RopeAppendKV4Params& p) {
+  for (const void* x : {p.qkv, p.cos, p.sin, static_cast<const void*>(p.q)})
+    if (reinterpret_cast<uintptr_t>(x) % 16 != 0) return 0;
+  const bool sizes = p.head_dim == 64 || p.head_dim == 128 || p.head_dim == 256;
+  if (!sizes || p.had_k != nullptr || !wide_cache(p.k_codes) || !wide_cache(p.v_codes)) return 0;
+  return static_cast<int>(p.head_dim) / (2 * kHalfRun);
+}
+
+inline HeadsPlan<RopeAppendKV4Args> plan_rope_append_kv4(const RopeAppendKV4Params& p,
+                                                         uint32_t wide_rows = kWideRows) {
   const uint32_t rows = checked_rows("rope_append_kv4",
                                      p.batch * p.tokens * (p.q_heads + 2 * p.kv_heads), p.head_dim);
   int log_power = 0;
@@ -56,9 +79,20 @@ inline HeadsPlan<RopeAppendKV4Args> plan_rope_append_kv4(const RopeAppendKV4Para
         "w2a4.rope_append_kv4: the CUDA kernels take cos and sin of float32, float16 and bfloat16, "
         "not float64; convert with cos.float()");
   const bool rope_pairs = reads_pairs(p.cos, p.rope_dtype) && reads_pairs(p.sin, p.rope_dtype);
-  return {{p, reads_pairs(p.qkv, p.dtype), rope_pairs, rows, scale, log_power, mixed},
-          blocks_of_rows(rows),
-          mixed ? static_cast<size_t>(kHeadWarps * p.head_dim * 4) : 0};
+  RopeAppendKV4Args args{
+      p, reads_pairs(p.qkv, p.dtype), rope_pairs, rows, scale, log_power, mixed, 0, 0, 0};
+  args.lanes = rows >= wide_rows ? wide_lanes(p) : 0;
+  if (args.lanes == 0)
+    return {args, blocks_of_rows(rows),
+            mixed ? static_cast<size_t>(kHeadWarps * p.head_dim * 4) : 0};
+  const auto groups = [&](int64_t heads) {
+    return static_cast<uint32_t>((heads * args.lanes + 31) / 32);
+  };
+  const auto row_count = static_cast<uint32_t>(p.batch * p.tokens);
+  args.groups = groups(p.q_heads) + 2 * groups(p.kv_heads);
+  const uint32_t most = (args.groups + kHeadWarps - 1) / kHeadWarps;
+  args.splits = std::min(most, (kWideBlocks + row_count - 1) / std::max(row_count, 1u));
+  return {args, row_count * args.splits, 0};
 }
 
 using QuantizeKV4Kernel = void (*)(QuantizeKV4Args);
@@ -73,6 +107,13 @@ struct KV4Kernels {
       std::integral_constant<RopeAppendKV4Kernel, rope_append_kv4_kernel<T, kRounds>>;
 };
 
+template <int kLanes>
+struct WideKernel {
+  template <class T>
+  using RopeAppend =
+      std::integral_constant<RopeAppendKV4Kernel, rope_append_kv4_wide_kernel<T, kLanes>>;
+};
+
 // Calls run(kernel), kernel a std::integral_constant of the function.
 template <class Run>
 void with_kv4_kernel(const QuantizeKV4Args& args, Run&& run) {
@@ -84,10 +125,17 @@ void with_kv4_kernel(const QuantizeKV4Args& args, Run&& run) {
 
 template <class Run>
 void with_kv4_kernel(const RopeAppendKV4Args& args, Run&& run) {
-  if (args.p.head_dim <= 256)
-    with_format<KV4Kernels<4>::RopeAppend>("rope_append_kv4", args.p.dtype, run);
+  const char* op = "rope_append_kv4";
+  if (args.lanes == 4)
+    with_format<WideKernel<4>::RopeAppend>(op, args.p.dtype, run);
+  else if (args.lanes == 8)
+    with_format<WideKernel<8>::RopeAppend>(op, args.p.dtype, run);
+  else if (args.lanes == 16)
+    with_format<WideKernel<16>::RopeAppend>(op, args.p.dtype, run);
+  else if (args.p.head_dim <= 256)
+    with_format<KV4Kernels<4>::RopeAppend>(op, args.p.dtype, run);
   else
-    with_format<KV4Kernels<16>::RopeAppend>("rope_append_kv4", args.p.dtype, run);
+    with_format<KV4Kernels<16>::RopeAppend>(op, args.p.dtype, run);
 }
 
 }  // namespace w2a4::cuda

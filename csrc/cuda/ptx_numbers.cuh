@@ -175,6 +175,27 @@ W2A4_DEVICE float min_f32(float a, float b) {
   return fminf(a, b);
 }
 
+// The larger or smaller of two, of which one may be NaN: a NaN then. -0 is below 0.
+W2A4_DEVICE float max_nan_f32(float a, float b) {
+#ifdef __CUDACC__
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+#else
+  if (a != a || b != b) return a + b;
+  return a > b || (a == b && !std::signbit(a)) ? a : b;
+#endif
+}
+W2A4_DEVICE float min_nan_f32(float a, float b) {
+#ifdef __CUDACC__
+  float d;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+#else
+  return -max_nan_f32(-a, -b);
+#endif
+}
+
 // The upper 32 bits of the product.
 W2A4_DEVICE uint32_t mul_high(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__

@@ -48,12 +48,14 @@ void quantize_kv4(const py::array& x, const py::array& codes, const py::array& p
   run_heads(cuda::plan_quantize_kv4(p), seed);
 }
 
-// qkv [batch, tokens, ...], cos and sin [batch or 1, tokens, head_dim], q written.
-void rope_append_kv4(const py::array& qkv, const std::string& dtype, const py::array& cos,
+// qkv [batch, tokens, ...], cos and sin [batch or 1, tokens, head_dim], q written. From `wide_rows`
+// heads of tokens on by kv4_wide.cuh if it serves; returns whether it did.
+bool rope_append_kv4(const py::array& qkv, const std::string& dtype, const py::array& cos,
                      const py::array& sin, const std::string& rope_dtype, const Signs& had_k,
                      int64_t block_size, const py::array& k_codes, const py::array& k_params,
                      const py::array& v_codes, const py::array& v_params, int64_t start,
-                     const Starts& starts, float clip, py::array& q, unsigned seed) {
+                     const Starts& starts, float clip, py::array& q, unsigned seed,
+                     uint32_t wide_rows) {
   RopeAppendKV4Params p{};
   p.qkv = qkv.data(), p.cos = cos.data(), p.sin = sin.data(), p.q = q.mutable_data();
   p.k_codes = strided(k_codes), p.k_params = strided(k_params);
@@ -65,7 +67,9 @@ void rope_append_kv4(const py::array& qkv, const std::string& dtype, const py::a
   p.rope_batch = cos.shape(0) == 1 ? 0 : p.tokens * p.head_dim;
   p.q_heads = q.shape(1), p.kv_heads = k_codes.shape(1);
   p.start = start, p.starts = data_of(starts), p.clip = clip;
-  run_heads(cuda::plan_rope_append_kv4(p), seed);
+  const auto plan = cuda::plan_rope_append_kv4(p, wide_rows);
+  run_heads(plan, seed);
+  return plan.args.lanes != 0;
 }
 
 void fill_mask(AttentionKV4Params& p, const std::optional<py::array_t<bool>>& mask) {

@@ -2,8 +2,9 @@
 
 Decoding in the loop costs every tile of tokens the same work again, and keeps the products from running
 straight out of what the copy engine (TMA) brings to shared memory. Decoding once costs a pass over memory,
-which is little where there are many tokens. The bits are those of `gemm.gemm_a4_kernel` with one scale a
-token: exact integer sums, added group by group by one fma each, times the token's scale at the end.
+which is little where there are many tokens. The bits are those of `gemm.gemm_a4_kernel`: with one scale a
+token exact integer sums, added group by group by one fma each, times the token's scale at the end; with
+several, sums times (weight scale * token scale), every one of the three operations rounded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .language import fma, look_up_levels, mul_rn, unpack_nibbles
+from .language import fma, load_once, look_up_levels, mul_rn, unpack_nibbles
 from .tiles import Problem, Tile, program_tile
 
 #: Inputs a step: a group, and the width of a swizzled row in shared memory.
@@ -71,11 +72,12 @@ def _store_blocks(pointer, block, blocks, even, odd):
 @triton.jit
 def gemm_int8_kernel(
     a_desc, weight_desc, y_desc, a_scale_ptr, scale_ptr, bias_ptr, tokens, out_features,
-    BITS: tl.constexpr, IN: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, IN: tl.constexpr, GROUP: tl.constexpr, ACT_GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As `gemm.gemm_a4_kernel` from int8 a [tokens, IN] and weight [out, IN]; a group is 128 inputs or IN.
+    """As `gemm.gemm_a4_kernel` from int8 a [tokens, IN] and weight [out, IN], but for a_scale [A, tokens].
 
+    With one scale a token a group is 128 inputs or IN; with several a block, the smaller group, is 128.
     The rows of a product are outputs: the two rows of a product that a thread holds then take two scales a
     step, where columns would take dozens. 256 tokens are two products, one after another, since exact
     and float32 sums of both do not fit the registers.
@@ -86,7 +88,23 @@ def gemm_int8_kernel(
     WIDTH: tl.constexpr = BLOCK_M // PARTS
     # What lies beyond the end repeats earlier scales, and zeros of the descriptors; it is not stored.
     groups = scale_ptr + (out + tl.arange(0, BLOCK_N)) % out_features * (IN // GROUP)
-    if GROUP == IN:
+    if ACT_GROUP < IN:
+        acc = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+        more = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+        a_scales = a_scale_ptr + (token + tl.arange(0, WIDTH)) % tokens
+        more_scales = a_scale_ptr + (token + WIDTH + tl.arange(0, WIDTH)) % tokens
+        for k in tl.range(0, IN, 128, num_stages=STAGES):
+            weight = weight_desc.load([out, k])
+            scale = tl.load(groups + k // GROUP).to(tl.float32)[:, None]
+            # Both before the products: they are copied stages ahead, as the codes are.
+            a_scale = load_once(a_scales + k // ACT_GROUP * tokens)
+            more_scale = load_once(more_scales + k // ACT_GROUP * tokens) if PARTS == 2 else a_scale
+            sums = tl.dot(weight, a_desc.load([token, k]).T, out_dtype=tl.int32)
+            acc += mul_rn(sums.to(tl.float32), scale * a_scale[None, :])
+            if PARTS == 2:
+                sums = tl.dot(weight, a_desc.load([token + WIDTH, k]).T, out_dtype=tl.int32)
+                more += mul_rn(sums.to(tl.float32), scale * more_scale[None, :])
+    elif GROUP == IN:
         sums = tl.zeros((BLOCK_N, WIDTH), tl.int32)
         more_sums = tl.zeros((BLOCK_N, WIDTH), tl.int32)
         for k in tl.range(0, IN, 128, num_stages=STAGES):
@@ -107,23 +125,25 @@ def gemm_int8_kernel(
             if PARTS == 2:
                 a = a_desc.load([token + WIDTH, k])
                 more = fma(tl.dot(weight, a.T, out_dtype=tl.int32), scale, more)
-    _store(acc, token, out, y_desc, a_scale_ptr, bias_ptr, tokens, out_features, BITS, HAS_BIAS)
+    ONE: tl.constexpr = ACT_GROUP == IN
+    _store(acc, token, out, y_desc, a_scale_ptr, bias_ptr, tokens, out_features, BITS, HAS_BIAS, ONE)
     if PARTS == 2:
         token += WIDTH
-        _store(more, token, out, y_desc, a_scale_ptr, bias_ptr, tokens, out_features, BITS, HAS_BIAS)
+        _store(more, token, out, y_desc, a_scale_ptr, bias_ptr, tokens, out_features, BITS, HAS_BIAS, ONE)
 
 
 @triton.jit
 def _store(
     acc, token, out, y_desc, a_scale_ptr, bias_ptr, tokens, out_features,
-    BITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BITS: tl.constexpr, HAS_BIAS: tl.constexpr, ONE_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Token scales and bias, once, on sums [outputs, tokens]."""
-    row = (token + tl.arange(0, acc.shape[1])) % tokens
-    acc = acc * (1 / 256 if BITS == 4 else 1 / 16)
-    y = mul_rn(acc, tl.broadcast_to(tl.load(a_scale_ptr + row)[None, :], acc.shape))
+    """Sums [outputs, tokens], times token scales where there is one a token, and the bias."""
+    y = acc * (1 / 256 if BITS == 4 else 1 / 16)
+    if ONE_SCALE:
+        row = (token + tl.arange(0, y.shape[1])) % tokens
+        y = mul_rn(y, tl.broadcast_to(tl.load(a_scale_ptr + row)[None, :], y.shape))
     if HAS_BIAS:
-        col = (out + tl.arange(0, acc.shape[0])) % out_features
+        col = (out + tl.arange(0, y.shape[0])) % out_features
         y += tl.load(bias_ptr + col).to(tl.float32)[:, None]
     y_desc.store([token, out], y.to(y_desc.dtype).T)
 
@@ -139,7 +159,7 @@ def gemm_int8(
     """
     rows = max(1, MOST_BYTES // problem.in_features)
     y = y.view(problem.tokens, problem.out_features)
-    a_codes, a_scale = a_codes.view(problem.tokens, -1), a_scale.view(-1)
+    a_codes, a_scale = (tensor.view(problem.tokens, -1) for tensor in (a_codes, a_scale))
     # Parts of whole tiles, which also keeps their addresses aligned.
     outs, tokens = (max(PART, rows // PART * PART) for _ in range(2))
     for out in range(0, problem.out_features, outs):
@@ -167,7 +187,8 @@ def _part(problem, tile, a_codes, a_scale, weight, words, scale, bias, y) -> Non
     grid = (triton.cdiv(len(a), tile.m) * triton.cdiv(len(decoded), tile.n),)
     gemm_int8_kernel[grid](
         describe(a, [width, STEP]), describe(decoded, [tile.n, STEP]), describe(y, [width, tile.n]),
-        a_scale, scale, scale if bias is None else bias, len(a), len(decoded), BITS=problem.bits,
-        IN=problem.in_features, GROUP=problem.group, HAS_BIAS=bias is not None, BLOCK_M=tile.m,
-        BLOCK_N=tile.n, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        a_scale.T.contiguous(), scale, scale if bias is None else bias, len(a), len(decoded),
+        BITS=problem.bits, IN=problem.in_features, GROUP=problem.group, ACT_GROUP=problem.act_group,
+        HAS_BIAS=bias is not None, BLOCK_M=tile.m, BLOCK_N=tile.n, STAGES=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

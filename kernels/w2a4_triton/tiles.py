@@ -51,7 +51,7 @@ TILES = (
     Tile(128, 128, 128, 8, 3),
 )
 
-#: For sm_90 alone, without spills there.
+#: For sm_90 alone, without spills there but for float32 results with several scales a token.
 INT8_TILES = (
     Tile(128, 64, 128, 4, 3, 1),
     Tile(128, 128, 128, 8, 4, 1),
@@ -62,7 +62,8 @@ INT8_TILES = (
 #: From so many tokens on codes are decoded before: for 4096 x 4096 weights that takes about 9 us (24 MB from
 #: and to memory, two launches), and a token then 0.03 us instead of the 0.077 us measured on an H200 with
 #: decoding in the loop, so 200 tokens would pay; but only 1024 fill the GPU once with the largest tile. Not
-#: measured yet. Tuning tries half as many.
+#: measured yet. Tuning tries half as many. Several scales a token take 5.5 instructions a sum instead of 3,
+#: in the loop that decodes too.
 INT8_TOKENS = 1024
 
 
@@ -109,14 +110,15 @@ def serving(problem: Problem, a_codes: Tensor) -> tuple[Tile, ...]:
 
 
 def _int8_serves(problem: Problem, a_codes: Tensor) -> bool:
-    """One scale a token, groups of a step or whole rows, rows of 16 bytes for the copy engine of sm_90.
+    """Blocks of a step, or one scale a token and weight; rows of 16 bytes for the copy engine of sm_90.
 
     torch.compile traces with tensors that no descriptor can be made of.
     """
     if type(a_codes) is not Tensor or problem.tokens < INT8_TOKENS // 2 and not INTERPRET.value:
         return False
-    one_scale = problem.act_group == problem.in_features and problem.group in (128, problem.in_features)
-    if not one_scale or problem.in_features % 128 or problem.out_features % 8:
+    one_scale = problem.act_group == problem.in_features
+    blocks = problem.group in (128, problem.in_features) if one_scale else problem.block == 128
+    if not blocks or problem.in_features % 128 or problem.out_features % 8:
         return False
     return INTERPRET.value or a_codes.is_cuda and _is_hopper(a_codes.device)
 
