@@ -11,6 +11,7 @@ from rerun import rerun_graphs
 from w2a4 import engine, graphs, ops, sequences
 from w2a4.dispatch import DECODE_TOKENS, GEMV_TOKENS
 from w2a4.engine import Engine
+from w2a4.errors import W2A4Error
 from w2a4.graphs import LAST_OF_ATTENTION, LAST_OF_KERNELS, MOST_PROMPT_TOKENS, padded_length
 from w2a4.integrations.fused import fused_parts
 
@@ -118,6 +119,27 @@ def test_lengths_in_turn(monkeypatch):
     for _ in range(3):
         assert [out.tolist() for out in eng.generate(both, 6)] == want[:2]
     assert lengths == [8, 48, 64]
+
+
+def test_prompts_that_cannot_be_captured_are_read_as_ever(monkeypatch):
+    rerun_graphs(monkeypatch)
+
+    def refuse(prompts, ids):
+        prompts.read(ids, prompts.last)  # as before any capture
+        raise W2A4Error("out of memory")
+
+    model, ids = packed_model(), ids_of(1, 9)
+    with engine.inference(model):
+        eager = packed_sequences(model, ids, graphs=False)
+        steps = packed_sequences(model, ids)
+        monkeypatch.setattr(graphs.PromptGraphs, "capture", refuse)
+        with pytest.warns(UserWarning, match="read without CUDA graphs, and slower: out of memory"):
+            steps.begin(list(ids))
+        for _ in range(2):
+            assert torch.equal(steps.logits, eager.logits)
+            for layer, other in zip(steps.cache.layers, eager.cache.layers, strict=True):
+                assert torch.equal(layer.keys.codes[:, :, :9], other.keys.codes[:, :, :9])
+            steps.begin(list(ids))
 
 
 def test_logits_of_a_prompt_stay(monkeypatch):

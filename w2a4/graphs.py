@@ -7,6 +7,7 @@ A graph is launched as one.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -184,7 +185,12 @@ class PromptGraphs:
                 graph, place, logits = self.captured[size]
                 place.copy_(padded)
             else:
-                graph, logits = self.capture(padded)
+                try:
+                    graph, logits = self.capture(padded)
+                except W2A4Error as error:
+                    self.capacity = 0  # of graphs, from now on
+                    warnings.warn(f"prompts are read without CUDA graphs, and slower: {error}", stacklevel=2)
+                    return None
                 self.captured[size] = graph, padded, logits
             graph.replay()
             return logits.clone()  # steps write where it lies

@@ -63,7 +63,10 @@ class PackedSequences:
         if len(set(lengths)) == 1:
             ids = torch.stack(rows)
             logits = None if self.prompts is None else self.prompts.run(ids)
-            self.logits = self._prefill(ids, self.cache) if logits is None else logits
+            if logits is None:
+                self.cache.clear()  # of what could not be captured
+                logits = self._prefill(ids, self.cache)
+            self.logits = logits
         else:  # one after another, so that no padding is computed
             views = [self.cache.row(i) for i in range(len(rows))]
             logits = [self._prefill(row[None], view) for row, view in zip(rows, views, strict=True)]
