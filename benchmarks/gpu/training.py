@@ -33,7 +33,7 @@ from w2a4.training.trainer import QATTrainer, Windows, training_arguments
 #: Files of a carried folder.
 TOKENS, HELD_OUT = "tokens.safetensors", "held_out.json"
 #: Seconds kept for what comes after the last step, and between two small checkpoints.
-AFTER, EVERY = 30, 90
+AFTER, EVERY = 20, 90
 PROMPT = "The three most important things to know about rivers are"
 
 
