@@ -127,7 +127,7 @@ def measured(layers: int, ids: Tensor, repeats: int) -> list[dict[str, Any]]:
     if not is_right(min(layers, 2), ids[:1, :64]):
         raise click.ClickException("the fake-quantised model is not the packed one; nothing was timed")
     steps = {kind: stepper(kind, layers, ids) for kind in (*KINDS, *[GRAPH] * ids.is_cuda)}
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
     for _ in tqdm(range(repeats + 1), unit="round", disable=not sys.stderr.isatty()):
         for kind, step in steps.items():
             begun = time.perf_counter()

@@ -80,7 +80,7 @@ def test_ldp(dtype):
     w, parameters = torch.randn(96, 576) * 0.05, [torch.randn(96, 9) for _ in range(4)]
     grad, ran = torch.randn(96, 576), []
     for device in ("cpu", "cuda"):
-        leaves = [t.to(device).requires_grad_() for t in (w.to(dtype), *parameters)]
+        leaves = [t.detach().to(device).requires_grad_() for t in (w.to(dtype), *parameters)]
         y = quantizers.ldp_fake_quant(*leaves, 64)
         y.backward(grad.to(device, dtype))
         ran.append([y.detach().float().cpu(), *(leaf.grad.float().cpu() for leaf in leaves)])
