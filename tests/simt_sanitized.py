@@ -115,6 +115,9 @@ if __name__ == "__main__":
         for dtype in (np.float32, np.float16):
             rope_append(module, head_dim, k, block, dtype, 0)
             rope_append(module, head_dim, k, block, dtype, 4, outside)
+    for head_dim in (64, 128, 256):
+        for dtype in (np.float32, np.float16):
+            rope_append(module, head_dim, 1, head_dim, dtype, 4, outside, wide=0)
     for head_dim in (2, 30, 64, 80, 96, 128, 256):
         for repeat, tokens, length in [(1, 1, 1), (4, 1, 256), (3, 2, 257), (1, 1, 600)]:
             for split in (True, False):
