@@ -108,6 +108,75 @@ def test_a_hook_is_called():
     assert len(calls) == 4
 
 
+def steer(module, args, out):
+    return out + torch.linspace(-3, 3, out.shape[-1])
+
+
+def replace_forward(module):
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
+
+
+def derive(layer):
+    class Louder(type(layer)):
+        def forward(self, *args, **kwargs):
+            return 1.5 * super().forward(*args, **kwargs)
+
+    layer.__class__ = Louder
+
+
+CHANGES = {
+    "hook of a layer": lambda model: model.model.layers[1].register_forward_hook(steer),
+    "pre-hook of a layer": lambda model: model.model.layers[1].register_forward_pre_hook(
+        lambda module, args: (2 * args[0], *args[1:])
+    ),
+    "forward of a layer": lambda model: replace_forward(model.model.layers[0]),
+    "class of a layer": lambda model: derive(model.model.layers[0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_others_do_to_a_layer_is_done(change):
+    """Whoever steers activations hooks into layers, not into what is in them."""
+    model = packed_model()
+    before = by_transformers(model, PROMPTS[0], 8)
+    change(model)
+    want = by_transformers(model, PROMPTS[0], 8)
+    assert not torch.equal(want, before)
+    assert_same(Engine(model).generate(PROMPTS[:1], 8), [want])
+
+
+def test_hooks_of_the_model_are_called():
+    model, calls = packed_model(), []
+    model.register_forward_pre_hook(lambda *_: calls.append("before"))
+    replaced = model.model.forward
+    model.model.forward = lambda *args, **kwargs: calls.append("decoder") or replaced(*args, **kwargs)
+    Engine(model).generate(PROMPTS[:1], 3)
+    assert calls == ["before", "decoder"] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(stop_tokens=5), "stop_tokens=5: give a list of token ids, or None"),
+        (dict(stop_tokens=["a"]), r"stop_tokens=\['a'\]: give a list"),
+        (dict(sampling={}), None),
+        (dict(sampling={"temperature": 1}), "sampling={'temperature': 1}: give a Sampling"),
+        (dict(prompts=None), "prompts=None: give a list of prompts"),
+        (dict(prompts=(n for n in range(2))), "prompts=<generator"),
+        (dict(prompts=[torch.empty(3, dtype=torch.long, device="meta")]), "prompt 0 is a meta tensor"),
+        (dict(prompts=[torch.tensor([1, 0, 2]).to_sparse()]), "prompt 0 is a sparse tensor"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(arguments, message):
+    arguments = dict(prompts=PROMPTS[:1], max_new_tokens=2) | arguments
+    if message is None:  # nothing asked for is greedy
+        assert len(Engine(packed_model()).generate(**arguments)[0]) == 2
+        return
+    with pytest.raises(W2A4Error, match=message):
+        Engine(packed_model()).generate(**arguments)
+
+
 def test_a_long_prompt_in_chunks(monkeypatch):
     model = packed_model()
     want = Engine(model).generate(PROMPTS, 8)

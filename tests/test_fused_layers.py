@@ -97,6 +97,40 @@ def test_new_weights_are_seen():
     assert torch.equal(logits(model, ids), before)
 
 
+def other_scale(model):
+    linear = model.model.layers[0].self_attn.k_proj
+    linear.scale = torch.nn.Parameter(2 * linear.scale, requires_grad=False)
+
+
+def other_levels(model):
+    levels = model.model.layers[0].mlp.gate_proj.levels
+    levels.data = levels.flip(-1).contiguous()
+
+
+def other_clips(model):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["model.layers.0.self_attn.k_proj.act_clip"] *= 0.5
+    model.load_state_dict(state)
+
+
+def some_scales(model):
+    name = "model.layers.1.mlp.up_proj.scale"
+    model.load_state_dict({name: 3 * model.get_parameter(name)}, strict=False, assign=True)
+
+
+@pytest.mark.parametrize("change", [other_scale, other_levels, other_clips, some_scales])
+def test_parts_of_a_joint_that_change_are_seen(change):
+    """A copy that was never run has made no joint yet."""
+    model, ids = packed_model(), prompt()
+    before = logits(model, ids)
+    fresh = copy.deepcopy(model)
+    change(model)
+    change(fresh)
+    want = logits(fresh, ids)
+    assert not torch.equal(want, before)
+    assert torch.equal(logits(model, ids), want)
+
+
 def test_a_replaced_module_is_seen():
     model, ids = packed_model(), prompt()
     logits(model, ids)

@@ -8,7 +8,7 @@ from torch import nn
 
 import w2a4
 from w2a4 import reference
-from w2a4.errors import CheckpointError, RecipeError
+from w2a4.errors import CheckpointError, RecipeError, W2A4Error
 from w2a4.layers import PACKED_LINEARS
 
 
@@ -104,6 +104,33 @@ def test_replace_linears_serves_any_model():
         w2a4.replace_linears(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match="bits=3"):
         w2a4.replace_linears(nn.Sequential(nn.Linear(4, 4)), bits=3)
+
+
+def test_replace_linears_keeps_what_is_shared():
+    model = nn.ModuleDict({"a": nn.Linear(64, 64)})
+    model["b"] = model["a"]
+    w2a4.replace_linears(model)
+    assert isinstance(model["b"], w2a4.W2A4Linear) and model["a"] is model["b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(group_size=0), "group_size=0: give a number >= 1"),
+        (dict(group_size="foo"), "group_size='foo'"),
+        (dict(group_size=64), "group_size=64 does not divide in_features=96"),
+        (dict(act_clip=float("nan")), "act_clip=nan"),
+        (dict(act_clip=0.0), r"act_clip=0.0: give a number in \(0, 1\]"),
+    ],
+)
+def test_replace_linears_replaces_all_or_nothing(arguments, message):
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 90))
+    with pytest.raises(RecipeError, match=message):
+        w2a4.replace_linears(model, **arguments)
+    model[1].weight.data[3, 4] = float("nan")
+    with pytest.raises(W2A4Error, match="1.weight holds NaN"):
+        w2a4.replace_linears(model)
+    assert {type(module) for module in model} == {nn.Linear}
 
 
 def test_bad_arguments_are_named():

@@ -377,6 +377,8 @@ def resolve_group_size(in_features: int, group_size: int | str) -> int:
         return next((g for g in AUTO_GROUP_SIZES if in_features % g == 0), in_features)
     if group_size == -1:
         return in_features
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1:
+        raise RecipeError(f"group_size={group_size!r}: give a number >= 1, -1 (the whole row) or 'auto'")
     if in_features % group_size:
         fits = [g for g in (256, *AUTO_GROUP_SIZES) if in_features % g == 0]
         raise RecipeError(

@@ -15,12 +15,14 @@ import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import constraints, ops
+from .config import shown
 from .errors import W2A4Error
 from .integrations.fused import fused_parts
 from .sequences import PackedSequences, PlainSequences, StaticSequences, overflowing_layer, sink_tokens_of
@@ -151,7 +153,9 @@ class Engine:
         rows = self._checked(prompts, max_new_tokens)
         constraints.check(self.model, sampling is not None)
         sampling = sampling or Sampling()
-        stops = set(end_tokens(self.model) if stop_tokens is None else stop_tokens)
+        if not isinstance(sampling, Sampling):
+            raise W2A4Error(f"sampling={shown(sampling)}: give a Sampling, or None for greedy")
+        stops = set(end_tokens(self.model)) if stop_tokens is None else _tokens(stop_tokens)
         with inference(self.model):
             lengths = {len(row) for row in rows}
             if len(lengths) > 1 and min(lengths) < sink_tokens_of(self.model):
@@ -228,6 +232,8 @@ class Engine:
     def _checked(self, prompts: Sequence[Sequence[int] | Tensor], max_new_tokens: int) -> list[Tensor]:
         if not (_is_integer(max_new_tokens) and max_new_tokens >= 1):
             raise W2A4Error(f"max_new_tokens={max_new_tokens!r}: give an integer >= 1")
+        if not isinstance(prompts, (Sequence, Tensor)):
+            raise W2A4Error(f"prompts={shown(prompts)}: give a list of prompts, each the ids of tokens")
         if not 1 <= len(prompts) <= MAX_BATCH:
             raise W2A4Error(f"{len(prompts)} prompts: give 1 to {MAX_BATCH} at a time")
         rows = [_ids(i, prompt) for i, prompt in enumerate(prompts)]
@@ -255,9 +261,23 @@ def _ids(number: int, prompt: Sequence[int] | Tensor) -> Tensor:
         raise W2A4Error(
             f"prompt {number} is {str(prompt)[:60]!r}; give the ids of one or more tokens"
         ) from None
+    if ids.is_meta or ids.layout != torch.strided:
+        raise W2A4Error(
+            f"prompt {number} is a {'meta' if ids.is_meta else 'sparse'} tensor; give its token ids"
+        )
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise W2A4Error(f"prompt {number} holds numbers of {ids.dtype}; give token ids, which are integers")
     return ids.long()
+
+
+def _tokens(stop_tokens: Collection[int]) -> set[int]:
+    """Those that end a text, as they come out of `tolist`."""
+    found = (
+        torch.as_tensor(stop_tokens).flatten().tolist() if isinstance(stop_tokens, Tensor) else stop_tokens
+    )
+    if not (isinstance(found, Collection) and all(isinstance(token, Integral) for token in found)):
+        raise W2A4Error(f"stop_tokens={shown(stop_tokens)}: give a list of token ids, or None")
+    return {int(token) for token in found}
 
 
 def _is_integer(value: Any) -> bool:

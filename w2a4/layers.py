@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import gradients, ops
 from .config import resolve_group_size
-from .errors import CheckpointError, W2A4Error
+from .errors import CheckpointError, RecipeError, W2A4Error
 from .fitting.rtn import fit_rtn
 from .fitting.weight import QuantizedWeight
 from .packing import pack, packed_width, unpack
@@ -341,16 +341,26 @@ def replace_linears(
 
     Raises:
         ValueError: nothing was left to replace.
+        W2A4Error: a group size, a clip or a weight that cannot be; nothing was replaced then.
     """
     if bits not in PACKED_LINEARS:
         raise ValueError(f"bits={bits}: give one of {sorted(PACKED_LINEARS)}")
     linears = {
         name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and name not in skip and name.rpartition(".")[2] not in skip
+        for name, module in model.named_modules(remove_duplicate=False)  # one may have several names
+        if name and type(module) is nn.Linear and name not in skip and name.rpartition(".")[2] not in skip
     }
     if not linears:
         raise ValueError(f"{type(model).__name__} has no nn.Linear outside skip={skip} to replace")
+    if not 0 < act_clip <= 1:
+        raise RecipeError(f"act_clip={act_clip}: give a number in (0, 1]")
     for name, linear in linears.items():
-        model.set_submodule(name, PACKED_LINEARS[bits].from_linear(linear, group_size, act_clip=act_clip))
+        resolve_group_size(linear.in_features, group_size)
+        if not bool(torch.isfinite(linear.weight.detach()).all()):
+            raise W2A4Error(f"{name}.weight holds NaN or infinity; the model is damaged")
+    packed: dict[nn.Module, _PackedLinear] = {}
+    for name, linear in linears.items():
+        if linear not in packed:
+            packed[linear] = PACKED_LINEARS[bits].from_linear(linear, group_size, act_clip=act_clip)
+        model.set_submodule(name, packed[linear])
     return model

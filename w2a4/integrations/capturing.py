@@ -17,6 +17,19 @@ def is_capturing(hook: Any) -> bool:
     return module.startswith("transformers.") and hook.__name__ == "output_capturing_hook"
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Someone hooked into the module, or replaced its forward (as accelerate does).
+
+    What sleeps there after a call that asked for hidden states does not count, nor do hooks of w2a4.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not (is_capturing(hook) or is_own(hook)) for hook in hooks) or has_foreign_forward(module)
+
+
+def is_own(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(f"{__package__}.")
+
+
 def has_foreign_forward(module: nn.Module) -> bool:
     """Someone replaced the module's forward, as accelerate does."""
     forward = module.__dict__.get("forward")

@@ -32,6 +32,9 @@ _KEYS = (
     "rope_theta", "rope_scaling", "rope_parameters",
 )  # fmt: skip
 
+#: Kinds of RoPE whose angles depend on how many positions a model says it has.
+_ROPE_OF_LENGTH = ("dynamic", "longrope", "yarn")
+
 
 def add_digests(directory: Path) -> None:
     """Put digests into the shards of a checkpoint just written."""
@@ -44,6 +47,9 @@ def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a config; null where it says nothing, which is not the same as a default."""
     quantization = config.get("quantization_config") or {}
     kept = {key: config.get(key) for key in _KEYS}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) in _ROPE_OF_LENGTH:
+        kept["max_position_embeddings"] = config.get("max_position_embeddings")
     return kept | {key: quantization.get(key) for key in ("recipe", "rotation")}
 
 

@@ -9,6 +9,7 @@ wherever something looks at them (hooks, torch.compile) or its parts are not tho
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from ..layers import NO_GRADIENT, _PackedLinear
 from ..rotation.online import OnlineRotation
 from .arguments import cache_of, check_arguments
 from .attention import NAME, as_bool, packed_attention, w2a4_attention
-from .capturing import has_foreign_forward, is_capturing
+from .capturing import has_foreign_forward, is_capturing, is_watched
 from .classes import Derived, derived
 from .guards import check_attention
 from .kv_cache import KV4Cache, KV4Layer, KV4StaticCache
@@ -59,8 +60,8 @@ class Joint:
         self._places = [
             (linear._parameters, name, linear._parameters[name].data_ptr())
             for linear in self.linears
-            for name in ("weight", "bias")
-            if linear._parameters[name] is not None
+            for name in _ORDER
+            if linear._parameters.get(name) is not None
         ]
         return self.linear
 
@@ -123,15 +124,25 @@ class Parts:
         self.qkv, self.gate_up = (attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)
         self.o_proj, self.down_proj = attn.o_proj, mlp.down_proj
         self.joint_qkv, self.joint_gate_up = Joint(*self.qkv), Joint(*self.gate_up)
-        self.fit = self._fit(mlp.config.hidden_act)
+        self.hidden_act = mlp.config.hidden_act
+        self._clips: list[tuple[int, int]] | None = None
         if self.fit:
             self.heads = tuple(linear.out_features // attn.head_dim for linear in self.qkv[:2])
 
-    def _fit(self, hidden_act: str) -> bool:
-        """The layer is one that the fused ops compute."""
+    @property
+    def fit(self) -> bool:
+        """The layer is one that the fused ops compute; asked anew when clips of activations have changed."""
+        clips = [linear._parameters.get("act_clip") for linear in (*self.qkv, *self.gate_up)
+                 if isinstance(linear, nn.Module)]  # fmt: skip
+        state = [(id(c), 0 if c is None or c.is_inference() else c._version) for c in clips]
+        if state != self._clips:
+            self._clips, self._fits = state, self._fit()
+        return self._fits
+
+    def _fit(self) -> bool:
         return (
             all(type(norm) is LlamaRMSNorm and norm.weight.dtype in DTYPES for norm in self.norms)
-            and hidden_act in ("silu", "swish")
+            and self.hidden_act in ("silu", "swish")
             and all(map(_is_packed_a4, (*self.qkv, *self.gate_up, self.o_proj, self.down_proj)))
             and _share_input(*self.qkv)
             and _share_input(*self.gate_up)
@@ -250,16 +261,20 @@ def _traced_layer(
 def fused_parts(model: Any) -> list[Parts] | None:
     """Those of all layers of a packed LLaMA with a 4-bit KV cache; None for any other model.
 
-    Also None where something looks at a layer or at the decoder, which only their own forward serves.
+    Also None where something looks at the model, the decoder or a layer, which only their own forward serves.
     """
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     if not layers or not all(isinstance(layer, FusedLayer) for layer in layers):
         return None
+    # A class derived from a layer's may have a forward of its own; transformers wraps that of any.
+    if any(inspect.unwrap(type(layer).forward) is not inspect.unwrap(FusedLayer.forward) for layer in layers):
+        return None
+    if any(map(is_watched, (model, decoder, *layers))):
+        return None
     parts = [_parts(layer) for layer in layers]
     own = model.config._attn_implementation == NAME and parts[0].attn.kv_settings.kv_bits == 4
-    watched = decoder._forward_hooks or decoder._forward_pre_hooks or any(part.watched() for part in parts)
-    return parts if own and not watched and all(part.fit for part in parts) else None
+    return parts if own and all(part.fit and not part.watched() for part in parts) else None
 
 
 def decoder_layer(
