@@ -31,7 +31,14 @@ from ..rotation.fuse import RotatedLinear
 from ..rotation.online import OnlineRotation
 from ..version import VERSION
 from . import attention
-from .checkpoint import FORMAT_VERSION, check_config_beside, check_headers, check_placement, check_values
+from .checkpoint import (
+    FORMAT_VERSION,
+    check_config,
+    check_config_beside,
+    check_headers,
+    check_placement,
+    check_values,
+)
 from .classes import derived
 from .fused import fuse
 from .guards import before_forward
@@ -92,6 +99,16 @@ class W2A4Quantizer(HfQuantizer):
 
     requires_calibration = True
     requires_parameters_quantization = False
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """What transformers 5 asks before it builds the skeleton, of however many layers config.json says."""
+        check_config(config)
+        return super().update_attn_implementation(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same in transformers 4.57."""
+        check_config(config)
+        return super().update_tp_plan(config) if hasattr(super(), "update_tp_plan") else config
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
         check_placement(device_map)
