@@ -140,7 +140,7 @@ def check_packed(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tup
 
 def check_rotations(recipe: Mapping[str, Any], rotation: Any, config: Mapping[str, Any]) -> None:
     """The online rotations that a config describes are those its recipe asks for, of this model's sizes."""
-    asked = Recipe.from_dict(dict(recipe)).rotation
+    asked = Recipe.of_checkpoint(dict(recipe)).rotation
     online = rotation.get("online", {}) if isinstance(rotation, dict) else None
     if not isinstance(online, dict):
         raise CheckpointError(f"quantization_config says rotation={str(rotation)[:60]}; it is damaged")

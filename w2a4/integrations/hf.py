@@ -80,7 +80,7 @@ class W2A4Config(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.format_version = format_version
         self.w2a4_version = w2a4_version or VERSION
-        self.recipe = Recipe.from_dict(recipe or {}).to_dict()
+        self.recipe = Recipe.of_checkpoint(recipe or {}).to_dict()
         self.rotation = rotation or {}
         self.provenance = provenance or {}
 
@@ -91,7 +91,7 @@ class W2A4Config(QuantizationConfigMixin):
 
     @property
     def parsed_recipe(self) -> Recipe:
-        return Recipe.from_dict(self.recipe)
+        return Recipe.of_checkpoint(self.recipe)
 
 
 class W2A4Quantizer(HfQuantizer):
