@@ -47,6 +47,25 @@ void add(const Check& check, const Tensor& x, const Tensor& y, const char* name)
   kernels::add({y.data_ptr(), x.data_ptr(), x.scalar_type(), x.numel()});
 }
 
+// A cache, which is written. Each op looks at its own arguments only; a cache lies apart from those
+// of the others too.
+struct Written {
+  const char* name;
+  bool any;
+  Extent place;
+
+  Written(const Tensor& t, const char* name)
+      : name(name), any(t.numel() != 0), place(any ? extent_of(t) : Extent{}) {}
+};
+
+void apart(const Check& check, const Written (&caches)[4], const Tensor& read, const char* name) {
+  if (read.numel() == 0) return;
+  const Extent place = extent_of(read);
+  for (const Written& cache : caches)
+    check.that(!cache.any || !overlaps(cache.place, place), cache.name,
+               " is written, but shares memory with ", name, "; pass tensors that do not overlap");
+}
+
 // The halves of the last dimension, contiguous: what gate_proj and up_proj give.
 std::pair<Tensor, Tensor> halves(const Check& check, const Tensor& x) {
   check.that(x.size(-1) % 2 == 0, "gate_up_proj has ", x.size(-1),
@@ -91,6 +110,26 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
   const Linear gate_up(check, "gate_up_proj", gate_up_proj, group_sizes[2], act_group_sizes[2]);
   const Linear down(check, "down_proj", down_proj, group_sizes[3], act_group_sizes[3]);
   const ScalarType dtype = x.scalar_type();
+  const Written caches[]{
+      {k_codes, "k_codes"}, {k_params, "k_params"}, {v_codes, "v_codes"}, {v_params, "v_params"}};
+  for (auto [tensor, name] : {std::pair{&x, "x"},
+                              {&cos, "cos"},
+                              {&sin, "sin"},
+                              {&norms[0], "norms"},
+                              {&norms[1], "norms"}})
+    apart(check, caches, *tensor, name);
+  for (auto [tensors, name] : {std::pair{&qkv_proj, "qkv_proj"},
+                               {&o_proj, "o_proj"},
+                               {&gate_up_proj, "gate_up_proj"},
+                               {&down_proj, "down_proj"}})
+    for (const Tensor& tensor : *tensors) apart(check, caches, tensor, name);
+  for (auto [tensor, name] : {std::pair{&mask, "mask"},
+                              {&r3, "r3"},
+                              {&r4, "r4"},
+                              {&k_sink, "k_sink"},
+                              {&v_sink, "v_sink"},
+                              {&starts, "starts"}})
+    if (*tensor) apart(check, caches, **tensor, name);
 
   const Tensor heads = qkv(rmsnorm_a4(x, norms[0], eps, qkv.clip, qkv.act_group_size), dtype);
   const Tensor q = rope_append_kv4(heads, cos, sin, r3, r3_block, k_codes, k_params, v_codes,

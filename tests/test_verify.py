@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from packed import SHAPE, packed_model, prompt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import w2a4
 from w2a4 import cli
@@ -178,6 +179,27 @@ def test_hostile_sizes_are_refused_at_once(tmp_path, size, weights):
     with pytest.raises(CheckpointError, match=next(iter(size))):
         w2a4.load_model(tmp_path)
     assert time.perf_counter() - started < 1
+
+
+#: Sizes that nothing has, and that only the headers of the tensors tell to be wrong.
+HOSTILE = [{"num_hidden_layers": 100_000}, {"vocab_size": 10**12}, {"intermediate_size": 10**12}]
+WRONG = [{"num_hidden_layers": 900}, {"vocab_size": 10**7}, {"intermediate_size": 1 << 21}]
+
+
+@pytest.mark.parametrize(
+    "loader,size",
+    # Where a config is not read by an Auto class it does not say which directory it comes from.
+    [*((AutoModelForCausalLM, size) for size in HOSTILE + WRONG), *((LlamaForCausalLM, s) for s in HOSTILE)],
+)
+def test_transformers_builds_nothing_of_hostile_sizes(tmp_path, loader, size):
+    """It builds a skeleton of as many layers as config.json says, unless it is stopped before."""
+    packed_model().save_pretrained(tmp_path)
+    change_config(tmp_path, lambda config: config.update(size))
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=next(iter(size))):
+        loader.from_pretrained(tmp_path)
+    assert time.perf_counter() - started < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "extra"])

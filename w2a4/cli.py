@@ -394,6 +394,7 @@ main.add_command(verify)
     "--out",
     type=click.Path(path_type=Path),
     default=Path("w2a4-demo"),
+    callback=options.new_directory,
     show_default=True,
     metavar="DIR",
     help="For the checkpoints.",
@@ -426,13 +427,12 @@ def demo(
     """
     from . import demo as steps
 
-    if not overwrite:
-        _refuse_existing(out, "or replace an earlier demo with --overwrite")
+    _refuse_existing(out, "or replace an earlier demo with --overwrite", filled=overwrite)
     _write(json_file, {"rows": steps.run(out, model, windows, seqlen)})
 
 
-def _refuse_existing(out: Path, advice: str = "or remove it first") -> None:
-    directories.check_out_dir(out, f"give another --out, {advice}")
+def _refuse_existing(out: Path, advice: str = "or remove it first", filled: bool = False) -> None:
+    directories.check_out_dir(out, f"give another --out, {advice}", filled)
 
 
 def _scorer(text: str | None, windows: int | None) -> Callable[..., dict[str, Any]] | None:

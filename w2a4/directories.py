@@ -99,10 +99,15 @@ def is_unfinished(path: str | Path) -> bool:
     return (Path(path) / COMMIT).is_dir()
 
 
-def check_out_dir(path: str | Path, advice: str = "give another --out, or remove it first") -> None:
+def check_out_dir(
+    path: str | Path, advice: str = "give another --out, or remove it first", filled: bool = False
+) -> None:
     """Raise CheckpointError unless a new checkpoint can be written there; leaves everything as it was.
 
     It is tried: directories are made and files written in them, then removed again.
+
+    Args:
+        filled: it may hold something already.
     """
     shown = repr(str(path))
     try:
@@ -116,7 +121,7 @@ def check_out_dir(path: str | Path, advice: str = "give another --out, or remove
         if target.exists() and not target.is_dir():
             raise CheckpointError(f"{shown} exists already and is a file; {advice}")
         recover(target)
-        if target.is_dir() and any(not _is_own(entry) for entry in os.listdir(target)):
+        if not filled and target.is_dir() and any(not _is_own(entry) for entry in os.listdir(target)):
             raise CheckpointError(
                 f"{shown} exists and is not empty; what exists already is not replaced: {advice}"
             )
@@ -166,7 +171,7 @@ def _unmake(made: list[Path]) -> None:
 
 def _stage(path: Path) -> tuple[Path, int]:
     """Where the new contents are written, beside `path` if it can be replaced from there, and its lock."""
-    inside = path.is_dir() and _holds_working_directory(path)
+    inside = path.is_dir() and holds_working_directory(path)
     if not inside:
         try:
             staging, lock = sibling_directory(path)
@@ -182,7 +187,7 @@ def _stage(path: Path) -> tuple[Path, int]:
     return temporary_directory(path, "new")
 
 
-def _holds_working_directory(path: Path) -> bool:
+def holds_working_directory(path: Path) -> bool:
     """Replacing the directory that a shell stands in would leave that shell in one that is gone."""
     try:
         here = Path(os.path.realpath(os.getcwd()))

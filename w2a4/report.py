@@ -403,7 +403,7 @@ def model_card(report: Report) -> str:
     }
     if "/" in report.source:
         front["base_model"] = report.source
-    recipe = Recipe.from_dict(report.recipe)
+    recipe = Recipe.of_checkpoint(report.recipe)
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# {report.source or 'A LLaMA'}, quantised with `{recipe.name}`",

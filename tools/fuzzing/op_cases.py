@@ -5,6 +5,7 @@ A case is drawn through a `Draw`, which `tools/fuzz.py` makes of a seed and the 
 
 from __future__ import annotations
 
+import unittest.mock
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from w2a4 import reference
+from w2a4 import ops, quantizers, reference
 from w2a4.packing import pack, unpack
 from w2a4.rotation.hadamard import had_k_matrix
 
@@ -96,6 +97,22 @@ def cached(head_dim: int) -> Callable[[Any, Any], None]:
         assert not codes[0].numel() or int((codes[0] - codes[1]).abs().max()) <= 1, "key codes differ"
 
     return agree
+
+
+def summed(first: float, second: float) -> Callable[[Any, Any], None]:
+    """Two gradients within these of float32 sums in another order."""
+
+    def agree(got: Any, want: Any) -> None:
+        for a, b, limit in zip(got, want, (first, second), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, a.dtype, b.shape, b.dtype)
+            off = _most(a.double() - b.double())
+            assert off <= limit + 1e-30, f"off by {off:g}, {limit:g} allowed"
+
+    return agree
+
+
+def _most(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
 
 
 def _list(value: Any) -> list[Tensor]:
@@ -290,9 +307,117 @@ def _fake_quant_rows(draw: Draw) -> OpCase:
     return OpCase("fake_quant_rows", [x, _clip(draw), kv], exact, oracle=oracle)
 
 
+def _snap_backward(draw: Draw) -> OpCase:
+    out, groups, size = draw.number(0, 5), draw.number(0, 3), draw.number(0, 40)
+    grad, w = (_randn(draw, out, groups, size, dtype=torch.float32) for _ in range(2))
+    soft, levels = (_randn(draw, out, groups, 4, dtype=torch.float32).sort(-1).values for _ in range(2))
+
+    def oracle(grad: Tensor, w: Tensor, soft: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        middles = (levels[..., 1:] + levels[..., :-1]) / 2
+        codes = (w[..., None] > middles[..., None, :]).sum(-1)
+        inside = (w >= soft[..., :1]) & (w <= soft[..., 3:])
+        sums = torch.zeros(soft.shape, dtype=torch.float64).scatter_add(-1, codes, grad.double())
+        return grad * inside, sums.float()
+
+    limit = 1e-6 * size * _most(grad)
+    return OpCase("snap_backward", [grad, w, soft, levels], summed(0.0, limit), oracle=oracle)
+
+
+def _fake_quant_rows_backward(draw: Draw) -> OpCase:
+    size, kv = draw.number(1, 80), draw.pick((False, True))
+    x, grad = (_randn(draw, *shape, size, dtype=torch.float32, size=1.0) for shape in [_tokens(draw)] * 2)
+
+    def oracle(grad: Tensor, x: Tensor, clip: Tensor, kv: bool) -> tuple[Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1]).clone().requires_grad_()
+        own = clip.repeat(len(rows)).reshape(-1, 1, *[1] * (not kv)).requires_grad_()  # one for each row
+        quantizer = quantizers.fake_quant_kv4 if kv else quantizers.fake_quant_a4
+        with unittest.mock.patch.object(ops, "has_training_kernels", lambda _: False):
+            y = quantizer(rows, own)
+        to_x, to_clip = torch.autograd.grad(y, [rows, own], grad.view(rows.shape))
+        return to_x.view(x.shape), to_clip.flatten()
+
+    limit = 1e-5 * size * _most(grad)
+    agree = summed(limit, limit * max(1.0, _most(x)))
+    return OpCase("fake_quant_rows_backward", [grad, x, _clip(draw), kv], agree, oracle=oracle)
+
+
+def _packed_linear(draw: Draw, features: int, out: int) -> tuple[list[Tensor], int, int]:
+    """Tensors as `decoder_layer` takes them, and the groups of weights and of inputs."""
+    bits, group = draw.pick((2, 4)), draw.pick([g for g in (1, 2, 8, 16, 32, features) if features % g == 0])
+    act = draw.pick([-1, *[g for g in (group, 2 * group) if features % g == 0]])
+    low, high = (0, 4) if bits == 2 else (-8, 8)
+    tensors = [pack(_integers(draw, low, high, out, features), bits)]
+    tensors += [_randn(draw, out, features // group, dtype=torch.float16, size=0.05).abs(), _clip(draw)]
+    if bits == 2:
+        tensors.append(_integers(draw, -128, 128, out, features // group, 4))
+    if draw.number(0, 1):
+        tensors.append(_randn(draw, out, size=0.1))
+    return tensors, group, act
+
+
+def _decoder_layer(draw: Draw) -> OpCase:
+    batch, tokens, kv_heads = draw.number(0, 2), draw.number(0, 4), draw.number(1, 2)
+    q_heads, start, hidden = kv_heads * draw.number(1, 3), draw.number(0, 5), draw.pick((1, 7, 24, 32, 96))
+    r3 = draw.pick(((None, 1), (None, 8), (had_k_matrix(12), 24)))
+    head_dim = r3[1] * 2 if r3[1] > 1 else 2 * draw.number(1, 20)
+    r4 = _transform(draw)
+    ffn = r4[1] * draw.number(1, 2)
+    shapes = (
+        (hidden, (q_heads + 2 * kv_heads) * head_dim),
+        (q_heads * head_dim, hidden),
+        (hidden, 2 * ffn),
+        (ffn, hidden),
+    )
+    linears, groups, acts = zip(*(_packed_linear(draw, *shape) for shape in shapes), strict=True)
+    x = _randn(draw, batch, tokens, hidden, dtype=draw.pick(FLOATS[:3]), size=1.0)
+    angles = _randn(draw, draw.pick((1, batch)), tokens, head_dim, dtype=torch.float64, size=1.0)
+    rope, length = draw.pick(FLOATS), start + tokens
+    mask = None
+    if draw.number(0, 2) == 0:
+        shape = draw.pick((1, batch)), draw.pick((1, q_heads)), tokens, length
+        mask = _integers(draw, 0, 2, *shape, dtype=torch.bool)
+    caches = [t for _ in range(2) for t in _caches(draw, batch, kv_heads, length + 2, head_dim)]
+    sinks: list[Any] = [None, None]
+    if draw.number(0, 2) == 0:
+        count = draw.number(0, 4)
+        sinks = [_randn(draw, batch, kv_heads, count, head_dim, size=1.0) for _ in range(2)]
+    norms = [_randn(draw, hidden, size=1.0) for _ in range(2)]
+    args = [x, angles.cos().to(rope), angles.sin().to(rope), mask, norms, draw.pick((1e-6, 0.1)),
+            *linears, list(groups), list(acts), *r3, *r4, *caches, *sinks, start, 0.95, 0.3,
+            _starts(draw, batch, start)]  # fmt: skip
+    return OpCase("decoder_layer", args, exact, (16, 17, 18, 19), oracle=_layer_of_ops)
+
+
+def _layer_of_ops(
+    x, cos, sin, mask, norms, eps, qkv_proj, o_proj, gate_up_proj, down_proj, groups, acts, r3, r3_block, r4,
+    r4_block, k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, clip, scaling, starts,
+) -> Tensor:  # fmt: skip
+    """`decoder_layer` by the ops that it is made of, one after another, whose bits are promised."""
+    op = torch.ops.w2a4
+    caches = k_codes, k_params, v_codes, v_params
+
+    def linear(tensors: list[Tensor], group: int, a: tuple[Tensor, Tensor], residual: Tensor | None = None):
+        weight, scale, _, *rest = tensors
+        levels = [t for t in rest if t.dtype == torch.int8][-1:]
+        bias = [t for t in rest if t.dtype != torch.int8][-1:] or [None]
+        call = op.linear_w2a4 if levels else op.linear_w4a4
+        return call(*a, weight, *levels, scale, *bias, group, x.dtype, residual)
+
+    qkv = linear(qkv_proj, groups[0], op.rmsnorm_a4(x, norms[0], eps, qkv_proj[2], acts[0]))
+    q = op.rope_append_kv4(qkv, cos, sin, r3, r3_block, *caches, start, clip, starts)
+    length = start + x.shape[1]
+    context = op.attention_kv4(q, *caches, length, mask, mask is None, scaling, k_sink, v_sink, starts)
+    y = linear(o_proj, groups[1], op.quantize_a4(context.flatten(2), o_proj[2], acts[1]), x)
+    both = linear(gate_up_proj, groups[2], op.rmsnorm_a4(y, norms[1], eps, gate_up_proj[2], acts[2]))
+    gate, up = (half.contiguous() for half in both.chunk(2, -1))
+    a = op.silu_mul_hadamard_a4(gate, up, r4, r4_block, down_proj[2], acts[3])
+    return linear(down_proj, groups[3], a, y)
+
+
 CASES = (
     _hadamard, _quantize_a4, _fused_a4, _fused_a4, _linear_a4, _linear_a4, _linear_w8, _quantize_kv4,
     _append_kv4, _rope_append_kv4, _attention_kv4, _attention_kv4, _round_columns, _snap, _fake_quant_rows,
+    _snap_backward, _fake_quant_rows_backward, _decoder_layer, _decoder_layer,
 )  # fmt: skip
 
 #: Numbers that no argument should be taken at its word for.
@@ -311,6 +436,8 @@ def hostile(draw: Draw) -> OpCase:
     value = case.args[index]
     if isinstance(value, Tensor):
         changed, case.hostile = _spoil(draw, value, case, index)
+    elif isinstance(value, list):
+        changed, case.hostile = _spoil_list(draw, value, case, index)
     elif isinstance(value, bool) or value is None:
         return case
     elif isinstance(value, int):
@@ -324,6 +451,20 @@ def hostile(draw: Draw) -> OpCase:
         case.hostile = f"argument {index} is {changed}"
     case.args[index] = changed
     return case
+
+
+def _spoil_list(draw: Draw, value: list[Any], case: OpCase, index: int) -> tuple[list[Any], str]:
+    place, kind = draw.number(0, len(value) - 1), draw.pick(("one", "one", "one", "less", "more"))
+    before, one, after = value[:place], value[place], value[place + 1 :]
+    if kind == "less":
+        return [*before, *after], f"argument {index} lacks entry {place}"
+    if kind == "more":
+        return [*value, one], f"argument {index} has entry {place} once more"
+    if isinstance(one, Tensor):
+        one, told = _spoil(draw, one, case, index)
+        return [*before, one, *after], f"entry {place} of {told}"
+    one = draw.pick(NUMBERS)
+    return [*before, one, *after], f"entry {place} of argument {index} is {one}"
 
 
 def _spoil(draw: Draw, t: Tensor, case: OpCase, index: int) -> tuple[Tensor, str]:
@@ -356,12 +497,18 @@ def _spoil(draw: Draw, t: Tensor, case: OpCase, index: int) -> tuple[Tensor, str
     return t.flatten()[0].clone() if t.numel() else t, at(dim) + "scalar"
 
 
+def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copied(each) for each in value]
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def run(case: OpCase) -> str:
     """`right`, or `refused: …`; an AssertionError where op and reference differ.
 
     Memory that is written is cloned for the reference, aliased or not, so what an op does to it shows.
     """
-    plain = [a.clone() if isinstance(a, Tensor) else a for a in case.args]
+    plain = [_copied(a) for a in case.args]
     try:
         got = getattr(torch.ops.w2a4, case.name).default(*case.args)
     except RuntimeError as error:

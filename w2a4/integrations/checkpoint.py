@@ -14,7 +14,7 @@ from ..directories import atomic_directory as atomic_directory
 from ..directories import is_unfinished
 from ..errors import CheckpointError
 from ..report import read_config
-from .consistency import FLOATS, check_directory, is_packed
+from .consistency import FLOATS, LIMITS, check_directory, check_sizes, is_packed
 from .digests import compare_config, compare_digests
 
 #: Raised when the layout of tensors or of quantization_config changes incompatibly.
@@ -76,7 +76,22 @@ def _check_kind(name: str, shape: list[int], dtype: str, tensor: torch.Tensor) -
         )
 
 
-def check_config_beside(files: list[str]) -> None:
+def check_config(config: Any) -> None:
+    """The config of a packed model before anything is built of it: its sizes, and those of its tensors.
+
+    Args:
+        config: as transformers has read it; where it comes from a directory, that is looked at.
+
+    Raises:
+        CheckpointError: sizes that no LLaMA has, or that the tensors do not have.
+    """
+    check_sizes({name: getattr(config, name, None) for name in ("model_type", *LIMITS)})
+    directory = Path(getattr(config, "_name_or_path", "") or os.devnull)
+    if (directory / "config.json").is_file():
+        check_config_beside([str(directory / "config.json")], digests=False)
+
+
+def check_config_beside(files: list[str], digests: bool = True) -> None:
     """The config.json that lies beside the shards against them; see `consistency` and `digests`."""
     directory = Path(os.path.dirname(files[0]))
     if is_unfinished(directory):
@@ -88,7 +103,7 @@ def check_config_beside(files: list[str]) -> None:
     config = read_config(directory)
     if is_packed(config):
         check_directory(directory)
-        for file in files:
+        for file in files if digests else ():
             compare_config(Path(file), config)
 
 

@@ -20,7 +20,7 @@ from ..rotation.online import OnlineRotation
 MAX_LAYERS = 1000
 
 #: Largest sizes that a config may give.
-_LIMITS = {
+LIMITS = {
     "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_attention_heads": 1 << 16,
     "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "vocab_size": 1 << 26,
     "num_hidden_layers": MAX_LAYERS,
@@ -73,7 +73,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
             f"config.json says model_type={config.get('model_type')!r}, which is not supported; "
             "w2a4 reads 'llama'"
         )
-    for key, limit in _LIMITS.items():
+    for key, limit in LIMITS.items():
         value = config.get(key)
         if value is None and (key in _OPTIONAL or key not in config):
             continue  # transformers has a default
@@ -140,7 +140,7 @@ def check_packed(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tup
 
 def check_rotations(recipe: Mapping[str, Any], rotation: Any, config: Mapping[str, Any]) -> None:
     """The online rotations that a config describes are those its recipe asks for, of this model's sizes."""
-    asked = Recipe.from_dict(dict(recipe)).rotation
+    asked = Recipe.of_checkpoint(dict(recipe)).rotation
     online = rotation.get("online", {}) if isinstance(rotation, dict) else None
     if not isinstance(online, dict):
         raise CheckpointError(f"quantization_config says rotation={str(rotation)[:60]}; it is damaged")

@@ -31,7 +31,14 @@ from ..rotation.fuse import RotatedLinear
 from ..rotation.online import OnlineRotation
 from ..version import VERSION
 from . import attention
-from .checkpoint import FORMAT_VERSION, check_config_beside, check_headers, check_placement, check_values
+from .checkpoint import (
+    FORMAT_VERSION,
+    check_config,
+    check_config_beside,
+    check_headers,
+    check_placement,
+    check_values,
+)
 from .classes import derived
 from .fused import fuse
 from .guards import before_forward
@@ -73,7 +80,7 @@ class W2A4Config(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.format_version = format_version
         self.w2a4_version = w2a4_version or VERSION
-        self.recipe = Recipe.from_dict(recipe or {}).to_dict()
+        self.recipe = Recipe.of_checkpoint(recipe or {}).to_dict()
         self.rotation = rotation or {}
         self.provenance = provenance or {}
 
@@ -84,7 +91,7 @@ class W2A4Config(QuantizationConfigMixin):
 
     @property
     def parsed_recipe(self) -> Recipe:
-        return Recipe.from_dict(self.recipe)
+        return Recipe.of_checkpoint(self.recipe)
 
 
 class W2A4Quantizer(HfQuantizer):
@@ -92,6 +99,16 @@ class W2A4Quantizer(HfQuantizer):
 
     requires_calibration = True
     requires_parameters_quantization = False
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """What transformers 5 asks before it builds the skeleton, of however many layers config.json says."""
+        check_config(config)
+        return super().update_attn_implementation(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same in transformers 4.57."""
+        check_config(config)
+        return super().update_tp_plan(config) if hasattr(super(), "update_tp_plan") else config
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
         check_placement(device_map)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
 from .. import ops
 from ..errors import W2A4Error
@@ -338,8 +338,23 @@ class KV4StaticLayer(KV4Layer):
             for tensor in (self.starts, *(t for side in sides for t in (side.codes, side.params))):
                 torch._dynamo.mark_static_address(tensor)
 
+    def check_room(self, tokens: int) -> None:
+        """Refuse more tokens than there is room for, where their number is known on the host.
+
+        Raises:
+            W2A4Error: they do not fit.
+        """
+        if torch.compiler.is_compiling():
+            return  # `check_static` told generate already; a loop of one's own is told by the op
+        used = 0
+        if self.is_initialized and self.starts.device.type == "cpu":  # a GPU would be waited for
+            used = int(self.starts.max())
+        if used + tokens > self.capacity:
+            raise W2A4Error(too_small("KV4StaticCache", self.capacity, used + tokens))
+
     def append(self, key_states: Tensor, value_states: Tensor) -> tuple[PackedKV, PackedKV]:
         """See `KV4Layer`; what lies beyond the tokens so far is hidden by `starts` of what is returned."""
+        self.check_room(key_states.shape[2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         starts, most = self.starts.clone(), self.capacity - key_states.shape[2]
@@ -353,6 +368,7 @@ class KV4StaticLayer(KV4Layer):
         r3 = OnlineRotation.for_ops(self.settings.rotation, qkv.device)
         if r3 is None or self.settings.sink_tokens and not self.is_initialized:
             return None
+        self.check_room(qkv.shape[1])
         if not self.is_initialized:
             self._make(qkv, qkv.shape[0], kv_heads, cos.shape[-1])
         keys, values, starts, tokens = self.keys, self.values, self.starts.clone(), qkv.shape[1]
@@ -401,6 +417,26 @@ class KV4StaticCache(KV4Cache):
     """
 
     layer_class = KV4StaticLayer
+
+
+def check_static(cache: Any, tokens: int) -> None:
+    """Raise W2A4Error if a cache of fixed size has no room for as many tokens in all; others grow."""
+    if isinstance(cache, KV4StaticCache):
+        room = cache.layers[0].capacity
+    elif type(cache) is StaticCache:
+        room = cache.layers[0].max_cache_len
+    else:
+        return
+    if tokens > room:
+        raise W2A4Error(too_small(type(cache).__name__, room, tokens))
+
+
+def too_small(name: str, room: int, tokens: int) -> str:
+    made = f"max_cache_len={tokens}" if name == "StaticCache" else f"{name}.for_model(model, {tokens})"
+    return (
+        f"this {name} has room for {room} tokens, and {tokens} were asked for; give {made} or more, a prompt "
+        "and max_new_tokens that fit, or a cache that grows"
+    )
 
 
 def _reserve(side: PackedKV, tokens: int, least: int) -> None:

@@ -12,6 +12,7 @@ from ..files import write_atomically
 from ..layers import _PackedModule
 from ..report import Report, checkpoint_summary, model_card
 from . import portable
+from .arguments import cache_of
 from .attention import NAME
 from .capturing import forget_capturing
 from .checkpoint import atomic_directory
@@ -19,6 +20,7 @@ from .classes import Derived, original
 from .digests import add_digests
 from .generation import as_it_came
 from .guards import no_other_attention
+from .kv_cache import check_static
 
 if TYPE_CHECKING:
     from .hf import W2A4Config
@@ -44,6 +46,16 @@ class PackedModelMixin(Derived):
     def dtype(self) -> torch.dtype:
         """That of activations; the first parameter may be a code or a scale."""
         return self.model.norm.weight.dtype
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **others: Any
+    ) -> Any:
+        """As transformers', but W2A4Error if a cache that was given is too small for what is asked.
+
+        Only here is the length known before the work, and without waiting for a device.
+        """
+        check_static(cache_of(model_kwargs), others.get("max_cache_length", rest[-1] if rest else 0))
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **others)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """RoPE's frequencies stay in float32, as in a model that is loaded in this dtype."""
