@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from .config import shown
 from .errors import W2A4Error
 
 #: Keys that change greedy tokens and are not followed, and values that change nothing.
@@ -115,7 +116,7 @@ def _end_tokens(config: Any) -> list[int]:
     for token in ends:
         if isinstance(token, bool) or not isinstance(token, numbers.Integral):
             raise W2A4Error(
-                f"generation_config.eos_token_id={end!r}: give the id of a token, or a list of ids"
+                f"generation_config.eos_token_id={shown(end)}: give the id of a token, or a list of ids"
             )
     return sorted(set(ends))
 
@@ -140,7 +141,7 @@ def _rules(config: Any, prompt: int, stops: list[int], device: torch.device, tri
                 rules[-1](ids, torch.zeros(1, trial, device=device))
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise W2A4Error(f"generation_config.{key}={value!r}: {reason}") from None
+            raise W2A4Error(f"generation_config.{key}={shown(value)}: {reason}") from None
 
     add("sequence_bias", ({}, []), lambda v: transformers.SequenceBiasLogitsProcessor(sequence_bias=v))
     add("repetition_penalty", (1,), lambda v: transformers.RepetitionPenaltyLogitsProcessor(penalty=v))

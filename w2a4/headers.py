@@ -63,11 +63,11 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{str(path)!r} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{str(path)!r} holds {type(config).__name__}, not a mapping")
-    check_parts(path, config)
+    _check_parts(path, config)
     return config
 
 
-def check_parts(path: Path, config: Mapping[str, Any]) -> None:
+def _check_parts(path: Path, config: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless the parts of a config.json that w2a4 looks into are mappings."""
     quantization = config.get("quantization_config")
     parts = {"quantization_config": quantization}

@@ -109,7 +109,7 @@ class Report:
             CheckpointError: not a report, or a part of it is of another kind than `to_dict` gives.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        check_kinds(data)
+        _check_kinds(data)
         try:
             return cls(**{key: value for key, value in data.items() if key in known})
         except TypeError as error:
@@ -134,7 +134,7 @@ class Report:
             raise CheckpointError(f"the report is not JSON: {error}") from None
 
 
-def check_kinds(data: Any) -> None:
+def _check_kinds(data: Any) -> None:
     """Raise CheckpointError unless what a report.json holds can be printed as a `Report`."""
 
     def check(name: str, value: Any, kind: Any) -> None:
