@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import w2a4
 from w2a4.directories import atomic_directory
-from w2a4.errors import CheckpointError
+from w2a4.errors import CheckpointError, W2A4Error
 from w2a4.integrations.checkpoint import FORMAT_VERSION
 from w2a4.integrations.hf import install, prepare_skeleton
 from w2a4.rotation.online import OnlineRotation
@@ -264,6 +264,20 @@ def test_save_refuses_a_directory_in_use_and_a_file(tmp_path):
     with pytest.raises(CheckpointError, match="is a file"):
         packed_model().save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_other_processes_than_the_main_one_write_nothing(tmp_path):
+    packed_model().save_pretrained(tmp_path / "a", is_main_process=False)
+    packed_model().save_pretrained(tmp_path / "a", False)
+    assert not any(tmp_path.iterdir())
+    packed_model().save_pretrained(tmp_path / "a", is_main_process=True)
+    assert torch.equal(logits(load(tmp_path / "a")), logits(packed_model()))
+
+
+def test_variants_are_refused(tmp_path):
+    with pytest.raises(W2A4Error, match="variant='x' is not supported"):
+        packed_model().save_pretrained(tmp_path / "a", variant="x")
+    assert not any(tmp_path.iterdir())
 
 
 def test_half_and_float_are_refused():

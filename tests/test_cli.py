@@ -182,6 +182,18 @@ def test_info(plain, quantized, tmp_path):
     assert "not quantised" in succeed("info", plain).stdout
 
 
+def test_linears_that_are_kept(plain, tmp_path):
+    settings = [part for key in ("weight_bits", "act_bits") for part in ("--set", f"{key}=16")]
+    for result in (
+        succeed("quantize", plain, "--out", tmp_path / "kept", *SMALL, *settings),
+        succeed("info", tmp_path / "kept"),
+    ):
+        assert "no linear is quantised; bits a weight: " in result.stdout
+    model, tokenizer = w2a4.load_model(plain)
+    w2a4.save(w2a4.rotate(model), tokenizer, tmp_path / "rotated")
+    assert "no linear is quantised; bits a weight: " in succeed("info", tmp_path / "rotated").stdout
+
+
 # Bad input
 
 

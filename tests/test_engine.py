@@ -312,11 +312,14 @@ def test_the_generation_config_is_followed(key, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("num_beams", 4), ("forced_eos_token_id", 2), ("guidance_scale", 1.5), ("stop_strings", ["a"]),
-     ("max_time", 1.0), ("penalty_alpha", 0.5), ("repetition_penalty", -1.0), ("sequence_bias", "x")],
+     ("max_time", 1.0), ("penalty_alpha", 0.5), ("repetition_penalty", -1.0), ("sequence_bias", "x"),
+     ("bad_words_ids", [[131]]), ("bad_words_ids", [[5, 131]]), ("sequence_bias", [[[131], 1.0]]),
+     ("eos_token_id", [[1]]), ("eos_token_id", "x"), ("eos_token_id", [1.5])],
 )  # fmt: skip
-def test_what_is_not_followed_is_refused(key, value):
+def test_what_is_not_followed_is_refused(key, value, monkeypatch):
     model = packed_model()
     setattr(model.generation_config, key, value)
+    monkeypatch.setattr(Engine, "sequences", None)  # it would read the prompts
     with pytest.raises(W2A4Error, match=f"generation_config.{key}="):
         Engine(model).generate(PROMPTS, 2)
 

@@ -40,9 +40,16 @@ def misplaced(model):
     model.config.temperature = 0.5
 
 
+def weights_asked_for(model):
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+
+
 @pytest.mark.parametrize(
-    "spoil, message", [(unsavable, "generation_config cannot be saved"), (misplaced, "temperature.*0.5")]
-)
+    "spoil, message",
+    [(unsavable, "generation_config cannot be saved"), (misplaced, "temperature.*0.5"),
+     (weights_asked_for, "output_attentions=True")],
+)  # fmt: skip
 def test_what_cannot_be_saved_is_told_before_the_work(spoil, message):
     model = tiny_llama(dtype=torch.float32, **SHAPE)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,6 +1,8 @@
 """What a user can type, send or cut off: each ends in a result or in one line."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import yaml
 from click.testing import CliRunner
 from test_cli import SMALL, plain, quantized  # noqa: F401  fixtures
 
+from w2a4 import pipeline
 from w2a4.cli import main
 from w2a4.config import Recipe
 from w2a4.errors import RecipeError
@@ -147,3 +150,117 @@ def test_closed_input(quantized):  # noqa: F811
     command = " ".join([sys.executable, "-m", "w2a4.cli", "chat", str(quantized[0]), "<&-"])
     done = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
     assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
+
+
+def quantization(**values):
+    """A change of a config's `quantization_config`."""
+    return lambda config: config["quantization_config"].update(values)
+
+
+def of_recipe(**values):
+    return lambda config: config["quantization_config"]["recipe"].update(values)
+
+
+WRONG = {"text": "zz", "number": 7, "list": [1], "true": True, "infinity": float("inf")}
+
+
+def check_config(directory, change, commands):
+    """Each command refuses the directory while its config.json is changed."""
+    path = directory / "config.json"
+    was = path.read_text()
+    config = json.loads(was)
+    change(config)
+    path.write_text(json.dumps(config))
+    try:
+        for command in commands:
+            check_refused(command, directory)
+    finally:
+        path.write_text(was)
+
+
+@pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)
+def test_configs_with_parts_that_are_no_mappings(value, quantized):  # noqa: F811
+    for change in (
+        lambda config: config.update(quantization_config=value),
+        quantization(recipe=value),
+        quantization(provenance=value),
+        of_recipe(rotation=value),
+    ):
+        check_config(quantized[0], change, ("verify", "info"))
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "head_dim", "intermediate_size", "num_attention_heads", "num_key_value_heads"]
+)
+@pytest.mark.parametrize("value", ["zz", {"a": 1}, [1]], ids=["text", "mapping", "list"])
+def test_sizes_that_are_none(key, value, quantized):  # noqa: F811
+    commands = ("verify",) if key == "num_key_value_heads" else ("verify", "info")  # info needs the others
+    check_config(quantized[0], lambda config: config.update({key: value}), commands)
+
+
+@pytest.mark.parametrize("value", [7, True, {"a": 1}, "LlamaForCausalLM", [1], None])
+def test_info_of_odd_architectures(value, quantized, tmp_path):  # noqa: F811
+    directory = shutil.copytree(quantized[0], tmp_path / "copy")
+    config = json.loads((directory / "config.json").read_text()) | {"architectures": value}
+    (directory / "config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(main, ["info", str(directory)])
+    assert done.exit_code == 0 and (": 1," if value == [1] else ": unknown,") in done.stdout
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{", '"text"', '{"x": 1}', "null"])
+def test_reports_that_are_none(text, quantized, tmp_path):  # noqa: F811
+    directory = shutil.copytree(quantized[0], tmp_path / "copy")
+    (directory / "report.json").write_text(text)
+    assert "report" in check_refused("info", directory)
+    assert "report" in check_refused("generate", directory, "--prompt", "a")
+
+
+def test_reports_with_a_part_of_another_kind(quantized, tmp_path):  # noqa: F811
+    directory = shutil.copytree(quantized[0], tmp_path / "copy")
+    path = directory / "report.json"
+    report = json.loads(path.read_text())
+    measured = report["evaluation"]["after"]
+    wrong = {
+        "layers": [None, 5, "x", {}, [5], [{"a": 1}], [report["layers"][0] | {"relative_error": "x"}]],
+        "recipe": [None, 5, []], "sizes": [[], {"total": "x"}], "seconds": [None, "x", True],
+        "evaluation": [5, {"after": 5}, {"after": measured | {"perplexity": "x"}}, {"before": {"seqlen": 1}}],
+        "training": [5], "versions": [None, 5], "source": [5],
+    }  # fmt: skip
+    for key, values in wrong.items():
+        for value in values:
+            path.write_text(json.dumps(report | {key: value}))
+            assert f"report.json is not a report: {key}" in check_refused("info", directory)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"loss": 1}', '{"source": "x", "layers": 5}'])
+def test_a_foreign_report_beside_the_source_is_ignored(text, plain, tmp_path):  # noqa: F811
+    source = shutil.copytree(plain, tmp_path / "source")
+    (source / "report.json").write_text(text)
+    out = tmp_path / "out"
+    for arguments in (["info", source], ["quantize", source, "--out", out, *SMALL], ["info", out]):
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.stderr
+
+
+# What stands in generation_config.json and config.json of the source
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("bad_words_ids", [[99999]]), ("sequence_bias", [[[99999], -5.0]]), ("eos_token_id", [[1]]),
+     ("eos_token_id", "x"), ("eos_token_id", 1.5)],
+)  # fmt: skip
+def test_generation_configs(key, value, quantized, tmp_path):  # noqa: F811
+    directory = shutil.copytree(quantized[0], tmp_path / "copy")
+    (directory / "generation_config.json").write_text(json.dumps({key: value}))
+    assert f"generation_config.{key}=" in check_refused("generate", directory, "--prompt", "a")
+
+
+def test_attention_weights_are_refused_before_the_work(plain, tmp_path, monkeypatch):  # noqa: F811
+    source = shutil.copytree(plain, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"output_attentions": True}
+    (source / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(pipeline, "calibration_ids", None)  # where the work begins
+    out = tmp_path / "out"
+    assert "output_attentions" in check_refused("quantize", source, "--out", out, *SMALL)
+    assert not out.exists()

@@ -15,8 +15,8 @@ LAYERS = (
     "cli", "verify_command", "options", "demo", "evaluate", "training", "engine", "constraints",
     "sequences", "graphs", "verification", "pipeline", "learn_rotation", "smooth", "resume", "calibrate",
     "integrations", "layers", "fitting", "rotation", "quantizers", "ops", "dispatch", "fakes", "reference",
-    "packing", "data", "report", "config", "sources", "directories", "files", "devices", "gradients",
-    "errors", "version",
+    "packing", "data", "report", "headers", "config", "sources", "directories", "files", "devices",
+    "gradients", "errors", "version",
 )  # fmt: skip
 #: May be imported from anywhere, import nothing of the package.
 FREE = ("_C",)

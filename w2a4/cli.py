@@ -381,7 +381,7 @@ def info(directory: Path, json_file: Path | None) -> None:
 
     summary = report.checkpoint_summary(directory)
     click.echo(report.summary_text(summary))
-    if (directory / "report.json").is_file():
+    if summary["quantized"] and (directory / "report.json").is_file():
         click.echo("\n" + report.layers_table(report.Report.from_json(directory / "report.json")))
     _write(json_file, summary)
 

@@ -7,6 +7,7 @@ caller, and a config that samples is told in a warning.
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from .config import shown
 from .errors import W2A4Error
 
 #: Keys that change greedy tokens and are not followed, and values that change nothing.
@@ -96,6 +98,7 @@ def check(model: Any, sampled: bool) -> None:
                 f"generation_config.{key}={value!r} is not followed by the engine, and its tokens would be "
                 f"others; set model.generation_config.{key} to {harmless[0]!r}, or use model.generate"
             )
+    _rules(config, 1, _end_tokens(config), torch.device("cpu"), trial=model.config.vocab_size)
     if getattr(config, "do_sample", False) and not sampled:
         keys = ("temperature", "top_k", "top_p", "min_p", "typical_p")
         asked = {key: value for key in keys if (value := getattr(config, key, None)) is not None}
@@ -107,8 +110,24 @@ def check(model: Any, sampled: bool) -> None:
         )
 
 
-def _rules(config: Any, prompt: int, stops: list[int], device: torch.device) -> list[Rule]:
-    """In the order of transformers' `generate`."""
+def _end_tokens(config: Any) -> list[int]:
+    end = getattr(config, "eos_token_id", None)
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    for token in ends:
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+            raise W2A4Error(
+                f"generation_config.eos_token_id={shown(end)}: give the id of a token, or a list of ids"
+            )
+    return sorted(set(ends))
+
+
+def _rules(config: Any, prompt: int, stops: list[int], device: torch.device, trial: int = 0) -> list[Rule]:
+    """In the order of transformers' `generate`.
+
+    Args:
+        trial: if not 0, the size of a vocabulary that every rule is tried on: some look at their tokens only
+            when they are called.
+    """
     rules: list[Rule] = []
 
     def add(key: str, harmless: tuple[Any, ...], make: Callable[[Any], Rule]) -> None:
@@ -117,9 +136,12 @@ def _rules(config: Any, prompt: int, stops: list[int], device: torch.device) -> 
             return
         try:
             rules.append(make(value))
-        except (ValueError, TypeError) as error:
+            if trial:
+                ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+                rules[-1](ids, torch.zeros(1, trial, device=device))
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise W2A4Error(f"generation_config.{key}={value!r}: {reason}") from None
+            raise W2A4Error(f"generation_config.{key}={shown(value)}: {reason}") from None
 
     add("sequence_bias", ({}, []), lambda v: transformers.SequenceBiasLogitsProcessor(sequence_bias=v))
     add("repetition_penalty", (1,), lambda v: transformers.RepetitionPenaltyLogitsProcessor(penalty=v))

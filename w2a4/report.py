@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 from .config import Recipe
-from .directories import recover
 from .errors import CheckpointError
-from .files import json_text, read_text, write_atomically
+from .files import json_text, write_atomically
 from .files import write_json as write_json
+from .headers import read_config, safetensors_header, shards_of
 from .version import VERSION
 
 #: Bytes of a checkpoint by part, in the order tables print them.
@@ -39,10 +39,18 @@ PARTS = {
     "other": "other",
 }
 
-#: Largest header of a safetensors file and largest config.json, in bytes: more is not read.
-MAX_HEADER, MAX_CONFIG = 64 << 20, 1 << 20
-
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+#: What `Report.to_dict` gives, as JSON holds it: a number that is not finite is null there.
+_KINDS: dict[str, Any] = {
+    "recipe": Mapping, "source": str, "calibration": str, "seed": int, "layers": list, "sizes": Mapping,
+    "seconds": int | float, "peak_memory_mb": int | float, "versions": Mapping,
+    "evaluation": Mapping | None, "training": Mapping | None,
+}  # fmt: skip
+_LAYER: dict[str, Any] = {
+    "name": str, "bits": int, "group_size": int, "relative_error": int | float | None,
+}  # fmt: skip
 
 
 @dataclass
@@ -94,8 +102,13 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """Inverse of `to_dict`; keys of a later version are ignored."""
+        """Inverse of `to_dict`; keys of a later version are ignored.
+
+        Raises:
+            CheckpointError: not a report, or a part of it is of another kind than `to_dict` gives.
+        """
         known = {f.name for f in dataclasses.fields(cls)}
+        _check_kinds(data)
         try:
             return cls(**{key: value for key, value in data.items() if key in known})
         except TypeError as error:
@@ -118,6 +131,35 @@ class Report:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise CheckpointError(f"the report is not JSON: {error}") from None
+
+
+def _check_kinds(data: Any) -> None:
+    """Raise CheckpointError unless what a report.json holds can be printed as a `Report`."""
+
+    def check(name: str, value: Any, kind: Any) -> None:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise CheckpointError(
+                f"report.json is not a report: {name} is {str(value)[:60]!r}; copy or download it again, or "
+                "remove it"
+            )
+
+    check("the whole", data, Mapping)
+    for key, kind in _KINDS.items():
+        if key in data:
+            check(key, data[key], kind)
+    for i, layer in enumerate(data.get("layers", [])):
+        check(f"layers[{i}]", layer, Mapping)
+        for key, kind in _LAYER.items():
+            check(f"layers[{i}].{key}", layer.get(key), kind)
+    for key, value in data.get("sizes", {}).items():
+        check(f"sizes.{key}", value, int)
+    for key in ("before", "after"):
+        measured = (data.get("evaluation") or {}).get(key)
+        check(f"evaluation.{key}", measured, Mapping | None)
+        if measured:
+            check(f"evaluation.{key}.perplexity", measured.get("perplexity"), int | float | None)
+            for part in ("windows", "seqlen", "tokens"):
+                check(f"evaluation.{key}.{part}", measured.get(part), int)
 
 
 def training_text(training: Mapping[str, Any]) -> str:
@@ -174,7 +216,7 @@ def checkpoint_summary(directory: str | Path) -> dict[str, Any]:
     quantized = quantization.get("quant_method") == "w2a4"
     return {
         "path": directory.resolve().name,
-        "architecture": (config.get("architectures") or ["unknown"])[0],
+        "architecture": _architecture(config),
         "quantized": quantized,
         **{key: quantization.get(key) for key in ("format_version", "w2a4_version")},
         **{key: quantization.get(key) or {} for key in ("recipe", "rotation", "provenance")},
@@ -223,77 +265,6 @@ def measure_tensors(
     return {"weights": weights, "bits_per_weight": bits, "bytes": {**size, "total": total}}
 
 
-def safetensors_header(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name to dtype and shape of the tensors in a file, whose length is checked against its header."""
-    _, entries, _ = safetensors_metadata(path)
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-
-
-def safetensors_metadata(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], int]:
-    """Metadata of a file, name to header entry, and where its tensors begin, in bytes."""
-    path = Path(path)
-    advice = "copy or download it again"
-    try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise CheckpointError(f"{str(path)!r} is no regular file; {advice}")
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= min(size, MAX_HEADER) else None
-        metadata = header.pop("__metadata__", None) or {}
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        for entry in header.values():
-            str(entry["dtype"]), tuple(entry["shape"]), metadata.keys()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.name!r} is missing in {str(path.parent)!r}; {advice}") from None
-    except CheckpointError:
-        raise
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
-        raise CheckpointError(
-            f"{str(path)!r} is no safetensors file or its header is damaged; {advice}"
-        ) from None
-    if size != 8 + length + end:
-        raise CheckpointError(f"{str(path)!r} has {size} bytes, its header says {8 + length + end}; {advice}")
-    return metadata, header, 8 + length
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint; a writer of the directory that was killed is finished for first."""
-    recover(directory)
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{str(directory)!r} is no checkpoint directory: it holds no config.json")
-    try:
-        config = json.loads(read_text(path, MAX_CONFIG))
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{str(path)!r} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{str(path)!r} holds {type(config).__name__}, not a mapping")
-    return config
-
-
-def shards_of(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; those of other formats are told from damage."""
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        whole = directory / "model.safetensors"
-        if not whole.exists() and any(directory.glob("pytorch_model*.bin")):
-            raise CheckpointError(
-                f"{str(directory)!r} holds pytorch_model.bin, not model.safetensors; load it and save it "
-                "again with save_pretrained"
-            )
-        return [whole]
-    try:
-        names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
-        return [directory / Path(name).name for name in names]
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{str(index)!r} is no safetensors index; copy or download it again") from None
-
-
 def _part(name: str, shape: Sequence[int], packed: set[str]) -> str:
     module, _, leaf = name.rpartition(".")
     last = module.rpartition(".")[2]
@@ -313,11 +284,11 @@ def _part(name: str, shape: Sequence[int], packed: set[str]) -> str:
 def _in_features(module: str, width: int, bits: int, config: Mapping[str, Any]) -> int:
     """Inputs of a packed linear: from the config, since the last byte of a row may be padded."""
     capacity = width * 8 // bits
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    head_dim = _size(config, "head_dim") or (hidden // heads if hidden and heads else None)
     last = module.rpartition(".")[2]
     if last == "down_proj":
-        inputs = config.get("intermediate_size")
+        inputs = _size(config, "intermediate_size")
     elif last == "o_proj":
         inputs = heads * head_dim if heads and head_dim else None
     else:
@@ -330,6 +301,21 @@ def _in_features(module: str, width: int, bits: int, config: Mapping[str, Any]) 
             f"{inputs} inputs; the checkpoint and its config do not belong together"
         )
     return inputs
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "unknown"
+
+
+def _size(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise CheckpointError(
+            f"config.json says {key}={str(value)[:40]}, not a whole number from 1 on; it is damaged, copy or "
+            "download it again"
+        )
+    return value
 
 
 # Tables and the model card
@@ -366,7 +352,7 @@ def layers_table(report: Report, markdown: bool = False) -> str:
         kinds.setdefault(layer["name"].rpartition(".")[2], []).append(layer)
     rows = []
     for kind, layers in kinds.items():
-        errors = [layer["relative_error"] for layer in layers]
+        errors = [math.nan if (e := layer["relative_error"]) is None else e for layer in layers]
         rows.append({
             "linear": kind, "count": len(layers), "bits": layers[0]["bits"],
             "group size": layers[0]["group_size"], "mean error": f"{sum(errors) / len(errors):.2%}",
@@ -384,14 +370,21 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         made_by = f"format {summary['format_version']}, w2a4 {summary['w2a4_version']}"
         lines.append(f"recipe {recipe.get('name')}, {made_by}")
         lines.append(f"rotations: {_rotations(recipe)}")
-        lines.append(
-            f"bits a weight: {bits['linears']:.3f} in the quantised linears, codebooks and scales included; "
-            f"{bits['model']:.3f} in the whole model"
-        )
+        if bits["linears"] is None:  # rotated only, or quantised in the embeddings and the cache
+            lines.append(f"no linear is quantised; bits a weight: {_bits(bits['model'])} in the whole model")
+        else:
+            lines.append(
+                f"bits a weight: {_bits(bits['linears'])} in the quantised linears, codebooks and scales "
+                f"included; {_bits(bits['model'])} in the whole model"
+            )
     else:
-        lines.append(f"not quantised; bits a weight: {bits['model']:.3f}")
+        lines.append(f"not quantised; bits a weight: {_bits(bits['model'])}")
     lines += [f"{key}: {value}" for key, value in summary["provenance"].items()]
     return "\n".join([*lines, "", bytes_table(summary), "", f"on disk: {summary['disk_bytes'] / 1e6:.1f} MB"])
+
+
+def _bits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def model_card(report: Report) -> str:
@@ -450,13 +443,14 @@ def _rotations(recipe: Mapping[str, Any]) -> str:
 
 
 def _quality(report: Report) -> str:
-    if not report.evaluation:
+    evaluation = report.evaluation or {}
+    last = evaluation.get("after") or evaluation.get("before")
+    if not last:
         return "Perplexity was not measured when this checkpoint was made: run `w2a4 eval PATH`."
     rows = []
     for key, label in {"before": "full precision", "after": "this checkpoint"}.items():
-        if measured := report.evaluation.get(key):
+        if measured := evaluation.get(key):
             rows.append({"model": label, "perplexity": number(measured["perplexity"])})
-    last = report.evaluation.get("after") or report.evaluation["before"]
     return f"{table(rows, markdown=True)}\n\nPerplexity on {protocol(last)}."
 
 
@@ -474,7 +468,7 @@ def protocol(measured: Mapping[str, Any]) -> str:
     text = f"{measured['text']}: " if measured.get("text") else ""
     return (
         f"{text}{measured['windows']} windows of {measured['seqlen']} ({measured['tokens']} tokens), "
-        f"BOS {'once at the start' if measured['bos'] else 'none'}"
+        f"BOS {'once at the start' if measured.get('bos') else 'none'}"
     )
 
 

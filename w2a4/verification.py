@@ -10,11 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .errors import CheckpointError
+from .headers import shards_of
 from .integrations.checkpoint import check_headers, check_value
 from .integrations.consistency import bin_only, check_directory, is_packed
 from .integrations.digests import compare_config, compare_digests
 from .integrations.hf import W2A4Config, prepare_skeleton
-from .report import shards_of
 from .sources import check_source
 
 

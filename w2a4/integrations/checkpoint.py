@@ -13,7 +13,7 @@ from torch import nn
 from ..directories import atomic_directory as atomic_directory
 from ..directories import is_unfinished
 from ..errors import CheckpointError
-from ..report import read_config
+from ..headers import read_config
 from .consistency import FLOATS, LIMITS, check_directory, check_sizes, is_packed
 from .digests import compare_config, compare_digests
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import Recipe
 from ..errors import CheckpointError
-from ..report import read_config, safetensors_header, shards_of
+from ..headers import read_config, safetensors_header, shards_of
 from ..rotation.online import OnlineRotation
 
 #: More layers than any LLaMA; where headers can be read, they say how many there are.

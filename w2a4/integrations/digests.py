@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from ..errors import CheckpointError
 from ..files import replacing
-from ..report import read_config, safetensors_metadata, shards_of
+from ..headers import read_config, safetensors_metadata, shards_of
 
 DIGESTS, CONFIG = "w2a4.sha256", "w2a4.config"
 

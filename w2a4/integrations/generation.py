@@ -16,7 +16,16 @@ from ..files import write_atomically
 
 
 def check_generation(model: nn.Module) -> None:
-    """Raise CheckpointError if what the model generates with cannot be written as JSON, or read again."""
+    """Raise CheckpointError if what the model generates with cannot be written as JSON, or read again.
+
+    Nor can a config that asks for attention weights, which the attention of a packed model does not give.
+    """
+    if getattr(model.config, "output_attentions", None):
+        raise CheckpointError(
+            "the model's config says output_attentions=True, but w2a4's attention gives no weights and "
+            "transformers saves no such config: remove it from config.json, or set "
+            "model.config.output_attentions to False"
+        )
     config = getattr(model, "generation_config", None)
     if config is not None:
         _text(config)

@@ -139,7 +139,7 @@ class W2A4Quantizer(HfQuantizer):
             if isinstance(module, _PackedModule):
                 module.validate(name)
         check_values(model)
-        install(model, self.quantization_config)
+        install(model, self.quantization_config, report_beside(getattr(model.config, "_name_or_path", "")))
         return model
 
     def is_serializable(self, *args, **kwargs) -> bool:
@@ -278,7 +278,7 @@ def install(model: nn.Module, config: W2A4Config, report: Report | None = None) 
     if not isinstance(model, PackedModelMixin):
         model.__class__ = derived(PackedModelMixin, type(model))
         model.register_forward_pre_hook(before_forward, with_kwargs=True)
-    model.w2a4_report = report or report_beside(getattr(model.config, "_name_or_path", ""))
+    model.w2a4_report = report
 
 
 def set_attention(model: nn.Module, config: W2A4Config) -> None:

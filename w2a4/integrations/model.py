@@ -92,16 +92,31 @@ class PackedModelMixin(Derived):
             )
         return parts[0] if same else super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        *args,
+        push_to_hub: bool = False,
+        variant: str | None = None,
+        **kwargs,
+    ) -> None:
         """As transformers', but whole or not at all, with recipe.yaml, report.json and a model card."""
         if push_to_hub:
             raise ValueError("save first, then upload the directory: push_to_hub=True is not supported here")
+        if variant is not None:
+            raise W2A4Error(
+                f"variant={variant!r} is not supported: the files of a packed model have one name; leave it "
+                "out, and save each variant into a directory of its own"
+            )
+        if not is_main_process:  # the main process writes for all
+            return
         config: W2A4Config = self.config.quantization_config
         with atomic_directory(save_directory) as directory:
             if any(value.is_inference() for value in self.parameters()):  # transformers does not save these
                 kwargs.setdefault("state_dict", {n: v.clone() for n, v in self.state_dict().items()})
             with as_it_came(self, directory):
-                super().save_pretrained(directory, *args, **kwargs)
+                super().save_pretrained(directory, True, *args, **kwargs)
             portable.write_config(directory / "config.json", self.dtype)
             add_digests(directory)
             config.parsed_recipe.to_yaml(directory / "recipe.yaml")
