@@ -18,13 +18,12 @@ from ..config import Recipe
 from ..devices import peak_memory_mb
 from ..errors import TrainingError
 from ..files import write_json
-from ..integrations.generation import check_generation
 from ..resume import fingerprint
 from . import processes
 from .block import BlockTrainer
 from .generations import write_generations
 from .linear import fake_quant_linears
-from .prepare import convert, prepare, start_recipe
+from .prepare import check_trainable, convert, prepare, start_recipe
 from .teacher import CachedTeacher, write_tops
 from .trainer import PERPLEXITY, QATTrainer, Windows, drop_parts, last_checkpoint, training_arguments
 
@@ -67,7 +66,8 @@ def train(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     work = Path(work)
-    check_generation(model)
+    # Before the directory is claimed, or the corrected recipe would be refused as another one.
+    check_trainable(model, recipe)
     if recipe.training.route == "block":
         if processes.world() > 1:
             raise TrainingError(f"training.route=block runs in one process; there are {processes.world()}")
@@ -141,9 +141,7 @@ def _begin(
     distilled, cached = training.loss != "cross_entropy", training.teacher_top > 0
     teacher = _teacher(model) if (distilled and not cached) or training.data == "self" else None
     text = _text(model, teacher, tokenizer, recipe, work, calibration, progress)
-    stream, _ = data.token_stream(tokenizer, text)
-    count = training.steps * training.batch_size
-    windows = Windows(stream, training.seqlen, count, recipe.rotation.seed, recut=not cached)
+    windows = _windows(recipe, data.token_stream(tokenizer, text)[0])
     if not distilled:
         teacher = None
     elif cached:
@@ -152,6 +150,12 @@ def _begin(
     if processes.is_main():
         drop_parts(work / "checkpoints")
     return windows, teacher, _describe(training.data, calibration, text)
+
+
+def _windows(recipe: Recipe, stream: torch.Tensor) -> Windows:
+    training = recipe.training
+    count, recut = training.steps * training.batch_size, training.teacher_top == 0
+    return Windows(stream, training.seqlen, count, recipe.rotation.seed, recut)
 
 
 def _to_shard(model: nn.Module) -> nn.Module:
@@ -181,6 +185,8 @@ def _text(model, teacher, tokenizer, recipe: Recipe, work: Path, calibration, pr
     own = training.data == "self"
     text = data.load_text(calibration if own else training.data, "calibration")
     stream = data.check_known(data.token_stream(tokenizer, text)[0], model.config.vocab_size)
+    if not own:
+        _windows(recipe, stream)  # a text that is too short is refused before the directory is claimed
     _claim(work, recipe, stream, model)
     if not own:
         return text
