@@ -438,9 +438,9 @@ class TestRefusals:
     def test_wrong_models_and_names(self, tmp_path):
         out, model = tmp_path / "r.safetensors", tiny_llama(dtype=torch.float32)
         with pytest.raises(RotationError, match="rotation.bin.*give the name of a .safetensors file"):
-            learn(model, tmp_path / "rotation.bin", tokens(model), recipe(group_size=16))
+            learn(model, tmp_path / "rotation.bin", tokens(model), recipe())
         with pytest.raises(RotationError, match="rotated or quantised by w2a4 already"):
-            learn(w2a4.rotate(tiny_llama()), out, tokens(model), recipe(group_size=16))
+            learn(w2a4.rotate(tiny_llama()), out, tokens(model), recipe())
         model.config.model_type = "mistral"
         with pytest.raises(RotationError, match="'mistral'; only LLaMA"):
             learn(model, out, tokens(model), recipe(batch_size=2))

@@ -174,6 +174,7 @@ def _check(model: nn.Module, recipe: Recipe, out: Path) -> None:
     if out.suffix != ".safetensors":
         raise RotationError(f"out={str(out)!r}: give the name of a .safetensors file to write")
     check_original(model)
+    fuse.check(model)
     options = recipe.rotation_learning
     kept = recipe.weight_bits == 16 or options.weights == "full"
     if options.objective != "kurtosis" and kept and recipe.act_bits == recipe.kv_bits == 16:
