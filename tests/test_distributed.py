@@ -14,7 +14,8 @@ from test_training import Letters, llama, small_recipe, stream
 from transformers import AutoModelForCausalLM
 
 from w2a4.errors import TrainingError
-from w2a4.training import run, trainer
+from w2a4.training import run
+from w2a4.training.checkpoints import last_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +80,7 @@ def test_two_processes_stop_together_and_go_on(tmp_path):
     codes, errors = pair(HERE / "distributed_run.py", tmp_path, POISON="3")
     assert codes == [1, 1] and all("TrainingError: step 3: the loss is nan" in error for error in errors)
     checkpoints = tmp_path / "work" / "checkpoints"
-    assert trainer.last_checkpoint(checkpoints).name == "checkpoint-2"
+    assert last_checkpoint(checkpoints).name == "checkpoint-2"
     recipe = small_recipe(steps=4, batch_size=4, micro_batch=2)
     with pytest.raises(TrainingError, match="run with WORLD_SIZE=2, and this one has 1; start 2"):
         run.train(llama(), Letters(), recipe, tmp_path / "work", progress=False)

@@ -212,7 +212,8 @@ class TestLearning:
 
     def test_100_steps_stay_orthogonal(self, tmp_path):
         model = tiny_llama(dtype=torch.float32, num_hidden_layers=1)
-        report = learn(model, tmp_path / "r.safetensors", tokens(model), recipe(steps=100, batch_size=1))
+        chosen = recipe(steps=100, batch_size=1, group_size=16)
+        report = learn(model, tmp_path / "r.safetensors", tokens(model), chosen)
         assert len(report.losses) == len(report.orthogonality) == 100
         assert max(report.orthogonality) <= 1e-5 and max(report.final.values()) <= 1e-5
 
@@ -281,8 +282,8 @@ class TestLearning:
         assert all((a - b).abs().max() > 1e-5 for i, a in enumerate(values) for b in values[:i])
 
     def test_bfloat16_models(self, tmp_path):
-        model = tiny_llama(dtype=torch.bfloat16)
-        report = learn(model, tmp_path / "r.safetensors", tokens(model), recipe(steps=2, batch_size=2))
+        model, chosen = tiny_llama(dtype=torch.bfloat16), recipe(steps=2, batch_size=2, group_size=16)
+        report = learn(model, tmp_path / "r.safetensors", tokens(model), chosen)
         assert load_file(tmp_path / "r.safetensors")["R1"].dtype == torch.float32
         assert max(report.orthogonality) <= 1e-5
 
@@ -418,9 +419,9 @@ class TestRefusals:
     def test_too_little_text(self, tmp_path):
         model = tiny_llama(dtype=torch.float32)
         with pytest.raises(CalibrationError, match="2 windows of 11 tokens.*batch_size=4"):
-            learn(model, tmp_path / "r.safetensors", tokens(model), recipe())
+            learn(model, tmp_path / "r.safetensors", tokens(model), recipe(group_size=16))
         with pytest.raises(CalibrationError, match="the model knows 0..66"):
-            learn(model, tmp_path / "r.safetensors", tokens(model) + 67, recipe())
+            learn(model, tmp_path / "r.safetensors", tokens(model) + 67, recipe(group_size=16))
 
     @pytest.mark.parametrize(
         "changes, message",

@@ -157,6 +157,39 @@ def test_saved_after_training(tmp_path):
     assert again.w2a4_report.training == {"steps": 3}
 
 
+@pytest.mark.parametrize("value", [-1e6, -0.5, 0.0])
+@pytest.mark.parametrize("bits, name", [(2, "act_clip"), (4, "act_clip"), (4, "step")])
+def test_a_clip_or_step_that_went_below_0_is_packed_and_loaded(bits, name, value, tmp_path):
+    """Training may overstep: what it computes with then is positive, and is what is packed."""
+    model, ids = prepared(weight_bits=bits), prompt()
+    down = model.model.layers[0].mlp.down_proj
+    getattr(down, name).data.fill_(value)
+    inputs = torch.randn(3, down.in_features, generator=torch.Generator().manual_seed(0))
+    out = down(inputs)
+    out.square().sum().backward()
+    assert bool(torch.isfinite(out).all()) and bool(torch.isfinite(getattr(down, name).grad).all())
+    if name == "act_clip":
+        assert bool(down.act_clip.grad.any())  # it can come back
+    with torch.no_grad():
+        want = down.to_packed()(inputs)
+    assert (out - want).abs().max() < 1e-5 * want.abs().max() + 1e-6
+    convert(model).save_pretrained(tmp_path / "out")
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_positive_clip_is_used_as_it_is():
+    linear = prepared().model.layers[0].mlp.down_proj
+    for value in (0.9, 0.013, 1.7):
+        linear.act_clip.data.fill_(value)
+        assert torch.equal(linear.positive_clip(), linear.act_clip)
+    (gradient,) = torch.autograd.grad(3 * linear.positive_clip().sum(), [linear.act_clip])
+    assert float(gradient) == 3
+
+
 def test_errors():
     model = tiny_llama(dtype=torch.float32, **SHAPE)
     with pytest.raises(w2a4.W2A4Error, match="weight_bits=16: there is nothing to train"):

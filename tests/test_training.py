@@ -18,7 +18,7 @@ from tiny_llama import tiny_llama
 import w2a4
 from w2a4.config import Training
 from w2a4.errors import CalibrationError, TrainingError
-from w2a4.training import generations, graphs, run, trainer
+from w2a4.training import checkpoints, generations, graphs, run, trainer
 from w2a4.training.block import BlockTrainer
 from w2a4.training.losses import distillation_loss
 from w2a4.training.optimizer import parameter_groups, rate
@@ -203,9 +203,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
 
     part.add_callback(Stop())
     part.train()
-    assert trainer.last_checkpoint(folder).name == "checkpoint-3"
+    assert checkpoints.last_checkpoint(folder).name == "checkpoint-3"
     again = make_trainer(folder)
-    again.train(resume_from_checkpoint=str(trainer.last_checkpoint(folder)))
+    again.train(resume_from_checkpoint=str(checkpoints.last_checkpoint(folder)))
     assert again.state.global_step == 6 and again.spent > 0
     for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -239,7 +239,7 @@ def test_checkpoints_follow_the_clock(limit, interval, tmp_path):
     timed.train()
     gaps = [after - before for before, after in zip([0.0, *saved], saved, strict=False)]
     assert saved and all(interval <= gap < interval + 0.6 for gap in gaps[:2]), saved
-    newest = trainer.last_checkpoint(tmp_path)
+    newest = checkpoints.last_checkpoint(tmp_path)
     assert trainer._minutes(newest) == pytest.approx(saved[-1], abs=1e-3)
 
 
@@ -283,26 +283,28 @@ def test_files_that_cannot_grow_stop_training(limit, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [trainer.WEIGHTS, "optimizer.pt", "trainer_state.json", trainer.WHOLE])
+@pytest.mark.parametrize(
+    "name", [checkpoints.WEIGHTS, "optimizer.pt", "trainer_state.json", checkpoints.WHOLE]
+)
 def test_a_checkpoint_that_is_cut_off_is_passed_over(name, tmp_path):
     run_ = make_trainer(tmp_path, dataclasses.replace(TRAINING, steps=2, batch_size=2))
     run_.train()
-    assert trainer.last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert checkpoints.last_checkpoint(tmp_path).name == "checkpoint-2"
     file = tmp_path / "checkpoint-2" / name
     file.write_bytes(file.read_bytes()[:-10])
-    assert trainer.last_checkpoint(tmp_path).name == "checkpoint-1"
+    assert checkpoints.last_checkpoint(tmp_path).name == "checkpoint-1"
     file.unlink()
-    assert trainer.last_checkpoint(tmp_path).name == "checkpoint-1"
-    trainer.drop_parts(tmp_path)
+    assert checkpoints.last_checkpoint(tmp_path).name == "checkpoint-1"
+    checkpoints.drop_parts(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def test_a_checkpoint_of_more_processes_is_refused(tmp_path):
     run_ = make_trainer(tmp_path, dataclasses.replace(TRAINING, steps=1, batch_size=2))
     run_.train()
-    checkpoint = trainer.last_checkpoint(tmp_path)
-    marker = json.loads((checkpoint / trainer.WHOLE).read_text())
-    (checkpoint / trainer.WHOLE).write_text(json.dumps({**marker, "processes": 4}))
+    checkpoint = checkpoints.last_checkpoint(tmp_path)
+    marker = json.loads((checkpoint / checkpoints.WHOLE).read_text())
+    (checkpoint / checkpoints.WHOLE).write_text(json.dumps({**marker, "processes": 4}))
     with pytest.raises(TrainingError, match="WORLD_SIZE=4, and this one has 1; start 4 process"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
@@ -321,7 +323,7 @@ def test_explosion_stops_and_keeps_the_checkpoint(tmp_path):
         TrainingError, match=r"step 4: the loss is nan, model.layers.1.mlp.up_proj.beta holds NaN"
     ):
         run_.train()
-    assert trainer.last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert checkpoints.last_checkpoint(tmp_path).name == "checkpoint-2"
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

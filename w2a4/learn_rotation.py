@@ -33,7 +33,7 @@ from .fitting.lloyd import fit_levels
 from .fitting.rtn import nearest
 from .fitting.weight import QuantizedWeight
 from .integrations.attention import KVSettings, w2a4_attention
-from .integrations.hf import act_group_size, check_original
+from .integrations.hf import act_group_size, check_original, decoder_linears
 from .quantizers import fake_quant_a4
 from .report import source_name, versions
 from .resume import fingerprint
@@ -174,6 +174,7 @@ def _check(model: nn.Module, recipe: Recipe, out: Path) -> None:
     if out.suffix != ".safetensors":
         raise RotationError(f"out={str(out)!r}: give the name of a .safetensors file to write")
     check_original(model)
+    fuse.check(model)
     options = recipe.rotation_learning
     kept = recipe.weight_bits == 16 or options.weights == "full"
     if options.objective != "kurtosis" and kept and recipe.act_bits == recipe.kv_bits == 16:
@@ -181,6 +182,17 @@ def _check(model: nn.Module, recipe: Recipe, out: Path) -> None:
             f"act_bits=16, kv_bits=16, rotation_learning.weights={options.weights!r}: nothing is quantised "
             "while learning, so no rotation is better than another; set act_bits or kv_bits to 4"
         )
+    if recipe.weight_bits < 16:
+        act_group_sizes(model, recipe)
+
+
+def act_group_sizes(model: nn.Module, recipe: Recipe) -> dict[str, int]:
+    """Activations that share a scale, by linear; raises RecipeError for a group size that does not divide."""
+    layer = model.model.layers[0]
+    return {
+        name: act_group_size(recipe, name, layer.self_attn.head_dim, linear.in_features)
+        for name, linear in decoder_linears(layer).items()
+    }
 
 
 def _windows(
@@ -242,8 +254,7 @@ class RotatedNetwork:
         self.settings = KVSettings(recipe.kv_bits, recipe.kv_clip, recipe.sink_tokens, r3)
         clip = CLIP if recipe.act_clip == "search" else recipe.act_clip
         self.act_clip = torch.tensor([clip], dtype=torch.float32, device=self.base.lm_head.weight.device)
-        attn = self.base.model.layers[0].self_attn
-        self.o_group = act_group_size(recipe, "o_proj", attn.head_dim, attn.o_proj.in_features)
+        self.groups = act_group_sizes(self.base, recipe) if recipe.act_bits < 16 else {}
 
     def loss(self, ids: Tensor, rotations: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the next token, float scalar, for ids int64 `[batch, tokens]`."""
@@ -291,13 +302,13 @@ class RotatedNetwork:
         )
 
     def _layer(self, layer: nn.Module, x: Tensor, cos_sin, r1: Tensor | None, r2: Tensor | None) -> Tensor:
-        seen = self._activation(_normalize(x, layer.input_layernorm))
-        heads = self._activation(self._attend(layer.self_attn, seen, cos_sin, r1, r2), self.o_group)
+        seen = self._activation(_normalize(x, layer.input_layernorm), "q_proj")
+        heads = self._activation(self._attend(layer.self_attn, seen, cos_sin, r1, r2), "o_proj")
         x = x + self._linear(layer.self_attn.o_proj, heads, r2, r1)
-        seen, mlp = self._activation(_normalize(x, layer.post_attention_layernorm)), layer.mlp
+        seen, mlp = self._activation(_normalize(x, layer.post_attention_layernorm), "gate_proj"), layer.mlp
         inner = mlp.act_fn(self._linear(mlp.gate_proj, seen, r1)) * self._linear(mlp.up_proj, seen, r1)
         r4 = getattr(mlp.down_proj, "rotation", None)
-        inner = self._activation(inner if r4 is None else r4.apply(inner))
+        inner = self._activation(inner if r4 is None else r4.apply(inner), "down_proj")
         return x + self._linear(mlp.down_proj, inner, None, r1)
 
     def _attend(self, attention: nn.Module, seen: Tensor, cos_sin, r1, r2) -> Tensor:
@@ -310,8 +321,9 @@ class RotatedNetwork:
         out, _ = w2a4_attention(attention, q, k, v, None, attention.scaling, kv_settings=self.settings)
         return out.flatten(2)
 
-    def _activation(self, x: Tensor, group_size: int = -1) -> Tensor:
-        return x if self.recipe.act_bits == 16 else fake_quant_a4(x, self.act_clip, group_size)
+    def _activation(self, x: Tensor, linear: str) -> Tensor:
+        """The input of a linear, and of those that share it, as its packed form reads it."""
+        return x if self.recipe.act_bits == 16 else fake_quant_a4(x, self.act_clip, self.groups[linear])
 
     def _linear(
         self, linear: nn.Module, x: Tensor, right: Tensor | None, left: Tensor | None = None

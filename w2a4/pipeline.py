@@ -23,10 +23,8 @@ from .integrations.generation import check_generation
 from .integrations.gguf_file import load_gguf
 from .integrations.hf import (
     W2A4Config,
-    act_group_size,
     check_language_model,
     check_original,
-    decoder_linears,
     install,
     kv_settings,
     prepare_layer,
@@ -34,7 +32,7 @@ from .integrations.hf import (
 from .integrations.loading import load_pretrained
 from .integrations.portable import save_tokenizer
 from .layers import W8Embedding, W8Linear, _PackedModule
-from .learn_rotation import learn_rotation
+from .learn_rotation import act_group_sizes, learn_rotation
 from .report import Report, source_name, versions
 from .resume import Progress, fingerprint
 from .rotation import fuse
@@ -174,7 +172,7 @@ def quantize(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     started = time.perf_counter()
-    _check_quantizable(model, recipe)
+    check_quantizable(model, recipe)
     ids, described = calibration_ids(tokenizer, calibration, recipe, model.config.vocab_size)
     # Before anything is rotated: the last bits of a rotation may depend on the number of threads.
     key = "" if resume is None else fingerprint(recipe.to_dict(), {}, ids, model)
@@ -207,7 +205,8 @@ def quantize(
     return report
 
 
-def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
+def check_quantizable(model: nn.Module, recipe: Recipe) -> None:
+    """Raise W2A4Error if `quantize` would refuse the model or the recipe; cheap, changes nothing."""
     if getattr(model.config, "model_type", None) != "llama":
         raise W2A4Error(
             f"model type {getattr(model.config, 'model_type', None)!r} is not supported; w2a4 reads 'llama'"
@@ -228,9 +227,7 @@ def _check_quantizable(model: nn.Module, recipe: Recipe) -> None:
         )
     check_generation(model)
     if recipe.weight_bits < 16:
-        layer = model.model.layers[0]
-        for name, linear in decoder_linears(layer).items():
-            act_group_size(recipe, name, layer.self_attn.head_dim, linear.in_features)
+        act_group_sizes(model, recipe)
 
 
 def _quantize_layers(

@@ -7,12 +7,16 @@ calibration text: the way to large models on one small device.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from ..calibrate import LayerQuantizer, Streams
 from ..config import Recipe, Training
 from ..errors import TrainingError
+from ..files import read_text, write_json
 from ..integrations.hf import decoder_linears
 from .linear import FakeQuantLinear, fake_quant_linear, share_act_clips
 from .optimizer import parameter_groups, rate
@@ -24,12 +28,19 @@ class BlockTrainer:
     Args:
         recipe: its `training` says how, with `batch_size` sequences a step.
         steps: of each layer.
+        kept: a file for the errors, in the directory that the quantisation may be resumed from; those of
+            the layers that an interrupted run has done are read from it. A layer that is done again
+            replaces its own.
+
+    Raises:
+        TrainingError: the file is damaged.
     """
 
-    def __init__(self, recipe: Recipe, steps: int):
+    def __init__(self, recipe: Recipe, steps: int, kept: Path | None = None):
         self.training, self.seed, self.steps = recipe.training, recipe.rotation.seed, steps
+        self.kept = kept
         #: Mean relative error of a layer's output, before and after training, by its index.
-        self.errors: dict[int, tuple[float, float]] = {}
+        self.errors = _read_errors(kept) if kept is not None and kept.is_file() else {}
 
     @torch.enable_grad()
     def __call__(self, index: int, quantizer: LayerQuantizer, inputs: list[Tensor], streams: Streams) -> None:
@@ -70,6 +81,9 @@ class BlockTrainer:
             behind = [_forward(layer, batch, quantizer) for batch in source.split(sequences)]
         after = _relative_error(torch.cat(behind), target).mean()
         self.errors[index] = float(before), float(after)
+        if self.kept is not None:
+            # Before the layer counts as done: a kill in between has it done again.
+            write_json(self.kept, {"errors": self.errors})
         streams.quantized = behind
 
     @staticmethod
@@ -77,6 +91,17 @@ class BlockTrainer:
         for name, module in list(layer.named_modules()):
             if isinstance(module, FakeQuantLinear):
                 layer.set_submodule(name, module.to_packed())
+
+
+def _read_errors(path: Path) -> dict[int, tuple[float, float]]:
+    try:
+        found = json.loads(read_text(path))["errors"]
+        return {int(index): (before, after) for index, (before, after) in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TrainingError(
+            f"{path.name} in {str(path.parent)!r}, the errors of the layers done, cannot be read ({error}); "
+            "remove that file to go on without them, or the directory to train these layers anew"
+        ) from None
 
 
 def _replace(layer: nn.Module, quantizer: LayerQuantizer, training: Training) -> None:

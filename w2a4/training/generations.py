@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..engine import Engine, Sampling, end_tokens, inference
+from ..errors import TrainingError
 from ..files import write_atomically
 
 #: Tokens of real text that a continuation begins with, and that it has in all.
@@ -103,7 +104,27 @@ def _read(path: Path) -> list[str]:
     """Documents of earlier runs; a last line that was cut off is dropped, from the file too."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except ValueError as error:
+        raise _damaged(path, error) from None
     if lines[-1]:
         write_atomically(path, "\n".join([*lines[:-1], ""]))
-    return [json.loads(line)["text"] for line in lines[:-1]]
+    return [_document(path, number, line) for number, line in enumerate(lines[:-1], 1)]
+
+
+def _document(path: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _damaged(path, f"line {number}: {error!r}") from None
+    if not isinstance(text, str):
+        raise _damaged(path, f"line {number}: its text is no string")
+    return text
+
+
+def _damaged(path: Path, reason: Exception | str) -> TrainingError:
+    return TrainingError(
+        f"{path.name} in {str(path.parent)!r}, the teacher's text, cannot be read ({reason}); remove it and "
+        "repeat the command, which has it written anew"
+    )

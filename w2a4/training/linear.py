@@ -35,6 +35,9 @@ FIXED_PARAMETERS = {"ldp": set(), "uniform": {"s1", "s2"}, "minmax": {"beta", "g
 #: A latent weight starts inside the cell of its code, at least this share of a cell from its borders.
 _CELL_MARGIN = 0.1
 
+#: A trained clip counts as at least this: a step may take it below 0, which no packed layer may have.
+_LEAST_CLIP = 2.0**-10
+
 #: The outermost weight of a group lies this much outside its end level, so that its share can be learned.
 _END_MARGIN = 0.02
 
@@ -113,6 +116,10 @@ class FakeQuantLinear(nn.Module):
         quantize = ldp_fake_quant if self.bits == 2 else lsq_fake_quant
         return quantize(self.weight, *values, self.group_size)
 
+    def positive_clip(self) -> Tensor:
+        """`act_clip` as it is used and packed, with a gradient that still reaches one that is too small."""
+        return self.act_clip.detach().clamp_min(_LEAST_CLIP) + (self.act_clip - self.act_clip.detach())
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in x's dtype."""
         if not self.training and not torch.is_grad_enabled():
@@ -120,7 +127,7 @@ class FakeQuantLinear(nn.Module):
         if self.rotation is not None:
             x = self.rotation.apply(x)
         if self.act_bits == 4:
-            x = fake_quant_a4(x, self.act_clip, self.act_group_size)
+            x = fake_quant_a4(x, self.positive_clip(), self.act_group_size)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.fake_quant_weight().to(x.dtype), bias)
 
@@ -130,7 +137,7 @@ class FakeQuantLinear(nn.Module):
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return PACKED_LINEARS[self.bits].from_linear(
-            linear, fitted=self.fitted(), act_bits=self.act_bits, act_clip=float(self.act_clip),
+            linear, fitted=self.fitted(), act_bits=self.act_bits, act_clip=float(self.positive_clip()),
             act_group_size=self.act_group_size, rotation=self.rotation,
         )  # fmt: skip
 

@@ -53,8 +53,7 @@ def prepare(
         W2A4Error: as `w2a4.quantize`, or the recipe keeps weights in 16 bits.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    if recipe.weight_bits == 16:
-        raise W2A4Error(f"recipe {recipe.name!r} has weight_bits=16: there is nothing to train; give 2 or 4")
+    check_trainable(model, recipe)
     start = start_recipe(recipe)
     if not isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
         pipeline.rotate_by_recipe(model, tokenizer, recipe, calibration, progress, resume)
@@ -74,6 +73,13 @@ def prepare(
     set_attention(model, W2A4Config(recipe.to_dict(), before.rotation, before.provenance))
     model.w2a4_report = report
     return model.train()
+
+
+def check_trainable(model: nn.Module, recipe: Recipe) -> None:
+    """Raise W2A4Error if `prepare` would refuse the model or the recipe; cheap, for before any work."""
+    if recipe.weight_bits == 16:
+        raise W2A4Error(f"recipe {recipe.name!r} has weight_bits=16: there is nothing to train; give 2 or 4")
+    pipeline.check_quantizable(model, recipe)
 
 
 def start_recipe(recipe: Recipe) -> Recipe:

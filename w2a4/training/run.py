@@ -17,19 +17,22 @@ from .. import data, pipeline
 from ..config import Recipe
 from ..devices import peak_memory_mb
 from ..errors import TrainingError
-from ..files import write_json
-from ..integrations.generation import check_generation
+from ..files import read_text, write_json
 from ..resume import fingerprint
 from . import processes
 from .block import BlockTrainer
+from .checkpoints import drop_parts, last_checkpoint
 from .generations import write_generations
 from .linear import fake_quant_linears
-from .prepare import convert, prepare, start_recipe
+from .prepare import check_trainable, convert, prepare, start_recipe
 from .teacher import CachedTeacher, write_tops
-from .trainer import PERPLEXITY, QATTrainer, Windows, drop_parts, last_checkpoint, training_arguments
+from .trainer import PERPLEXITY, QATTrainer, Windows, training_arguments
 
 #: What the teacher writes, in the directory of the run.
 GENERATIONS = "generations.jsonl"
+
+#: The layers' errors on the route `block`, beside the layers that are done.
+ERRORS = "errors.json"
 
 
 def train(
@@ -67,7 +70,8 @@ def train(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     work = Path(work)
-    check_generation(model)
+    # Before the directory is claimed, or the corrected recipe would be refused as another one.
+    check_trainable(model, recipe)
     if recipe.training.route == "block":
         if processes.world() > 1:
             raise TrainingError(f"training.route=block runs in one process; there are {processes.world()}")
@@ -79,9 +83,10 @@ def train(
 def _train_blocks(
     model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool, device
 ) -> nn.Module:
-    trainer, begun = BlockTrainer(recipe, recipe.training.steps), time.perf_counter()
+    start, begun = work / "start", time.perf_counter()
+    trainer = BlockTrainer(recipe, recipe.training.steps, start / ERRORS)
     report = pipeline.quantize(
-        model, tokenizer, start_recipe(recipe), calibration, progress, work / "start", trainer, device
+        model, tokenizer, start_recipe(recipe), calibration, progress, start, trainer, device
     )
     report.recipe = recipe.override(rotation=report.recipe["rotation"]).to_dict()
     report.training = {
@@ -141,9 +146,7 @@ def _begin(
     distilled, cached = training.loss != "cross_entropy", training.teacher_top > 0
     teacher = _teacher(model) if (distilled and not cached) or training.data == "self" else None
     text = _text(model, teacher, tokenizer, recipe, work, calibration, progress)
-    stream, _ = data.token_stream(tokenizer, text)
-    count = training.steps * training.batch_size
-    windows = Windows(stream, training.seqlen, count, recipe.rotation.seed, recut=not cached)
+    windows = _windows(recipe, data.token_stream(tokenizer, text)[0])
     if not distilled:
         teacher = None
     elif cached:
@@ -152,6 +155,12 @@ def _begin(
     if processes.is_main():
         drop_parts(work / "checkpoints")
     return windows, teacher, _describe(training.data, calibration, text)
+
+
+def _windows(recipe: Recipe, stream: torch.Tensor) -> Windows:
+    training = recipe.training
+    count, recut = training.steps * training.batch_size, training.teacher_top == 0
+    return Windows(stream, training.seqlen, count, recipe.rotation.seed, recut)
 
 
 def _to_shard(model: nn.Module) -> nn.Module:
@@ -181,6 +190,8 @@ def _text(model, teacher, tokenizer, recipe: Recipe, work: Path, calibration, pr
     own = training.data == "self"
     text = data.load_text(calibration if own else training.data, "calibration")
     stream = data.check_known(data.token_stream(tokenizer, text)[0], model.config.vocab_size)
+    if not own:
+        _windows(recipe, stream)  # a text that is too short is refused before the directory is claimed
     _claim(work, recipe, stream, model)
     if not own:
         return text
@@ -206,10 +217,17 @@ def _claim(work: Path, recipe: Recipe, stream: torch.Tensor, model: nn.Module) -
     key = fingerprint(recipe.to_dict(), {}, stream, model)
     path = work / "run.json"
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("fingerprint") != key:
+        try:
+            found = json.loads(read_text(path))
+            name, before = found["recipe"], found["fingerprint"]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise TrainingError(
-                f"{str(work)!r} holds a run of {found.get('recipe')!r} with another model, recipe or text; "
+                f"{path.name} in {str(work)!r}, which says what run that is, cannot be read ({error}); "
+                "remove that file to go on with it by this command, or the directory to train anew"
+            ) from None
+        if before != key:
+            raise TrainingError(
+                f"{str(work)!r} holds a run of {name!r} with another model, recipe or text; "
                 "remove it, or give the settings of that run to go on with it"
             )
         return

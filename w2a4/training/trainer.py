@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import shutil
@@ -25,12 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..config import Training
 from ..errors import CalibrationError, TrainingError
 from ..files import write_json
 from ..layers import W8Embedding
+from .checkpoints import WEIGHTS, WHOLE, check_processes, check_readable, damaged
 from .graphs import GradientGraph, causal_logits
 from .linear import fake_quant_linears
 from .losses import distillation_loss
@@ -38,14 +38,8 @@ from .optimizer import parameter_groups, rate
 from .processes import agree
 from .teacher import CachedTeacher
 
-WEIGHTS = "model.safetensors"
-
 #: What `QATTrainer.evaluate` calls its result in Trainer's history.
 PERPLEXITY = "eval_perplexity"
-
-#: Sizes of a checkpoint's files and the number of processes; written last: without it, or with files of
-#: other sizes, a checkpoint is not whole.
-WHOLE = "whole.json"
 
 #: One of these is in the RuntimeError that torch.save makes of a full disk.
 _FILE_WRITER = ("inline_container", "iostream", "StreamWriter")
@@ -171,6 +165,11 @@ class QATTrainer(Trainer):
         self.log(metrics)
         self.control.should_evaluate = False
         return metrics
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        if resume_from_checkpoint is not None:
+            check_readable(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.accelerator.autocast():  # which Trainer leaves out under FSDP2
@@ -356,7 +355,7 @@ class QATTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _check_processes(Path(resume_from_checkpoint), self.args.world_size)
+        check_processes(Path(resume_from_checkpoint), self.args.world_size)
         load_trained(model if model is not None else self.model, Path(resume_from_checkpoint))
         self.spent = self._minutes = _minutes(Path(resume_from_checkpoint))
 
@@ -434,43 +433,12 @@ def training_arguments(
     )  # fmt: skip
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of an interrupted run; one that is not whole is passed over."""
-    whole = [path for path in _checkpoints(folder) if _is_whole(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def drop_parts(folder: Path) -> None:
-    """Remove checkpoints that a kill left half-written: Trainer would keep them and remove whole ones."""
-    for path in _checkpoints(folder):
-        if not _is_whole(path):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        sizes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))["sizes"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _check_processes(checkpoint: Path, world: int) -> None:
-    before = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))["processes"]
-    if before != world:
-        raise TrainingError(
-            f"{str(checkpoint)!r} is of a run with WORLD_SIZE={before}, and this one has {world}; start "
-            f"{before} process(es) to go on with it, or remove {str(checkpoint.parent)!r} to train anew"
-        )
-
-
 def load_trained(model: nn.Module, checkpoint: Path) -> None:
     """Load the trained parameters of a checkpoint, which must be those of this model."""
-    state, names = load_file(checkpoint / WEIGHTS), set(_trained(model))
+    try:
+        state, names = load_file(checkpoint / WEIGHTS), set(_trained(model))
+    except (OSError, SafetensorError) as error:
+        raise damaged(checkpoint / WEIGHTS, error) from None
     strange = sorted(names ^ set(state))
     if strange:
         raise TrainingError(
