@@ -146,6 +146,25 @@ def test_what_others_do_to_a_layer_is_done(change):
     assert_same(Engine(model).generate(PROMPTS[:1], 8), [want])
 
 
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn"])
+def test_a_part_of_a_layer_in_another_module(part):
+    model = packed_model()
+    layer = model.model.layers[1]
+    setattr(layer, part, Wrapper(getattr(layer, part)))
+    want = by_transformers(model, PROMPTS[0], 6)
+    assert_same([want], [by_transformers(packed_model(), PROMPTS[0], 6)])
+    assert_same(Engine(model).generate(PROMPTS[:1], 6), [want])
+
+
 def test_hooks_of_the_model_are_called():
     model, calls = packed_model(), []
     model.register_forward_pre_hook(lambda *_: calls.append("before"))

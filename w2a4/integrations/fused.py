@@ -168,9 +168,18 @@ class Parts:
         return False
 
 
-def _parts(layer: nn.Module) -> Parts:
-    """Those of the layer, made again when a module was replaced."""
+#: Of a decoder layer, and of which of its modules.
+_LINEARS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+
+
+def _parts(layer: nn.Module) -> Parts | None:
+    """Those of the layer, made again when a module was replaced; None if one is wrapped in another."""
     own = layer._modules
+    if any(name not in own[part]._modules for part, names in _LINEARS.items() for name in names):
+        return None
     modules = (*own.values(), *own["self_attn"]._modules.values(), *own["mlp"]._modules.values())
     parts = layer.__dict__.get("_parts")
     if parts is None or parts.modules != modules:
@@ -209,6 +218,8 @@ class FusedLayer(Derived):
         if args:
             return super().forward(hidden_states, *args, **kwargs)
         parts = _parts(self)
+        if parts is None:
+            return super().forward(hidden_states, **kwargs)
         if not parts.serve():
             check_attention(parts.attn.config, parts.attn.kv_settings, kwargs)
             return super().forward(hidden_states, **kwargs)
@@ -235,7 +246,8 @@ def _called_layer(
 def _fits(number: int) -> bool:
     """Whether the fused ops serve the layer of this number; a compiled graph takes the answer for good."""
     layer = Place.layers.get(number)
-    return layer is not None and _parts(layer).serve()
+    parts = None if layer is None else _parts(layer)
+    return parts is not None and parts.serve()
 
 
 def _traced_layer(
@@ -273,6 +285,8 @@ def fused_parts(model: Any) -> list[Parts] | None:
     if any(map(is_watched, (model, decoder, *layers))):
         return None
     parts = [_parts(layer) for layer in layers]
+    if None in parts:
+        return None
     own = model.config._attn_implementation == NAME and parts[0].attn.kv_settings.kv_bits == 4
     return parts if own and all(part.fit and not part.watched() for part in parts) else None
 
