@@ -130,3 +130,21 @@ BAD = [
 @pytest.mark.parametrize("name,args,message", bad_arguments(BAD))
 def test_bad_argument(name, args, message):
     assert_refused(name, args, message)
+
+
+MIXED = [
+    ("snap", (W, LEVELS)),
+    ("snap_backward", (W, W, LEVELS, LEVELS)),
+    ("fake_quant_rows", (W, torch.ones(1), False)),
+    ("fake_quant_rows_backward", (W, W, torch.ones(1), True)),
+]
+
+
+@pytest.mark.parametrize(("name", "args"), MIXED)
+def test_a_meta_tensor_among_others_is_refused(name, args):
+    """Else the shape of a result, without data, would pass for one."""
+    for place, each in enumerate(args):
+        if isinstance(each, torch.Tensor):
+            mixed = [*args[:place], each.to("meta"), *args[place + 1 :]]
+            with pytest.raises(RuntimeError, match="different devices"):
+                getattr(torch.ops.w2a4, name)(*mixed)
