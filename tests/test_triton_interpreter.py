@@ -12,18 +12,13 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("file,what", [
-    ("triton_interpreted.py", "not (fake_quant or ldp or row)"),
-    ("triton_interpreted.py", "fake_quant or ldp or row"),
-    ("triton_interpreted_attention.py", ""),
-    ("triton_interpreted_distill.py", ""),
-])  # fmt: skip
-def test_interpreted(file, what):
+@pytest.mark.parametrize("what", ["", "_attention", "_distill", "_training"])
+def test_interpreted(what):
     triton = pytest.importorskip("triton", reason="needs triton")
     versions = [tuple(map(int, re.findall(r"\d+", module.__version__)[:2])) for module in (triton, numpy)]
-    if "attention" in file and versions[0] < (3, 7) and versions[1] >= (2, 4):
+    if "attention" in what and versions[0] < (3, 7) and versions[1] >= (2, 4):
         pytest.skip("the interpreter of triton 3.6 does not take numpy 2.4 and later")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", what]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"triton_interpreted{what}.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
