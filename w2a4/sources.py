@@ -43,40 +43,11 @@ def check_source(source: str | Path) -> None:
         raise CheckpointError(
             f"{text!r} is no directory and no .gguf file; give the directory with config.json and the weights"
         )
-    if not is_hub_id(text):
+    # A hub id looks like a relative path: where its first part is a directory here, it is a path.
+    if not _HUB_ID.fullmatch(text) or ".." in text or os.path.isdir(text.split("/")[0]):
         raise CheckpointError(
             f"{text!r} does not exist{_near(text)}; give a directory, a .gguf file, or a hub id OWNER/NAME"
         )
-    if as_path(text) and _is_out_of_reach(text):
-        raise CheckpointError(
-            f"{text!r} does not exist{_near(text)}, nor is a model of the hub of that name in the cache, and "
-            "HF_HUB_OFFLINE is set; give a directory, a .gguf file, or unset it"
-        )
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether the hub may have a model of that name, which looks like a relative path too."""
-    return bool(_HUB_ID.fullmatch(text)) and ".." not in text
-
-
-def as_path(text: str) -> str:
-    """What to say of a hub id that may have been meant as a path, since its owner is a directory here."""
-    owner, _, name = text.partition("/")
-    if not is_hub_id(text) or not os.path.isdir(owner):
-        return ""
-    return f"the directory {owner!r} here holds no {name!r}{_near(text)}"
-
-
-def _is_out_of_reach(text: str) -> bool:
-    """The hub is not to be asked, and nothing of that model was downloaded."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    if not constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        return not isinstance(try_to_load_from_cache(text, "config.json"), str)
-    except ValueError:  # not what the hub takes for an id
-        return True
 
 
 def _near(text: str) -> str:

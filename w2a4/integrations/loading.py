@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, W2A4Error
-from ..sources import as_path
 from .consistency import PREFIXES, check_directory, check_sizes
 
 #: Buffers that old checkpoints hold and models compute for themselves.
@@ -44,9 +43,7 @@ def load_pretrained(source: str | Path, dtype: torch.dtype | str) -> tuple[nn.Mo
         raise
     except Exception as error:  # of the hub, of pickles that hold more than tensors, of many tokenizers
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        path = as_path(str(source))
-        told = f"{path}, and as a model of the hub it cannot be loaded: " if path else ""
-        raise CheckpointError(f"cannot load {str(source)!r}: {told}{first}") from error
+        raise CheckpointError(f"cannot load {str(source)!r}: {first}") from error
     return model.eval(), tokenizer
 
 
