@@ -5,7 +5,7 @@ import sys
 
 def main() -> None:
     try:
-        from w2a4.cli import main as run
+        from w2a4.cli.main import main as run
 
         run()
     except KeyboardInterrupt:

@@ -34,11 +34,11 @@ from benchmarks.grid import FULL_PRECISION, Claim, Grid, Row
 from benchmarks.harness import metadata
 from benchmarks.outliers import plant_outliers
 from benchmarks.shape_report import shapes
-from w2a4.devices import pick_device
-from w2a4.evaluate import perplexity
-from w2a4.options import parse_settings
-from w2a4.report import number
-from w2a4.training.run import train
+from w2a4.cli.options import parse_settings
+from w2a4.evaluate.perplexity import perplexity
+from w2a4.evaluate.report import number
+from w2a4.ops.devices import pick_device
+from w2a4.train.run import train
 
 
 def load(grid: Grid, seed: int) -> tuple[Any, Any]:
@@ -68,7 +68,7 @@ def measure(grid: Grid, row: Row, seed: int, device: torch.device, threads: int)
     score = perplexity(model, tokenizer, grid.text, seqlen=grid.seqlen, windows=grid.windows, progress=False)
     return {
         "row": row.name, "seed": seed, "key": row.key(grid, seed), "perplexity": score["perplexity"],
-        "text": w2a4.report.protocol(score), "losses": losses, "seconds": making,
+        "text": w2a4.evaluate.report.protocol(score), "losses": losses, "seconds": making,
     }  # fmt: skip
 
 

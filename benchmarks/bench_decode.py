@@ -31,8 +31,9 @@ from tqdm import tqdm
 import w2a4
 from benchmarks.files import write_json
 from benchmarks.harness import metadata, warn_if_busy
-from w2a4 import demo, evaluate
-from w2a4.report import source_name
+from w2a4.cli import demo
+from w2a4.evaluate import perplexity as evaluate
+from w2a4.evaluate.report import source_name
 
 #: Speed does not depend on how well the weights fit, so the quickest fit will do.
 RECIPE = w2a4.Recipe(name="rtn", weight_method="rtn", act_clip=0.9, calib_samples=1, calib_seqlen=32)

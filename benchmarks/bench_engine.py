@@ -31,8 +31,8 @@ from benchmarks.files import write_json
 from benchmarks.harness import copy_row, has_cuda_kernels, metadata, parse_tokens, warn_if_busy
 from benchmarks.random_llama import float_llama, packed_llama
 from benchmarks.shapes import MODELS
-from w2a4.engine import Engine, inference
-from w2a4.sequences import PackedSequences, StaticSequences
+from w2a4.runtime.engine import Engine, inference
+from w2a4.runtime.sequences import PackedSequences, StaticSequences
 
 #: Prompts up to this length are read; a longer context is only said to be there.
 LONGEST_PROMPT = 4096

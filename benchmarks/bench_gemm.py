@@ -25,7 +25,8 @@ from benchmarks.bench_gemv import cublas, other_peers, weights
 from benchmarks.harness import Case, Options, Subject, command, say
 from benchmarks.shapes import MODELS, LinearShape, linear_shapes
 from benchmarks.timing import Workload, tensor_bytes
-from w2a4 import dispatch, ops
+from w2a4 import ops
+from w2a4.ops import dispatch
 
 OPS = ("linear_w2a4", "linear_w4a4")
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}

@@ -19,7 +19,7 @@ from benchmarks.harness import Case, Options, Subject, command
 from benchmarks.shapes import MODELS, LinearShape, linear_shapes
 from benchmarks.timing import Copies, Workload, tensor_bytes
 from w2a4 import ops
-from w2a4.packing import packed_width
+from w2a4.ops.packing import packed_width
 
 OPS = ("linear_w2a4", "linear_w4a4", "rmsnorm_a4+linear_w2a4")
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}

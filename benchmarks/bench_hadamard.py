@@ -19,7 +19,7 @@ from benchmarks.harness import Case, Options, Subject, command, skip
 from benchmarks.shapes import hadamard_sizes
 from benchmarks.timing import Copies, Workload
 from w2a4 import ops
-from w2a4.rotation.hadamard import HadamardSpec, had_k_matrix, hadamard_spec
+from w2a4.format.hadamard import HadamardSpec, had_k_matrix, hadamard_spec
 
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}
 QUICK = (128, 576, 8192, 11008, 14336)

@@ -22,7 +22,7 @@ from benchmarks.harness import Case, Options, Subject, command, skip
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Copies, Workload, tensor_bytes
 from w2a4 import ops
-from w2a4.rotation.hadamard import had_k_matrix, hadamard_spec
+from w2a4.format.hadamard import had_k_matrix, hadamard_spec
 
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}
 CHOSEN = ("llama-2-7b", "llama-3-8b", "llama-3.2-1b")

@@ -20,8 +20,9 @@ from benchmarks.bench_hadamard import spec_of
 from benchmarks.harness import Case, Options, Subject, command
 from benchmarks.shapes import MODELS, hidden_sizes, intermediate_sizes
 from benchmarks.timing import Copies, Workload, tensor_bytes
-from w2a4 import ops, reference
-from w2a4.rotation.hadamard import had_k_matrix
+from w2a4 import ops
+from w2a4.format.hadamard import had_k_matrix
+from w2a4.ops import reference
 
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}
 TOKENS = (1, 16, 512)

@@ -33,10 +33,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import w2a4
 from benchmarks.files import write_json
 from benchmarks.harness import metadata, warn_if_busy
-from w2a4.devices import peak_memory_mb, pick_device
-from w2a4.training.graphs import GradientGraph, causal_logits
-from w2a4.training.optimizer import parameter_groups
-from w2a4.training.prepare import convert, prepare
+from w2a4.ops.devices import peak_memory_mb, pick_device
+from w2a4.train.graphs import GradientGraph, causal_logits
+from w2a4.train.optimizer import parameter_groups
+from w2a4.train.prepare import convert, prepare
 
 #: Where training begins does not matter to its speed.
 RECIPE = w2a4.Recipe.load("w2a4kv4-rcp-quick").override(

@@ -1,4 +1,4 @@
-"""The check before the clock: a few outputs of an op, chosen at random, against `w2a4.reference`.
+"""The check before the clock: a few outputs of an op, chosen at random, against `w2a4.ops.reference`.
 
 The reference takes minutes for a large matrix, so it computes chosen rows of the weights for chosen
 tokens; both are drawn anew for every case. What is drawn must be exact on the CPU. A GPU may sum float32
@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from w2a4 import reference
-from w2a4.packing import unpack
-from w2a4.rotation.hadamard import HadamardSpec, had_k_matrix
+from w2a4.format.hadamard import HadamardSpec, had_k_matrix
+from w2a4.ops import reference
+from w2a4.ops.packing import unpack
 
 #: Rows of the weights, and tokens, that are checked.
 ROWS, TOKENS = 64, 4

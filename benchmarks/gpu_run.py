@@ -238,7 +238,7 @@ def train(out, carry, device, budget, own_tokens: int, seqlen: int, settings: tu
 def training(out, carry, device, seconds, own_tokens, seqlen, settings) -> None:
     """The process that trains; `train` starts it."""
     from benchmarks.gpu import training as trains
-    from w2a4.options import parse_settings
+    from w2a4.cli.options import parse_settings
 
     trains.train(carry, out, device, seconds, own_tokens, seqlen, parse_settings(settings))
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 import w2a4
-from w2a4.data import builtin_text
-from w2a4.quantizers import fake_quant_a4
-from w2a4.rotation import fuse
+from w2a4.evaluate.data import builtin_text
+from w2a4.format.fake_quant import fake_quant_a4
+from w2a4.quantization.rotation import fold as fuse
 
 #: Bytes of the windows that outliers are planted by and measured on.
 WINDOW = 256

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness import skip
 from benchmarks.timing import Copies, Workload, copies_on, tensor_bytes
-from w2a4.rotation.hadamard import HadamardSpec, had_k_matrix
+from w2a4.format.hadamard import HadamardSpec, had_k_matrix
 
 
 def installed(package: str) -> bool:

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import w2a4
 from benchmarks.shapes import MODELS, Model
-from w2a4.integrations import hf
-from w2a4.rotation.online import OnlineRotation
+from w2a4.format.online import OnlineRotation
+from w2a4.hub import transformers as hf
 
 
 def config_of(shape: Model, positions: int) -> LlamaConfig:

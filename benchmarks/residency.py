@@ -26,7 +26,7 @@ from tabulate import tabulate
 from benchmarks import sass, sass_gate
 from benchmarks.files import ROOT, commit, now, write_json
 from benchmarks.shapes import MODELS, Model, group_size
-from w2a4.rotation.hadamard import hadamard_spec
+from w2a4.format.hadamard import hadamard_spec
 
 PROBE, CACHE = ROOT / "benchmarks/residency.cpp", ROOT / "build/residency"
 

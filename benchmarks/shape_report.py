@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import w2a4
 from benchmarks.outliers import changed_inputs
-from w2a4.data import load_text, windows
-from w2a4.integrations.hf import decoder_linears
+from w2a4.evaluate.data import load_text, windows
+from w2a4.hub.transformers import decoder_linears
 
 #: Histograms reach so many times the root mean square, in so many bins.
 REACH, BINS = 8.0, 64

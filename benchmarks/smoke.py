@@ -26,7 +26,7 @@ from benchmarks import isolate, smoke_cases
 from benchmarks.faults import FAULT, device_fault, frames
 from benchmarks.files import append_line
 from benchmarks.smoke_cases import Case
-from w2a4 import dispatch
+from w2a4.ops import dispatch
 
 #: How Python is told to run this program again.
 PROGRAM: tuple[str, ...] = ("-m", "benchmarks.smoke")

@@ -18,10 +18,12 @@ from benchmarks import checks
 from benchmarks.bench_hadamard import spec_of
 from benchmarks.bench_kv4 import CLIP, packed
 from benchmarks.bench_quantize import OPS as QUANTIZERS
-from w2a4 import dispatch, ops, quantizers, reference
-from w2a4.packing import packed_width
-from w2a4.rotation.hadamard import had_k_matrix
-from w2a4.training import losses
+from w2a4 import ops
+from w2a4.format import fake_quant as quantizers
+from w2a4.format.hadamard import had_k_matrix
+from w2a4.ops import dispatch, reference
+from w2a4.ops.packing import packed_width
+from w2a4.train import losses
 
 HALF, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 

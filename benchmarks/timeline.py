@@ -22,7 +22,7 @@ from benchmarks.files import write_json
 from benchmarks.harness import copy_row, metadata
 from benchmarks.random_llama import packed_llama
 from benchmarks.shapes import MODELS, Model
-from w2a4.engine import Engine, inference
+from w2a4.runtime.engine import Engine, inference
 
 #: Steps measured, after as many that are not.
 STEPS = 16

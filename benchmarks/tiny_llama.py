@@ -35,9 +35,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import w2a4
 from benchmarks.files import write_json
 from benchmarks.outliers import four_bit_inputs, input_shape, plant_outliers
-from w2a4.data import builtin_text
-from w2a4.directories import atomic_directory, check_out_dir
-from w2a4.evaluate import perplexity
+from w2a4.evaluate.data import builtin_text
+from w2a4.evaluate.perplexity import perplexity
+from w2a4.format.directories import atomic_directory, check_out_dir
 
 #: Begins a text. Never predicted, so its being the end as well ends nothing.
 BOS = "<|endoftext|>"

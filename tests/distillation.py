@@ -6,8 +6,8 @@ import pytest
 import torch
 from numerics import UNIT
 
-from w2a4 import dispatch
-from w2a4.training.losses import distillation_loss
+from w2a4.ops import dispatch
+from w2a4.train.losses import distillation_loss
 
 
 def with_gradient(student, teacher, mask=None, kind="cakld", times=2.0):

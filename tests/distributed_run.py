@@ -11,8 +11,8 @@ import torch
 from test_training import Letters, llama, small_recipe
 from torch.distributed.tensor import DTensor
 
-from w2a4.training import processes, run
-from w2a4.training.trainer import QATTrainer
+from w2a4.train import processes, run
+from w2a4.train.trainer import QATTrainer
 
 
 class Watched(QATTrainer):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from w2a4 import reference
-from w2a4.packing import unpack
+from w2a4.ops import reference
+from w2a4.ops.packing import unpack
 
 
 def gemm(bits: int, args: tuple, out_dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from w2a4.packing import unpack
+from w2a4.ops.packing import unpack
 
 #: Rounding to nearest float32 is off by at most this, relatively.
 UNIT = 2.0**-24

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor
 
-from w2a4.graphs import PromptGraphs, StepGraphs
+from w2a4.runtime.graphs import PromptGraphs, StepGraphs
 
 
 class Rerun:

@@ -11,8 +11,8 @@ from test_evaluate import tiny_model
 
 from benchmarks import bench_decode, bench_engine, random_llama, shapes, targets, timeline
 from benchmarks.shapes import Model
-from w2a4 import demo
-from w2a4.engine import Engine, inference
+from w2a4.cli import demo
+from w2a4.runtime.engine import Engine, inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = {"tokens_per_second", "first_token_ms", "ratio"}

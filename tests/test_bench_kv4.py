@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bench_kv4, harness, targets
-from w2a4 import reference
+from w2a4.ops import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 

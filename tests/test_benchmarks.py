@@ -27,9 +27,10 @@ from benchmarks import (
     targets,
     timing,
 )
-from w2a4 import ops, reference
-from w2a4.packing import pack
-from w2a4.rotation.hadamard import HadamardSpec, dense_hadamard, had_k_matrix
+from w2a4 import ops
+from w2a4.format.hadamard import HadamardSpec, dense_hadamard, had_k_matrix
+from w2a4.ops import reference
+from w2a4.ops.packing import pack
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,10 +6,10 @@ from packed import SHAPE, packed_model, prompt
 from transformers import CompileConfig, DynamicCache
 
 import w2a4
-from w2a4.integrations.arguments import CACHE_NAMES
-from w2a4.integrations.attention import KVSettings, PackedKV, w2a4_attention
-from w2a4.integrations.kv_cache import KV4Layer
-from w2a4.rotation.online import OnlineRotation
+from w2a4.format.online import OnlineRotation
+from w2a4.runtime.arguments import CACHE_NAMES
+from w2a4.runtime.attention import KVSettings, PackedKV, w2a4_attention
+from w2a4.runtime.kv_cache import KV4Layer
 
 RECIPES = [
     dict(),

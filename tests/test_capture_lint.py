@@ -10,9 +10,11 @@ from fake_cuda import DEVICE, fake_cuda
 from packed import packed_model, prompt
 from tiny_llama import tiny_llama
 
-from w2a4 import dispatch, engine, ops, sequences
-from w2a4.integrations.fused import Parts, fused_parts
-from w2a4.rotation import hadamard, online
+from w2a4 import ops
+from w2a4.format import hadamard, online
+from w2a4.ops import dispatch
+from w2a4.runtime import engine, sequences
+from w2a4.runtime.layer import Parts, fused_parts
 
 ROWS = [prompt(tokens=n, seed=n)[0] for n in (9, 5, 12)]
 NEXT = torch.tensor([3, 4, 5])

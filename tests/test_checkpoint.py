@@ -15,11 +15,11 @@ from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import w2a4
-from w2a4.directories import atomic_directory
 from w2a4.errors import CheckpointError, W2A4Error
-from w2a4.integrations.checkpoint import FORMAT_VERSION
-from w2a4.integrations.hf import install, prepare_skeleton
-from w2a4.rotation.online import OnlineRotation
+from w2a4.format.directories import atomic_directory
+from w2a4.format.online import OnlineRotation
+from w2a4.hub.checkpoint import FORMAT_VERSION
+from w2a4.hub.transformers import install, prepare_skeleton
 
 
 def logits(model):
@@ -230,7 +230,7 @@ def test_an_error_while_saving_leaves_nothing_behind(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("w2a4.integrations.model.model_card", full_disk)
+    monkeypatch.setattr("w2a4.hub.model.model_card", full_disk)
     for target in ("new", "good"):
         with pytest.raises(OSError, match="No space left"):
             model.save_pretrained(tmp_path / target)
@@ -240,7 +240,7 @@ def test_an_error_while_saving_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_a_kill_while_saving_leaves_no_checkpoint(tmp_path):
     code = (
-        "import sys, time\nfrom w2a4.directories import atomic_directory\n"
+        "import sys, time\nfrom w2a4.format.directories import atomic_directory\n"
         f"with atomic_directory({str(tmp_path / 'out')!r}) as d:\n"
         "    (d / 'config.json').write_text('{}'); print('writing', flush=True); time.sleep(60)\n"
     )
@@ -336,7 +336,7 @@ def test_loading_needs_little_more_memory_than_the_checkpoint(tmp_path):
 @pytest.mark.parametrize("seed", [2**32, -(2**40), 2**63 + 5])
 def test_a_checkpoint_of_a_seed_that_is_too_large_by_now(tmp_path, monkeypatch, kind, seed):
     """Recipes once took any; R3 and R4 are drawn from it whenever the model is loaded."""
-    monkeypatch.setattr("w2a4.config.LARGEST", 2**70)
+    monkeypatch.setattr("w2a4.recipe.LARGEST", 2**70)
     chosen = {"rotation.r3": kind, "rotation.r4": kind, "rotation.seed": seed}
     made = packed_model(**chosen, calib_samples=2, calib_seqlen=16)
     w2a4.save(made, None, tmp_path / "old")

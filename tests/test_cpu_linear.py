@@ -66,7 +66,7 @@ SHAPES = [
 
 def packed(torch, bits: int, out: int, features: int, groups: int):
     """Weight, levels and scale: every code occurs, and levels reach both bounds."""
-    from w2a4.packing import pack
+    from w2a4.ops.packing import pack
 
     scale = (torch.rand(out, groups) + 0.1).half()
     if bits == 4:
@@ -80,7 +80,8 @@ def check(torch, bits, activations, weights, bias, group, dtype, tokens, what):
     """The op's bits are the reference's, for the first n tokens, n in `tokens`."""
     from numerics import assert_close
 
-    from w2a4 import ops, reference
+    from w2a4 import ops
+    from w2a4.ops import reference
 
     rest = (*weights, bias, group, dtype)
     want = getattr(reference, f"linear_w{bits}a4")(*activations, *rest)
@@ -90,7 +91,7 @@ def check(torch, bits, activations, weights, bias, group, dtype, tokens, what):
 
 
 def check_shapes(torch):
-    from w2a4 import reference
+    from w2a4.ops import reference
 
     dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
     for bits in (2, 4):

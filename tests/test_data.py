@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import w2a4
-from w2a4 import data
 from w2a4.errors import CalibrationError
-from w2a4.evaluate import perplexity
-from w2a4.training.run import train
+from w2a4.evaluate import data
+from w2a4.evaluate.perplexity import perplexity
+from w2a4.train.run import train
 
 
 def tiny_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:

@@ -7,7 +7,7 @@ from packed import packed_model
 
 import w2a4
 from w2a4 import ops
-from w2a4.integrations import fused
+from w2a4.runtime import layer as fused
 
 compiled = pytest.mark.skipif(not ops.has_layer_kernel(torch.zeros(1)), reason="no compiled kernels")
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from w2a4 import devices
-from w2a4.devices import pick_device
 from w2a4.errors import W2A4Error
-from w2a4.graphs import StepGraphs
+from w2a4.ops import devices
+from w2a4.ops.devices import pick_device
+from w2a4.runtime.graphs import StepGraphs
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_peak_memory_is_of_this_process_alone():
     block = torch.ones(64 * 2**20, dtype=torch.uint8)
     before = devices.peak_memory_mb()
     assert before > block.nbytes / 1e6
-    code = "from w2a4.devices import peak_memory_mb; print(peak_memory_mb())"
+    code = "from w2a4.ops.devices import peak_memory_mb; print(peak_memory_mb())"
     # What earlier tests held and freed may hide part of the growth, never more than that.
     grown = torch.ones(int(before) * 2**20, dtype=torch.uint8)
     assert devices.peak_memory_mb() > grown.nbytes / 1e6

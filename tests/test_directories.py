@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from w2a4 import directories
-from w2a4.directories import COMMIT, atomic_directory, check_out_dir, recover
+from w2a4.cli.options import new_directory
 from w2a4.errors import CheckpointError
-from w2a4.files import beside
-from w2a4.options import new_directory
+from w2a4.format import directories
+from w2a4.format.directories import COMMIT, atomic_directory, check_out_dir, recover
+from w2a4.format.files import beside
 
 OLD = {"config.json": "old", "model-00001-of-00002.safetensors": "old", "notes/mine.txt": "mine"}
 NEW = {"config.json": "new", "model.safetensors": "new"}

@@ -15,8 +15,10 @@ import torch
 from numerics import assert_close
 from test_ops import linear_inputs
 
-from w2a4 import dispatch, ops, quantizers, reference
+from w2a4 import ops
 from w2a4.errors import BackendError
+from w2a4.format import fake_quant as quantizers
+from w2a4.ops import dispatch, reference
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")

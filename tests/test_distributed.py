@@ -14,8 +14,8 @@ from test_training import Letters, llama, small_recipe, stream
 from transformers import AutoModelForCausalLM
 
 from w2a4.errors import TrainingError
-from w2a4.training import run
-from w2a4.training.checkpoints import last_checkpoint
+from w2a4.train import run
+from w2a4.train.checkpoints import last_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,9 +7,9 @@ from rerun import rerun_graphs
 from tiny_llama import tiny_llama
 
 import w2a4
-from w2a4 import engine, graphs, sequences
-from w2a4.engine import Engine, Sampling
 from w2a4.errors import W2A4Error
+from w2a4.runtime import engine, graphs, sequences
+from w2a4.runtime.engine import Engine, Sampling
 
 PROMPTS = [prompt(tokens=n, seed=n)[0] for n in (9, 1, 30, 9)]
 

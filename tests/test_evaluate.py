@@ -7,8 +7,9 @@ from test_data import tiny_tokenizer
 from tiny_llama import tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from w2a4 import data, evaluate
 from w2a4.errors import CalibrationError, W2A4Error
+from w2a4.evaluate import data
+from w2a4.evaluate import perplexity as evaluate
 
 TEXT = data.builtin_text()[1][:500]
 

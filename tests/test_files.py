@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from w2a4 import files
 from w2a4.errors import CheckpointError
+from w2a4.format import files
 
 ROOT = os.geteuid() == 0 if hasattr(os, "geteuid") else False
 
@@ -65,7 +65,8 @@ def test_a_device_is_written_to(tmp_path):
 
 def test_standard_output_by_name_keeps_what_was_printed(tmp_path):
     code = (
-        "print('first', flush=True); from w2a4.files import write_json; write_json('/dev/stdout', {'a': 1})"
+        "print('first', flush=True); from w2a4.format.files import write_json; "
+        "write_json('/dev/stdout', {'a': 1})"
     )
     with (tmp_path / "out").open("wb") as out:
         subprocess.run([sys.executable, "-c", code], stdout=out, check=True)

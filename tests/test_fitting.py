@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from w2a4.config import resolve_group_size
 from w2a4.errors import RecipeError
-from w2a4.fitting.gptq import GPTQOptions, _Grid, _polish, _refit_grid, _sweep, fit_gptq
-from w2a4.fitting.lloyd import fit_levels
-from w2a4.fitting.moments import Moments
-from w2a4.fitting.rtn import fit_grid, fit_rtn
-from w2a4.fitting.weight import QuantizedWeight
-from w2a4.quantizers import nearest_codes
+from w2a4.format.fake_quant import nearest_codes
+from w2a4.format.groups import resolve_group_size
+from w2a4.format.lloyd import fit_levels
+from w2a4.format.rtn import fit_grid, fit_rtn
+from w2a4.format.weight import QuantizedWeight
+from w2a4.quantization.fit.gptq import GPTQOptions, _Grid, _polish, _refit_grid, _sweep, fit_gptq
+from w2a4.quantization.fit.moments import Moments
 
 
 def correlated_inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from numerics import UNIT, assert_close, assert_quantized
 
-from w2a4 import ops, reference
-from w2a4.rotation.hadamard import had_k_matrix
+from w2a4 import ops
+from w2a4.format.hadamard import had_k_matrix
+from w2a4.ops import reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 CLIP = torch.tensor([0.9])

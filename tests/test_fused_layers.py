@@ -8,7 +8,7 @@ from packed import packed_model, prompt
 from safetensors import safe_open
 
 import w2a4
-from w2a4.integrations import fused
+from w2a4.runtime import layer as fused
 
 
 def logits(model, ids):

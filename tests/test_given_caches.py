@@ -9,7 +9,7 @@ from tiny_llama import tiny_llama
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import w2a4
-from w2a4.integrations.arguments import CACHE
+from w2a4.runtime.arguments import CACHE
 
 pytestmark = [pytest.mark.doors, pytest.mark.usefixtures("one_thread")]
 

@@ -12,8 +12,9 @@ from test_simt_gemv import SHAPES, assert_rounding, expected, matrix, simulate
 from watch import SLOW
 
 from benchmarks.checks import reference_hadamard
-from w2a4 import ops, reference
-from w2a4.rotation.hadamard import had_k_matrix, hadamard_spec
+from w2a4 import ops
+from w2a4.format.hadamard import had_k_matrix, hadamard_spec
+from w2a4.ops import reference
 
 pytestmark = pytest.mark.gpu
 

@@ -14,11 +14,12 @@ from watch import LONG, SLOW
 from benchmarks.bench_engine import greedy
 from benchmarks.random_llama import packed_llama
 from benchmarks.shapes import MODELS
-from w2a4 import dispatch, ops
-from w2a4.engine import Engine, Sampling, inference
-from w2a4.graphs import padded_length
-from w2a4.integrations.fused import fused_parts
-from w2a4.sequences import PackedSequences
+from w2a4 import ops
+from w2a4.ops import dispatch
+from w2a4.runtime.engine import Engine, Sampling, inference
+from w2a4.runtime.graphs import padded_length
+from w2a4.runtime.layer import fused_parts
+from w2a4.runtime.sequences import PackedSequences
 
 pytestmark = pytest.mark.gpu
 

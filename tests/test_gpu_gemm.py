@@ -14,9 +14,11 @@ from test_ops import linear_inputs
 from test_simt_gemv import assert_rounding, expected, matrix
 from watch import LONG, SLOW
 
-from w2a4 import dispatch, ops, quantizers
+from w2a4 import ops
 from w2a4.errors import BackendError
-from w2a4.training import losses
+from w2a4.format import fake_quant as quantizers
+from w2a4.ops import dispatch
+from w2a4.train import losses
 
 pytestmark = pytest.mark.gpu
 

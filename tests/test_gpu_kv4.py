@@ -21,7 +21,8 @@ from test_simt_kv4 import (
 )
 from watch import SLOW
 
-from w2a4 import dispatch, ops, reference
+from w2a4 import ops
+from w2a4.ops import dispatch, reference
 
 pytestmark = pytest.mark.gpu
 

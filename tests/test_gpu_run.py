@@ -22,7 +22,7 @@ from benchmarks.gpu.install import GPU, Carried
 from benchmarks.gpu.session import Session, Stage, python
 from benchmarks.targets import targets
 from benchmarks.tiny_llama import byte_tokenizer
-from w2a4.training.linear import fake_quant_linears
+from w2a4.train.linear import fake_quant_linears
 
 ROOT = Path(__file__).resolve().parent.parent
 

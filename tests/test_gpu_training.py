@@ -12,10 +12,10 @@ from test_training import TRAINING, Letters, Writer, llama, small_recipe, stream
 from watch import LONG, SLOW
 
 import w2a4
-from w2a4 import quantizers
-from w2a4.training import generations, run
-from w2a4.training.prepare import prepare
-from w2a4.training.trainer import QATTrainer, Windows, training_arguments
+from w2a4.format import fake_quant as quantizers
+from w2a4.train import generations, run
+from w2a4.train.prepare import prepare
+from w2a4.train.trainer import QATTrainer, Windows, training_arguments
 
 pytestmark = pytest.mark.gpu
 

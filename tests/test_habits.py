@@ -11,8 +11,8 @@ from tiny_llama import tiny_llama
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import w2a4
-from w2a4.integrations.capturing import is_capturing
-from w2a4.integrations.fused import fused_parts
+from w2a4.runtime.capturing import is_capturing
+from w2a4.runtime.layer import fused_parts
 
 pytestmark = [pytest.mark.doors, pytest.mark.usefixtures("one_thread")]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from w2a4.errors import RotationError
-from w2a4.rotation.hadamard import (
+from w2a4.format.hadamard import (
     MAX_K,
     HadamardSpec,
     apply_hadamard,

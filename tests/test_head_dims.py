@@ -7,9 +7,9 @@ from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import w2a4
-from w2a4.config import Recipe
 from w2a4.errors import RecipeError
-from w2a4.integrations.hf import act_group_size
+from w2a4.hub.transformers import act_group_size
+from w2a4.recipe import Recipe
 
 #: Size of a head and heads, so that o_proj has as many inputs as `auto` has groups of 128, 64 or 32 for.
 HEADS = [(48, 8), (64, 2), (80, 8), (96, 4), (100, 32), (112, 8), (120, 16), (128, 2), (160, 4), (192, 2)]

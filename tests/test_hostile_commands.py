@@ -13,10 +13,10 @@ import yaml
 from click.testing import CliRunner
 from test_cli import SMALL, plain, quantized  # noqa: F401  fixtures
 
-from w2a4 import pipeline
-from w2a4.cli import main
-from w2a4.config import Recipe
+from w2a4.cli.main import main
 from w2a4.errors import RecipeError
+from w2a4.quantization import job as pipeline
+from w2a4.recipe import Recipe
 
 COMMAND = [sys.executable, "-c", "from w2a4_command import main; main()"]
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -1,12 +1,13 @@
-"""The ops of the 4-bit KV cache against `w2a4.reference`, as `test_ops.py` has the others."""
+"""The ops of the 4-bit KV cache against `w2a4.ops.reference`, as `test_ops.py` has the others."""
 
 import pytest
 import torch
 from numerics import assert_close
 from op_arguments import FLOATS, HAD12, assert_refused, bad_arguments, opcheck, replaced
 
-from w2a4 import ops, reference
-from w2a4.packing import unpack
+from w2a4 import ops
+from w2a4.ops import reference
+from w2a4.ops.packing import unpack
 
 # quantize_kv4, append_kv4
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import w2a4
-from w2a4 import reference
 from w2a4.errors import CheckpointError, RecipeError, W2A4Error
-from w2a4.layers import PACKED_LINEARS
+from w2a4.format.linear import PACKED_LINEARS
+from w2a4.ops import reference
 
 
 def linear(inputs: int, outputs: int, bias: bool = True, seed: int = 0) -> nn.Linear:

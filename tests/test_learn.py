@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from w2a4.errors import RotationError
-from w2a4.rotation.learn import (
+from w2a4.format.online import OnlineRotation
+from w2a4.quantization.rotation.cayley import (
     SCHEDULES,
     CayleySGD,
     cayley_step,
@@ -15,7 +16,6 @@ from w2a4.rotation.learn import (
     orthogonality_error,
     tangent_skew,
 )
-from w2a4.rotation.online import OnlineRotation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,12 +9,13 @@ from packed import SHAPE, calibration
 from test_learn_rotation import learn, rotations
 from tiny_llama import tiny_llama
 
-from w2a4 import learn_rotation as lr
-from w2a4.config import Recipe
 from w2a4.errors import RecipeError
-from w2a4.integrations.hf import decoder_linears
-from w2a4.quantizers import fake_quant_a4
-from w2a4.rotation import descent, fuse
+from w2a4.format.fake_quant import fake_quant_a4
+from w2a4.hub.transformers import decoder_linears
+from w2a4.quantization.rotation import descent
+from w2a4.quantization.rotation import fold as fuse
+from w2a4.quantization.rotation import learn as lr
+from w2a4.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 #: Only activations are quantised, so that what else a network does is transformers' own.

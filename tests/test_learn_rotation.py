@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from tiny_llama import MODELS, tiny_llama, tokens
 
 import w2a4
-from w2a4 import learn_rotation as lr
-from w2a4.config import Recipe, RotationConfig, RotationLearning
 from w2a4.errors import CalibrationError, RotationError
-from w2a4.integrations.hf import decoder_linears
-from w2a4.rotation import descent, fuse
-from w2a4.rotation.learn import orthogonality_error
-from w2a4.rotation.online import OnlineRotation
+from w2a4.format.online import OnlineRotation
+from w2a4.hub.transformers import decoder_linears
+from w2a4.quantization.rotation import descent
+from w2a4.quantization.rotation import fold as fuse
+from w2a4.quantization.rotation import learn as lr
+from w2a4.quantization.rotation.cayley import orthogonality_error
+from w2a4.recipe import Recipe, RotationConfig, RotationLearning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FULL = Recipe(weight_bits=16, act_bits=16, kv_bits=16, rotation=RotationConfig(r1="learned", r2="learned"))
@@ -488,7 +489,7 @@ class TestQuantize:
         plain = self.model()
         w2a4.quantize(plain, None, self.recipe, calibration(), progress=False)
         arguments = dict(calibration=calibration(), progress=False, resume=tmp_path / "partial")
-        monkeypatch.setattr(w2a4.pipeline.LayerQuantizer, "run", lambda *args: 1 / 0)
+        monkeypatch.setattr(w2a4.quantization.job.LayerQuantizer, "run", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             w2a4.quantize(self.model(), None, self.recipe, **arguments)
         monkeypatch.undo()

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import w2a4
-from w2a4.directories import COMMIT, NAMES
 from w2a4.errors import CheckpointError
+from w2a4.format.directories import COMMIT, NAMES
 
 
 def logits(model):
@@ -102,7 +102,7 @@ def test_bin_files_are_read_without_running_code(directory, monkeypatch):
     torch.save(state, directory / "pytorch_model.bin")
     assert torch.equal(logits(w2a4.load_model(directory)[0]), want)
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, not model\.safetensors"):
-        w2a4.report.checkpoint_summary(directory)
+        w2a4.evaluate.report.checkpoint_summary(directory)
     with pytest.raises(CheckpointError, match=r"\.bin, which cannot be verified"):
         w2a4.verify(directory)
     torch.save({"model.norm.weight": Harmful()}, directory / "pytorch_model.bin")
@@ -139,7 +139,7 @@ def test_offloading_is_no_damage(tmp_path, how):
 def test_a_mistyped_path_is_told_at_once(tmp_path, monkeypatch, name):
     (tmp_path / "models" / "llama-w2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("w2a4.pipeline.load_pretrained", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr("w2a4.quantization.job.load_pretrained", lambda *_: pytest.fail("asked the hub"))
     started = time.perf_counter()
     with pytest.raises(CheckpointError, match="does not exist") as error:
         w2a4.load_model(name)

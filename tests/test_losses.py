@@ -4,8 +4,8 @@ import pytest
 import torch
 from numerics import assert_close
 
-from w2a4.training import losses
-from w2a4.training.losses import Tops, distillation_loss
+from w2a4.train import losses
+from w2a4.train.losses import Tops, distillation_loss
 
 
 def definition(student, teacher, mask, kind):

@@ -7,10 +7,10 @@ from tiny_llama import tiny_llama
 
 import w2a4
 from w2a4.errors import W2A4Error
-from w2a4.fitting.gptq import GPTQOptions, fit_gptq
-from w2a4.fitting.rtn import fit_rtn
-from w2a4.layers import W8Embedding, W8Linear
-from w2a4.quantizers import SMALLEST_SCALE, fp16_scale, lsq_fake_quant, lsq_to_codes
+from w2a4.format.fake_quant import SMALLEST_SCALE, fp16_scale, lsq_fake_quant, lsq_to_codes
+from w2a4.format.linear import W8Embedding, W8Linear
+from w2a4.format.rtn import fit_rtn
+from w2a4.quantization.fit.gptq import GPTQOptions, fit_gptq
 
 SHAPE = dict(vocab_size=131, hidden_size=64, intermediate_size=96, head_dim=16, eos_token_id=None)
 

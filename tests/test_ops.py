@@ -1,4 +1,4 @@
-"""Every op against `w2a4.reference`: exact where the op is, else within twice torch's own error.
+"""Every op against `w2a4.ops.reference`: exact where the op is, else within twice torch's own error.
 
 The ops of the KV cache are in `test_kv_ops.py`.
 """
@@ -13,8 +13,9 @@ import torch
 from numerics import assert_close
 from op_arguments import FLOATS, HAD12, assert_refused, bad_arguments, opcheck, replaced
 
-from w2a4 import ops, reference
-from w2a4.packing import pack, packed_width
+from w2a4 import ops
+from w2a4.ops import reference
+from w2a4.ops.packing import pack, packed_width
 
 CLIP = torch.tensor([0.9])
 
@@ -247,7 +248,8 @@ import sys, types, zlib
 sys.modules["w2a4"] = package = types.ModuleType("w2a4")  # ops only: the whole package imports transformers
 package.__path__ = ["w2a4"]
 import torch
-from w2a4 import ops, reference
+from w2a4 import ops
+from w2a4.ops import reference
 torch.manual_seed(0)
 out = []
 x = torch.randn(9, 576)

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tools.fuzzing import op_cases
-from w2a4 import ops, reference
+from w2a4 import ops
 from w2a4.errors import W2A4Error
+from w2a4.ops import reference
 
 if not ops.build_info().startswith("w2a4._C: CPU"):
     pytest.skip("no kernels to compare", allow_module_level=True)
@@ -117,7 +118,7 @@ def test_scaling_has_to_be_finite():
 
 @pytest.mark.parametrize("ids", [[-1], [48], [0, 2**40]])
 def test_tokens_that_an_embedding_does_not_have(ids):
-    from w2a4.layers import W8Embedding
+    from w2a4.format.linear import W8Embedding
 
     table = W8Embedding.from_embedding(torch.nn.Embedding(48, 16))
     with pytest.raises(W2A4Error, match="rows 0 to 47"):

@@ -5,7 +5,7 @@ import torch
 from numerics import assert_close
 
 from w2a4.errors import CheckpointError
-from w2a4.packing import pack, packed_width, unpack
+from w2a4.ops.packing import pack, packed_width, unpack
 
 RANGES = {"2": (2, False, 0, 3), "unsigned 4": (4, False, 0, 15), "signed 4": (4, True, -8, 7)}
 

@@ -8,11 +8,11 @@ from packed import SHAPE, calibration, packed_model, prompt
 from tiny_llama import LLAMA3_ROPE, tiny_llama
 
 import w2a4
-from w2a4 import reference
-from w2a4.calibrate import LayerQuantizer, Streams
 from w2a4.errors import CalibrationError, RecipeError, RotationError, W2A4Error
-from w2a4.integrations.attention import KVSettings
-from w2a4.layers import W8Embedding, W8Linear, _PackedLinear
+from w2a4.format.linear import W8Embedding, W8Linear, _PackedLinear
+from w2a4.ops import reference
+from w2a4.quantization.layer import LayerQuantizer, Streams
+from w2a4.runtime.attention import KVSettings
 
 UNUSUAL = {
     "gqa": dict(num_attention_heads=6, num_key_value_heads=2, head_dim=16),

@@ -10,10 +10,10 @@ from packed import SHAPE, calibration, prompt
 from tiny_llama import tiny_llama
 
 import w2a4
-from w2a4.integrations.fused import fused_parts
-from w2a4.integrations.hf import decoder_linears
-from w2a4.training.linear import FakeQuantLinear, fake_quant_linears
-from w2a4.training.prepare import convert, prepare
+from w2a4.hub.transformers import decoder_linears
+from w2a4.runtime.layer import fused_parts
+from w2a4.train.linear import FakeQuantLinear, fake_quant_linears
+from w2a4.train.prepare import convert, prepare
 
 
 @functools.cache

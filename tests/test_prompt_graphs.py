@@ -8,12 +8,13 @@ import torch
 from packed import packed_model, prompt
 from rerun import rerun_graphs
 
-from w2a4 import engine, graphs, ops, sequences
-from w2a4.dispatch import DECODE_TOKENS, GEMV_TOKENS
-from w2a4.engine import Engine
+from w2a4 import ops
 from w2a4.errors import W2A4Error
-from w2a4.graphs import LAST_OF_ATTENTION, LAST_OF_KERNELS, MOST_PROMPT_TOKENS, padded_length
-from w2a4.integrations.fused import fused_parts
+from w2a4.ops.dispatch import DECODE_TOKENS, GEMV_TOKENS
+from w2a4.runtime import engine, graphs, sequences
+from w2a4.runtime.engine import Engine
+from w2a4.runtime.graphs import LAST_OF_ATTENTION, LAST_OF_KERNELS, MOST_PROMPT_TOKENS, padded_length
+from w2a4.runtime.layer import fused_parts
 
 CSRC = Path(__file__).parents[1] / "csrc"
 CAPACITY = 96

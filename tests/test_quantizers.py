@@ -4,10 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from w2a4 import reference
-from w2a4.fitting.lloyd import fit_levels
-from w2a4.packing import pack, unpack
-from w2a4.quantizers import (
+from w2a4.format.fake_quant import (
     codebook_to_ldp,
     fake_quant_a4,
     fake_quant_kv4,
@@ -17,6 +14,9 @@ from w2a4.quantizers import (
     nearest_codes,
     straight_through,
 )
+from w2a4.format.lloyd import fit_levels
+from w2a4.ops import reference
+from w2a4.ops.packing import pack, unpack
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from w2a4 import report
-from w2a4.config import RECIPES, Recipe
 from w2a4.errors import CheckpointError
-from w2a4.report import Report
+from w2a4.evaluate import report
+from w2a4.evaluate.report import Report
+from w2a4.recipe import RECIPES, Recipe
 
 # Odd on purpose: 13 does not fill a byte of 2-bit codes, 3 heads of 6 are not hidden_size.
 HIDDEN, INNER, HEADS, HEAD_DIM, VOCAB = 13, 22, 3, 6, 17

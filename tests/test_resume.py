@@ -6,9 +6,9 @@ from packed import SHAPE, calibration
 from tiny_llama import tiny_llama
 
 import w2a4
-from w2a4.calibrate import Streams
 from w2a4.errors import CheckpointError
-from w2a4.resume import Progress, fingerprint
+from w2a4.quantization.layer import Streams
+from w2a4.quantization.resume import Progress, fingerprint
 
 RECIPE = w2a4.Recipe.load("w2a4kv4").to_dict()
 

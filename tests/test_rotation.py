@@ -11,10 +11,10 @@ from torch import nn
 from torch.func import functional_call
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from w2a4.config import RotationConfig
 from w2a4.errors import RotationError
-from w2a4.rotation.fuse import RotatedLinear, rotate
-from w2a4.rotation.online import OnlineRotation
+from w2a4.format.online import OnlineRotation, RotatedLinear
+from w2a4.quantization.rotation.fold import rotate
+from w2a4.recipe import RotationConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NONE = {"r1": "none", "r2": "none", "r3": "none", "r4": "none"}

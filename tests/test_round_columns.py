@@ -4,8 +4,9 @@ import pytest
 import torch
 from op_arguments import assert_refused, bad_arguments, opcheck, replaced
 
-from w2a4 import ops, reference
-from w2a4.fitting.gptq import _solve
+from w2a4 import ops
+from w2a4.ops import reference
+from w2a4.quantization.fit.gptq import _solve
 
 GROUPS = 3
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from simt import build, load
 
-from w2a4 import reference
-from w2a4.packing import pack
+from w2a4.ops import reference
+from w2a4.ops.packing import pack
 
 MOST_SHARED = 99 << 10  # bytes; the smallest of the supported GPUs
 

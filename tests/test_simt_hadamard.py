@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from numerics import UNIT, assert_close, assert_quantized
 
-from w2a4 import reference
-from w2a4.rotation.hadamard import had_k_matrix, hadamard_spec
+from w2a4.format.hadamard import had_k_matrix, hadamard_spec
+from w2a4.ops import reference
 
 HALF, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 NAMES = {F32: "float32", HALF: "float16", BF16: "bfloat16", torch.float64: "float64"}

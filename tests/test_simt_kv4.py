@@ -8,8 +8,8 @@ from numerics import UNIT, assert_close
 from op_arguments import FLOATS, HAD12
 from test_simt_hadamard import NAMES, NEEDS_PYBIND11, SMALL, aligned, guarded, numpy_of, signs_of
 
-from w2a4 import reference
-from w2a4.packing import unpack
+from w2a4.ops import reference
+from w2a4.ops.packing import unpack
 
 HALF, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 NAN, INF = float("nan"), float("inf")

@@ -9,12 +9,12 @@ from tiny_llama import MODELS, tiny_llama, tokens
 
 import w2a4
 from benchmarks.outliers import four_bit_inputs, plant_outliers
-from w2a4.config import Recipe
-from w2a4.data import builtin_text
 from w2a4.errors import CalibrationError, RotationError
-from w2a4.learn_rotation import learn_rotation
-from w2a4.rotation import fuse
-from w2a4.smooth import MOVES, SCALES, input_maxima, smooth
+from w2a4.evaluate.data import builtin_text
+from w2a4.quantization.rotation import fold as fuse
+from w2a4.quantization.rotation.learn import learn_rotation
+from w2a4.quantization.smooth import MOVES, SCALES, input_maxima, smooth
+from w2a4.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 #: Everything in 16 bits and nothing turned: a quantised model is the smoothed one.

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 import w2a4
 from benchmarks import tiny_llama as testbed
 from benchmarks.outliers import four_bit_inputs, input_shape, plant_outliers, principal_directions
-from w2a4.data import builtin_text
-from w2a4.evaluate import perplexity
+from w2a4.evaluate.data import builtin_text
+from w2a4.evaluate.perplexity import perplexity
 
 TINY = testbed.Settings(
     hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, head_dim=8, context=32, batch=2, steps=6

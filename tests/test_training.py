@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 from tiny_llama import tiny_llama
 
 import w2a4
-from w2a4.config import Training
 from w2a4.errors import CalibrationError, TrainingError
-from w2a4.training import checkpoints, generations, graphs, run, trainer
-from w2a4.training.block import BlockTrainer
-from w2a4.training.losses import distillation_loss
-from w2a4.training.optimizer import parameter_groups, rate
-from w2a4.training.prepare import prepare, start_recipe
-from w2a4.training.teacher import write_tops
-from w2a4.training.trainer import QATTrainer, Windows, training_arguments
+from w2a4.recipe import Training
+from w2a4.train import checkpoints, generations, graphs, run, trainer
+from w2a4.train.block import BlockTrainer
+from w2a4.train.losses import distillation_loss
+from w2a4.train.optimizer import parameter_groups, rate
+from w2a4.train.prepare import prepare, start_recipe
+from w2a4.train.teacher import write_tops
+from w2a4.train.trainer import QATTrainer, Windows, training_arguments
 
 TRAINING = Training(steps=6, batch_size=4, seqlen=24, micro_batch=2, lr=1e-3, quantizer_lr=2e-3, warmup=0.1)
 

@@ -10,10 +10,10 @@ from test_training import Writer, llama, small_recipe
 
 import w2a4
 from w2a4.errors import CalibrationError, TrainingError
-from w2a4.resume import Progress
-from w2a4.rotation import descent
-from w2a4.training import checkpoints, generations, run
-from w2a4.training.prepare import prepare
+from w2a4.quantization.resume import Progress
+from w2a4.quantization.rotation import descent
+from w2a4.train import checkpoints, generations, run
+from w2a4.train.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""The compiled kernels that training passes through do what `w2a4.quantizers` does in PyTorch."""
+"""The compiled kernels that training passes through do what `w2a4.format.fake_quant` does in PyTorch."""
 
 import os
 import subprocess
@@ -9,7 +9,8 @@ import pytest
 import torch
 from op_arguments import assert_refused, bad_arguments, opcheck
 
-from w2a4 import ops, quantizers
+from w2a4 import ops
+from w2a4.format import fake_quant as quantizers
 
 ROOT = Path(__file__).parents[1]
 compiled = pytest.mark.skipif(not ops.has_training_kernels(torch.zeros(1)), reason="no compiled kernels")

@@ -23,7 +23,9 @@ from w2a4.triton_kernels.tiles import INT8_TILES, TILES
 
 from benchmarks import sass, triton_loops
 from benchmarks.triton_loops import ARCHS
-from w2a4 import dispatch, ops, quantizers
+from w2a4 import ops
+from w2a4.format import fake_quant as quantizers
+from w2a4.ops import dispatch
 
 
 @pytest.fixture(autouse=True)

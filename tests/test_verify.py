@@ -15,9 +15,9 @@ from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import w2a4
-from w2a4 import cli
+from w2a4.cli import main as cli
 from w2a4.errors import CheckpointError
-from w2a4.integrations.digests import CONFIG, DIGESTS
+from w2a4.format.digests import CONFIG, DIGESTS
 
 
 @pytest.fixture(params=[2, 4], ids=["w2", "w4"])

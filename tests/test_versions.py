@@ -17,7 +17,7 @@ from version_checkpoints import KINDS, TEXT, main, outputs, tokenizer
 
 import w2a4
 from w2a4.errors import CheckpointError
-from w2a4.integrations.portable import check_rope
+from w2a4.hub.portable import check_rope
 
 pytestmark = pytest.mark.doors
 

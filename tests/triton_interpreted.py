@@ -10,19 +10,13 @@ import torch
 from numerics import UNIT, assert_close
 from op_arguments import replaced
 from test_ops import linear_inputs
-from w2a4.triton_kernels import (  # noqa: F401  (registers their ops)
-    fake_quant,
-    gemm,
-    gemm_int8,
-    language,
-    ldp,
-    tiles,
-)
+from w2a4.triton_kernels import gemm, gemm_int8, language, tiles
 
 from benchmarks import bench_gemm
 from benchmarks.shapes import LinearShape
-from w2a4 import dispatch, ops, reference
+from w2a4 import ops
 from w2a4.errors import BackendError
+from w2a4.ops import dispatch, reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -8,7 +8,8 @@ from test_simt_kv4 import NAN, ROUNDING, exact_attention, packed, parts
 from triton_interpreted import run_asm, words
 from w2a4.triton_kernels import attention, language  # noqa: F401  (registers its op)
 
-from w2a4 import dispatch, ops, reference
+from w2a4 import ops
+from w2a4.ops import dispatch, reference
 
 HALF, BF16 = torch.float16, torch.bfloat16
 

@@ -7,8 +7,8 @@ from distillation import assert_as_defined, assert_within, definition, with_grad
 from numerics import UNIT, assert_close
 from w2a4.triton_kernels import distill
 
-from w2a4 import dispatch
-from w2a4.training.losses import distillation_loss
+from w2a4.ops import dispatch
+from w2a4.train.losses import distillation_loss
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 INF = float("inf")

@@ -9,7 +9,9 @@ import torch
 from numerics import UNIT, assert_close
 from w2a4.triton_kernels import fake_quant, ldp  # noqa: F401  (registers their ops)
 
-from w2a4 import dispatch, ops, quantizers
+from w2a4 import ops
+from w2a4.format import fake_quant as quantizers
+from w2a4.ops import dispatch
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -4,8 +4,7 @@ Importing the package registers the `w2a4` quantiser, attention and mask with tr
 `AutoModelForCausalLM.from_pretrained` reads packed checkpoints.
 """
 
-from .config import Recipe, RotationConfig, RotationLearning, Training
-from .engine import Engine, Sampling
+from . import moved
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -14,14 +13,16 @@ from .errors import (
     TrainingError,
     W2A4Error,
 )
-from .integrations import hf
-from .integrations.hf import W2A4Config
-from .integrations.kv_cache import KV4Cache, KV4StaticCache
-from .layers import W2A4Linear, W4A4Linear, W8Embedding, W8Linear, replace_linears
-from .pipeline import load_model, quantize, rotate, save
-from .report import Report
-from .training.prepare import convert, prepare
-from .verification import verify
+from .evaluate.report import Report
+from .format.linear import W2A4Linear, W4A4Linear, W8Embedding, W8Linear, replace_linears
+from .hub import transformers as _hub
+from .hub.transformers import W2A4Config
+from .hub.verification import verify
+from .quantization.job import load_model, quantize, rotate, save
+from .recipe import Recipe, RotationConfig, RotationLearning, Training
+from .runtime.engine import Engine, Sampling
+from .runtime.kv_cache import KV4Cache, KV4StaticCache
+from .train.prepare import convert, prepare
 from .version import VERSION
 
 __version__ = VERSION
@@ -57,4 +58,5 @@ __all__ = [
     "verify",
 ]
 
-hf.register()
+_hub.register()
+moved.install()

@@ -1,5 +1,12 @@
 """Exceptions a user can act on. The command line prints them without a traceback."""
 
+import reprlib
+from typing import Any
+
+#: How values look in messages: no deeper and no longer than this.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
+
 
 class W2A4Error(ValueError):
     """A user's mistake or a damaged input: the message quotes the value and says what to do."""
@@ -27,3 +34,8 @@ class TrainingError(W2A4Error):
 
 class BackendError(W2A4Error):
     """W2A4_BACKEND names no back end, or one that can not run a call."""
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut to a line whatever it holds."""
+    return _SHORT.repr(value)

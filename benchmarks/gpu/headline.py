@@ -37,8 +37,8 @@ from benchmarks.harness import Case, Options, Subject, copy_row, measure, metada
 from benchmarks.random_llama import packed_llama
 from benchmarks.shapes import MODELS, LinearShape, Model
 from benchmarks.targets import GEMV_RATIOS, known_copy
-from w2a4.evaluate import perplexity
-from w2a4.training.run import train as run_training
+from w2a4.evaluate.perplexity import perplexity
+from w2a4.train.run import train as run_training
 
 #: Tokens of the prompts that a GEMM is for.
 PROMPT = 2048

@@ -87,7 +87,7 @@ def pack_training(
         W2A4Error: the model or a text cannot be read.
     """
     from benchmarks.gpu import training
-    from w2a4 import data
+    from w2a4.evaluate import data
 
     begin(out)
     with tempfile.TemporaryDirectory(dir=out) as folder:
@@ -200,7 +200,7 @@ def small_model(out: Path, text: tuple[Path, ...], seed: int) -> None:
     import torch
 
     from benchmarks import tiny_llama
-    from w2a4 import data
+    from w2a4.evaluate import data
 
     click.echo("a small trained model (a minute or two, if it is not in the cache)")
     model, tokenizer = tiny_llama.load(seed)

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import w2a4
-from w2a4.layers import PACKED_LINEARS
-from w2a4.training.linear import fake_quant_linears
-from w2a4.training.prepare import start_recipe
+from w2a4.format.linear import PACKED_LINEARS
+from w2a4.train.linear import fake_quant_linears
+from w2a4.train.prepare import start_recipe
 
 #: Bytes of a file.
 SHARD = 15 << 20

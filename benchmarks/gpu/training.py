@@ -23,12 +23,12 @@ from transformers import TrainerCallback
 import w2a4
 from benchmarks.files import append_line
 from benchmarks.gpu import small
-from w2a4 import data
-from w2a4.devices import peak_memory_mb
-from w2a4.evaluate import generation_speed, perplexity
-from w2a4.training.generations import write_generations
-from w2a4.training.prepare import convert, prepare
-from w2a4.training.trainer import QATTrainer, Windows, training_arguments
+from w2a4.evaluate import data
+from w2a4.evaluate.perplexity import generation_speed, perplexity
+from w2a4.ops.devices import peak_memory_mb
+from w2a4.train.generations import write_generations
+from w2a4.train.prepare import convert, prepare
+from w2a4.train.trainer import QATTrainer, Windows, training_arguments
 
 #: Files of a carried folder.
 TOKENS, HELD_OUT = "tokens.safetensors", "held_out.json"

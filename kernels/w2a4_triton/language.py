@@ -1,7 +1,7 @@
 """What the kernels are made of: decoding packed codes, rounding, and their plain forms for the interpreter.
 
 Triton's interpreter (TRITON_INTERPRET=1) knows no inline assembly, so whatever uses it has a plain branch
-beside it with the same result. The layouts are those drawn in `w2a4/packing.py`.
+beside it with the same result. The layouts are those drawn in `w2a4/ops/packing.py`.
 """
 
 from __future__ import annotations

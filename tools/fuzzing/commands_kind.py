@@ -56,7 +56,7 @@ def prepare(folder: str) -> None:
 def case(seed: int) -> tuple[str, str]:
     from click.testing import CliRunner
 
-    from w2a4.cli import main
+    from w2a4.cli.main import main
 
     draw = RandomDraw(seed)
     with tempfile.TemporaryDirectory() as scratch:

@@ -41,7 +41,7 @@ def prepare(folder: str) -> None:
 
 
 def _quantize(out: Path, extra: Sequence[str] = ("--resume",)) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "w2a4.cli", "quantize", str(_base / "fp"), "--out", str(out)]
+    command = [sys.executable, "-m", "w2a4.cli.main", "quantize", str(_base / "fp"), "--out", str(out)]
     command += ["--calib", str(_base / "text.txt"), *SMALL, *extra]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from w2a4 import ops, quantizers, reference
-from w2a4.packing import pack, unpack
-from w2a4.rotation.hadamard import had_k_matrix
+from w2a4 import ops
+from w2a4.format import fake_quant as quantizers
+from w2a4.format.hadamard import had_k_matrix
+from w2a4.ops import reference
+from w2a4.ops.packing import pack, unpack
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SIZES = (1.0, 1.0, 1.0, 1e-3, 1e4, 1e-30)

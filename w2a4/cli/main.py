@@ -1,0 +1,476 @@
+"""The command `w2a4`: parse, call, print. What it prints is computed elsewhere.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0, 1 for an error a user can act on
+(one line, no traceback), 2 for wrong usage, 130 for Ctrl-C. Heavy imports wait until a command runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import TrainingError, W2A4Error
+from ..format import directories, files
+from ..hub import sources
+from . import options
+from .group import Group
+from .verify import verify
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from .. import __version__, ops
+
+        click.echo(f"w2a4 {__version__}\n{ops.build_info()}")
+        ctx.exit()
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and what was built, and exit.",
+)
+def main() -> None:
+    """LLaMA with 2-bit weights, 4-bit activations and a 4-bit KV cache.
+
+    MODEL is a transformers directory, a hub id, or a .gguf file of the llama architecture; DIR is what
+    `w2a4 quantize` wrote.
+    """
+
+
+@main.command()
+@click.argument("model")
+@options.out
+@options.recipe("w4a4kv4", "Two-bit weights need training to be good: `w2a4 train`.")
+@options.settings
+@options.calib
+@options.evaluation
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep finished layers beside DIR; repeat the command to go on after a kill.",
+)
+@options.device
+@options.json_file
+def quantize(
+    model: str,
+    out: Path,
+    recipe: str,
+    settings: Sequence[str],
+    calib: str,
+    eval_text: str | None,
+    eval_windows: int | None,
+    resume: bool,
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """Rotate, quantise and pack MODEL into a new directory."""
+    _refuse_existing(out)
+    sources.check_source(model)
+    parsed = options.parse_recipe(recipe, settings)
+    from ..evaluate import data, report
+    from ..ops import devices
+    from ..quantization import job as pipeline
+
+    data.load_text(calib, "calibration")  # a missing file is told now, not after loading the model
+    score = _scorer(eval_text, eval_windows)
+    chosen = devices.pick_device(device)
+    # A GPU sees a layer at a time, unless something needs the whole model there.
+    whole = score is not None or parsed.rotation.to_learn
+    loaded, tokenizer = pipeline.load_model(model, device=chosen if whole else "cpu")
+    before = score and score(loaded, tokenizer)
+    partial = files.beside(out, "partial") if resume else None
+    made = pipeline.quantize(loaded, tokenizer, parsed, calibration=calib, resume=partial, device=chosen)
+    made.source = report.source_name(model)
+    if score is not None:
+        made.evaluation = {"before": before, "after": score(loaded, tokenizer)}
+    pipeline.save(loaded, tokenizer, out)
+    if partial is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+    summary = report.checkpoint_summary(out)
+    click.echo(report.summary_text(summary) + "\n")
+    click.echo(report.layers_table(made) + "\n")
+    _show_evaluation(made.evaluation)
+    click.echo(f"written to {out} in {made.seconds:.0f} s")
+    _write(json_file, {**made.to_dict(), "out": str(out), "summary": summary})
+
+
+@main.command()
+@click.argument("model")
+@options.out
+@options.recipe("w2a4kv4-rcp-quick", "Its `training` part says how.")
+@options.settings
+@options.calib
+@click.option(
+    "--data", metavar="FILE|builtin|self", help="Text to train on: overrides the recipe's training.data."
+)
+@click.option(
+    "--minutes", type=click.FloatRange(min=0), metavar="N", help="Time to train: overrides training.minutes."
+)
+@options.evaluation
+@options.device
+@options.json_file
+def train(
+    model: str,
+    out: Path,
+    recipe: str,
+    settings: Sequence[str],
+    calib: str,
+    data: str | None,
+    minutes: float | None,
+    eval_text: str | None,
+    eval_windows: int | None,
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """Rotate MODEL, train it quantised against itself, and pack it into a new directory.
+
+    Checkpoints lie beside DIR until it is written; repeat the command to go on after an interruption.
+    What the teacher writes (`--data self`) stays beside DIR, to be trained on again as a file.
+    `--eval` measures at every checkpoint too, end to end and in one process.
+    `torchrun --nproc-per-node N -m w2a4.cli train …` shares the work between N processes.
+    """
+    _refuse_existing(out)
+    sources.check_source(model)
+    given = {"training.data": data, "training.minutes": minutes}
+    parsed = options.parse_recipe(recipe, settings).override(
+        **{k: v for k, v in given.items() if v is not None}
+    )
+    from ..evaluate import report
+    from ..ops import devices
+    from ..quantization import job as pipeline
+    from ..train import processes
+    from ..train.run import GENERATIONS, check_text, train
+
+    check_text(parsed)
+    score = _scorer(eval_text, eval_windows)
+    if score is not None and processes.world() > 1:
+        raise TrainingError("--eval is for one process; measure DIR afterwards with w2a4 eval")
+    chosen = devices.pick_device(device)
+    loaded, tokenizer = pipeline.load_model(model, device=chosen if score is not None else "cpu")
+    before = score and score(loaded, tokenizer)
+    work = files.beside(out, "training")
+    try:
+        train(loaded, tokenizer, parsed, work, calib, device=chosen, score=score)
+    except TrainingError:
+        if processes.is_main():
+            raise
+        # A launcher ends all as soon as one has left, and the main process has something to say.
+        time.sleep(5)
+        raise click.exceptions.Exit(1) from None
+    finally:
+        processes.leave()
+    if not processes.is_main():
+        return
+    made = loaded.w2a4_report
+    made.source = report.source_name(model)
+    if score is not None:
+        made.evaluation = {"before": before, "after": score(loaded, tokenizer)}
+    pipeline.save(loaded, tokenizer, out)
+    click.echo(report.summary_text(report.checkpoint_summary(out)) + "\n")
+    click.echo(report.training_text(made.training))
+    _show_evaluation(made.evaluation)
+    written = work / GENERATIONS
+    if written.is_file():
+        click.echo(f"the teacher's text: {written.replace(out.with_name(f'{out.name}.{GENERATIONS}'))}")
+    shutil.rmtree(work, ignore_errors=True)
+    click.echo(f"written to {out}")
+    _write(json_file, {**made.to_dict(), "out": str(out)})
+
+
+@main.command("learn-rotation")
+@click.argument("model")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=options.writable,
+    metavar="FILE",
+    help="New .safetensors file; a report and a plot of the loss come beside it.",
+)
+@options.recipe("w4a4kv4", "What the rotations are for.")
+@options.settings
+@options.calib
+@click.option(
+    "--resume", is_flag=True, help="Keep the state beside FILE; repeat the command to go on after a kill."
+)
+@options.device
+@options.json_file
+def learn_rotation(
+    model: str,
+    out: Path,
+    recipe: str,
+    settings: Sequence[str],
+    calib: str,
+    resume: bool,
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """Learn the rotations R1 and R2 of MODEL; then quantise with them.
+
+    Of the two those are learned that the recipe calls learned, or both if it calls neither so.
+    """
+    sources.check_source(model)
+    parsed = options.parse_recipe(recipe, settings)
+    from ..evaluate import data, report
+    from ..ops import devices
+    from ..quantization import job as pipeline
+    from ..quantization.rotation.learn import learn_rotation
+
+    data.load_text(calib, "calibration")  # a missing file is told now, not after loading the model
+    loaded, tokenizer = pipeline.load_model(model, device=devices.pick_device(device))
+    made = learn_rotation(loaded, tokenizer, parsed, calib, out, resume=resume)
+    click.echo(
+        f"loss {report.number(made.before)} before, {report.number(made.after)} after {len(made.losses)} "
+        f"steps in {made.seconds:.0f} s; max |RᵀR - I| {max(made.final.values()):.1e}; plot {made.plot}"
+    )
+    kinds = [f"--set rotation.r{n}=learned" for n in (1, 2) if any(k.startswith(f"R{n}") for k in made.final)]
+    click.echo(f"written to {out}; use it with w2a4 quantize {' '.join(kinds)} --set rotation.learned={out}")
+    _write(json_file, {**dataclasses.asdict(made), "out": str(out)})
+
+
+@main.command("eval")
+@click.argument("model")
+@click.option(
+    "--text",
+    default="builtin",
+    show_default=True,
+    metavar="FILE|builtin",
+    help=".txt, .jsonl (field text), .parquet (column text), or hub:NAME[,CONFIG][:SPLIT].",
+)
+@click.option(
+    "--seqlen",
+    type=options.count(2),
+    default=2048,
+    show_default=True,
+    metavar="N",
+    help="Tokens a window.",
+)
+@click.option("--windows", type=options.count(1), metavar="N", help="At most so many; all if not given.")
+@options.dtype
+@options.device
+@options.json_file
+def evaluate_command(
+    model: str,
+    text: str,
+    seqlen: int,
+    windows: int | None,
+    dtype: str | None,
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """Perplexity of MODEL or DIR on a text."""
+    from ..evaluate import data, report
+    from ..evaluate import perplexity as evaluate
+
+    sources.check_source(model)
+    data.load_text(text, "evaluation")
+    loaded, tokenizer = _load(model, dtype, device)
+    result = evaluate.perplexity(loaded, tokenizer, text, seqlen, windows)
+    click.echo(f"perplexity {report.number(result['perplexity'])}, {report.protocol(result)}")
+    click.echo(f"{result['tokens_per_second']:.0f} tokens/s, {result['peak_memory_mb']:.0f} MB at the peak")
+    _write(json_file, result)
+
+
+@main.command()
+@click.argument("model", metavar="DIR")
+@click.option("--prompt", required=True, metavar="TEXT", help="Text to continue.")
+@options.new_tokens
+@options.sampling
+@options.dtype
+@options.device
+@options.json_file
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    dtype: str | None,
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """Continue a prompt."""
+    from ..evaluate import perplexity as evaluate
+    from ..runtime import engine
+
+    chosen = engine.Sampling(**sampling) if sampling else None
+    loaded, tokenizer = _load(model, dtype, device)
+    click.echo(prompt, nl=False)
+    result = evaluate.generation_speed(
+        loaded, tokenizer, prompt, max_new_tokens, _streamer(tokenizer), chosen
+    )
+    click.echo(
+        f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, "
+        f"{result['peak_memory_mb']:.0f} MB at the peak",
+        err=True,
+    )
+    _write(json_file, result)
+
+
+@main.command()
+@click.argument("model", metavar="DIR")
+@options.new_tokens
+@options.sampling
+@options.dtype
+@options.device
+@options.json_file
+def chat(
+    model: str,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    dtype: str | None,
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """Talk to a model; /exit or end of input ends the conversation."""
+    from ..evaluate import perplexity as evaluate
+    from ..runtime import engine
+
+    chosen = engine.Sampling(**sampling) if sampling else None
+    loaded, tokenizer = _load(model, dtype, device)
+    messages: list[dict[str, str]] = []
+    for line in _lines():
+        messages.append({"role": "user", "content": line})
+        answer = evaluate.reply(loaded, tokenizer, messages, max_new_tokens, _streamer(tokenizer), chosen)
+        messages.append({"role": "assistant", "content": answer})
+    _write(json_file, {"messages": messages})
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@options.json_file
+def info(directory: Path, json_file: Path | None) -> None:
+    """What a checkpoint holds: bits a weight, bytes by part, rotations, provenance."""
+    from ..evaluate import report
+
+    summary = report.checkpoint_summary(directory)
+    click.echo(report.summary_text(summary))
+    if summary["quantized"] and (directory / "report.json").is_file():
+        click.echo("\n" + report.layers_table(report.Report.from_json(directory / "report.json")))
+    _write(json_file, summary)
+
+
+main.add_command(verify)
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("w2a4-demo"),
+    callback=options.new_directory,
+    show_default=True,
+    metavar="DIR",
+    help="For the checkpoints.",
+)
+@click.option("--model", metavar="MODEL", help="Instead of SmolLM2-135M-Instruct.")
+@click.option(
+    "--windows",
+    type=options.count(1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Evaluation windows.",
+)
+@click.option(
+    "--seqlen",
+    type=options.count(2),
+    default=2048,
+    show_default=True,
+    metavar="N",
+    help="Tokens a window.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoints of an earlier demo.")
+@options.json_file
+def demo(
+    out: Path, model: str | None, windows: int, seqlen: int, overwrite: bool, json_file: Path | None
+) -> None:
+    """Quantise a small model, train it at 2 bits, reload, evaluate and compare.
+
+    Each step is a command of w2a4 in a process of its own, so that peak memory is that of the step alone.
+    """
+    from . import demo as steps
+
+    _refuse_existing(out, "or replace an earlier demo with --overwrite", filled=overwrite)
+    _write(json_file, {"rows": steps.run(out, model, windows, seqlen)})
+
+
+def _refuse_existing(out: Path, advice: str = "or remove it first", filled: bool = False) -> None:
+    directories.check_out_dir(out, f"give another --out, {advice}", filled)
+
+
+def _scorer(text: str | None, windows: int | None) -> Callable[..., dict[str, Any]] | None:
+    """What measures a model and tokenizer on the text of `--eval`, if there is one."""
+    if text is None:
+        return None
+    from ..evaluate import data
+    from ..evaluate import perplexity as evaluate
+
+    data.load_text(text, "evaluation")  # a missing file is told now
+    return functools.partial(evaluate.perplexity, text=text, windows=windows)
+
+
+def _show_evaluation(measured: dict[str, Any] | None) -> None:
+    from ..evaluate import report
+
+    for when, result in (measured or {}).items():
+        click.echo(f"perplexity {when}: {report.number(result['perplexity'])}, {report.protocol(result)}")
+
+
+def _load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    import torch
+
+    from ..ops import devices
+    from ..quantization import job as pipeline
+
+    where = devices.pick_device(device)
+    return pipeline.load_model(model, getattr(torch, dtype) if dtype else "auto", where)
+
+
+def _streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, until /exit or the end of input."""
+    if sys.stdin is None:  # closed
+        return
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            line = "\udc80"
+        if not options.is_text(line):
+            raise W2A4Error("the input is not UTF-8; convert it, e.g. with iconv")
+        if line == "/exit":
+            return
+        if line:
+            yield line
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        from ..format.files import write_json
+
+        write_json(path, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Options that several commands of `w2a4` share, and what they mean."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from ..errors import RecipeError
+from ..format.files import try_file
+from ..recipe import RECIPES, Recipe, parse_yaml
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    """A result file must be writable before hours of work, not after."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"directory {str(path.parent)!r} does not exist")
+    if path is not None:
+        try_file(path)
+    return path
+
+
+def new_directory(_: click.Context, __: click.Parameter, path: Path) -> Path:
+    """`.` and `..` by their names, since files that lie beside them are named after them."""
+    return path if path.name not in ("", "..") else Path(os.path.realpath(path))
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: bytes that are not come as half a surrogate pair each."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def count(least: int) -> click.IntRange:
+    """A number of things that a tensor can hold."""
+    return click.IntRange(min=least, max=2**31 - 1)
+
+
+json_file = click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=writable,
+    metavar="FILE",
+    help="Also write the result as JSON.",
+)
+dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Of activations and unquantised tensors.")
+device = click.option(
+    "--device", metavar="cpu|cuda|cuda:N", help="Where to compute: a GPU if there is one, else the CPU."
+)
+new_tokens = click.option(
+    "--max-new-tokens",
+    type=count(1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Tokens to generate at most.",
+)
+
+
+out = click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    callback=new_directory,
+    metavar="DIR",
+    help="New directory.",
+)
+settings = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a recipe field, e.g. group_size=64 or rotation.r4=none. Repeatable.",
+)
+calib = click.option(
+    "--calib",
+    default="builtin",
+    show_default=True,
+    metavar="FILE|builtin",
+    help="Calibration text: .txt, .jsonl, .parquet, or hub:NAME[,CONFIG][:SPLIT].",
+)
+
+
+_EVALUATION = (
+    click.option("--eval", "eval_text", metavar="FILE|builtin", help="Measure perplexity before and after."),
+    click.option("--eval-windows", type=count(1), metavar="N", help="At most so many windows of 2048."),
+)
+
+
+def evaluation(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that reach the command as `eval_text` and `eval_windows`."""
+    return _EVALUATION[0](_EVALUATION[1](command))
+
+
+def recipe(default: str, note: str) -> Any:
+    return click.option(
+        "--recipe",
+        default=default,
+        show_default=True,
+        metavar="NAME|FILE",
+        help=f"{', '.join(RECIPES)}, or a YAML file. {note}",
+    )
+
+
+_SAMPLING = (
+    click.option(
+        "--temperature", type=float, show_default="0", metavar="T",
+        help="Divides the logits before a token is drawn; 0 takes the most probable one.",
+    ),
+    click.option(
+        "--top-k", type=int, metavar="K", help="Draw from the K most probable tokens; 0 is all."
+    ),
+    click.option(
+        "--top-p", type=float, metavar="P",
+        help="Draw from the most probable tokens that make up P together.",
+    ),
+    click.option("--seed", type=int, metavar="N", help="Of the draws."),
+)  # fmt: skip
+
+
+def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that reach the command as `sampling`, arguments of `engine.Sampling`, those that are given."""
+
+    @functools.wraps(command)
+    def run(temperature: float, top_k: int, top_p: float, seed: int | None, **arguments: Any) -> Any:
+        values = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        given = {name: value for name, value in values.items() if value is not None}
+        return command(sampling=given, **arguments)
+
+    for option in reversed(_SAMPLING):
+        run = option(run)
+    return run
+
+
+def parse_recipe(name: str, settings: Sequence[str]) -> Recipe:
+    return Recipe.load(name).override(**parse_settings(settings))
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Recipe fields of `key=value`."""
+    changes = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {setting!r}: give key=value, e.g. --set group_size=64")
+        changes[key] = _scalar(setting, value)
+    return changes
+
+
+def _scalar(setting: str, text: str) -> Any:
+    try:
+        value = parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, too many digits, too deep
+        raise RecipeError(f"--set {setting!r}: {text!r} is not a YAML value") from None
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-2 as a string
+        except ValueError:
+            pass
+    return value

@@ -1,0 +1,1 @@
+"""Perplexity, text, reports."""

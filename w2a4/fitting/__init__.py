@@ -1,1 +1,0 @@
-"""Fitting packed weights to float ones: `rtn` (nearest), `gptq` (second order), `lloyd` (levels)."""

@@ -1,0 +1,1 @@
+"""What a packed checkpoint stores: layers, grids, rotations, files."""

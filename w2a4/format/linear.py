@@ -1,0 +1,367 @@
+"""Drop-in layers over packed weights: W2A4Linear, W4A4Linear, W8Linear, W8Embedding.
+
+Each holds its tensors as parameters without gradient under the names a checkpoint stores them by,
+and `validate()`s them after loading. Casting a module (`.half()`, `.to(dtype)`) never touches codes,
+levels or scales; only moves between devices do.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import CheckpointError, RecipeError, W2A4Error
+from ..ops import gradients
+from ..ops.packing import pack, packed_width, unpack
+from ..ops.reference import divide
+from .fake_quant import fp16_scale
+from .groups import resolve_group_size
+from .online import OnlineRotation
+from .rtn import fit_rtn
+from .weight import QuantizedWeight
+
+#: What a backward pass through packed weights is told.
+NO_GRADIENT = (
+    "packed layers give no gradient to their input (requires_grad=True); take gradients from the float model "
+    "or from what w2a4.prepare makes of it, or compute this one under torch.no_grad()"
+)
+
+
+class _PackedModule(nn.Module):
+    """Parameters without gradient whose dtype is part of the format."""
+
+    def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device=None) -> None:
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.__dict__.setdefault("_format", {})[name] = (tuple(shape), dtype)
+
+    def _set(self, name: str, value: Tensor) -> None:
+        shape, dtype = self._format[name]
+        assert tuple(value.shape) == shape, (name, tuple(value.shape), shape)
+        self._parameters[name] = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        before = {name: self._parameters[name].detach() for name in self._format}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._parameters[name]
+            if new.dtype != old.dtype:
+                new.data = old.to(new.device)  # the same parameter: others may hold it
+        return self
+
+    def validate(self, name: str) -> None:
+        """Raise CheckpointError if a tensor is missing, or has a wrong shape, dtype or value."""
+        for key, (shape, dtype) in self._format.items():
+            value = self._parameters[key]
+            if value.device.type == "meta":
+                raise CheckpointError(
+                    f"{name}.{key} is missing from the checkpoint; download or write it again"
+                )
+            if value.dtype != dtype or tuple(value.shape) != shape:
+                raise CheckpointError(
+                    f"{name}.{key} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}; "
+                    "the checkpoint is damaged or of another model"
+                )
+            if key in ("scale", "act_clip"):
+                self._validate_positive(f"{name}.{key}", value)
+
+    @staticmethod
+    def _validate_positive(name: str, value: Tensor) -> None:
+        value = value.detach()
+        bad = ~(torch.isfinite(value) & (value > 0))
+        if bool(bad.any()):
+            where = tuple(int(i) for i in bad.nonzero()[0])
+            raise CheckpointError(
+                f"{name}{list(where)} is {float(value[where])}, but scales are finite and positive; "
+                "the checkpoint is damaged"
+            )
+
+
+class _PackedLinear(_PackedModule):
+    """What W2A4Linear and W4A4Linear share. See them for arguments."""
+
+    bits: int
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        group_size: int | str = 128,
+        *,
+        act_bits: int = 4,
+        act_group_size: int = -1,
+        rotation: OnlineRotation | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.group_size = resolve_group_size(in_features, group_size)
+        self.act_bits, self.act_group_size = act_bits, act_group_size
+        self.rotation = rotation
+        groups = in_features // self.group_size
+        self._declare("weight", (out_features, packed_width(in_features, self.bits)), torch.uint8, device)
+        if self.bits == 2:
+            self._declare("levels", (out_features, groups, 4), torch.int8, device)
+        self._declare("scale", (out_features, groups), torch.float16, device)
+        if act_bits == 4:
+            self._declare("act_clip", (1,), torch.float32, device)
+        if bias:
+            empty = torch.empty(out_features, dtype=dtype or torch.get_default_dtype(), device=device)
+            self.bias = nn.Parameter(empty, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        group_size: int | str = 128,
+        *,
+        act_bits: int = 4,
+        act_clip: float = 0.9,
+        act_group_size: int = -1,
+        rotation: OnlineRotation | None = None,
+        fitted: QuantizedWeight | None = None,
+    ) -> _PackedLinear:
+        """Quantise an `nn.Linear`.
+
+        Args:
+            linear: weight `[out, in]`, optional bias.
+            group_size: inputs that share levels and scale; divides `in`; -1 is the whole row.
+            act_bits: 4, or 16 to keep activations as they are.
+            act_clip: activations are clipped at this fraction of their largest magnitude.
+            act_group_size: activations that share a scale; -1 is the whole token.
+            rotation: applied to the input first; `linear` expects rotated inputs already.
+            fitted: codes from a better fit than round to nearest; must have this group size.
+
+        Raises:
+            RecipeError: the group size does not divide.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"from_linear takes an nn.Linear, not {type(linear).__name__}")
+        weight = linear.weight.detach()
+        fitted = fitted or fit_rtn(weight, cls.bits, group_size)
+        layer = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, fitted.group_size,
+            act_bits=act_bits, act_group_size=act_group_size, rotation=rotation,
+            dtype=weight.dtype, device="meta",
+        )  # fmt: skip
+        layer._set("weight", pack(fitted.codes, cls.bits))
+        if cls.bits == 2:
+            layer._set("levels", fitted.levels)
+        layer._set("scale", fitted.scale)
+        if act_bits == 4:
+            layer._set("act_clip", torch.tensor([act_clip], dtype=torch.float32, device=weight.device))
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return layer
+
+    def fitted(self) -> QuantizedWeight:
+        """Unpacked codes, levels and scales."""
+        codes = unpack(self.weight, self.bits, self.in_features, signed=self.bits == 4)
+        return QuantizedWeight(codes, self.scale, self.levels if self.bits == 2 else None, self.group_size)
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight `[out, in]` that the codes stand for."""
+        return self.fitted().dequantize()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`[..., in]` to `[..., out]`, in x's dtype; residual, of that shape and dtype, is added."""
+        if self.act_bits == 16:
+            x = x if self.rotation is None else self.rotation.apply(x)
+            y = F.linear(x, self.dequantize().to(x.dtype), self.bias)
+            return y if residual is None else y + residual
+        if gradients.wanted(x):
+            y = gradients.refuse(self.forward(x.detach()), x, NO_GRADIENT)
+            return y if residual is None else y + residual
+        quantize = ops.quantize_a4 if self.rotation is None else self.rotation.quantize
+        codes, scale = quantize(x, self.act_clip, self.act_group_size)
+        return self._linear(codes, scale, x.dtype, residual)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, "
+            f"group_size={self.group_size}, act_bits={self.act_bits}, act_group_size={self.act_group_size}"
+        )
+
+
+class W2A4Linear(_PackedLinear):
+    """`nn.Linear` with non-uniform 2-bit weights and 4-bit activations.
+
+    A group of inputs of one output row has four int8 levels and one fp16 scale: `2 + 48 / group_size`
+    bits a weight. Activations are quantised a token at a time. Checkpoint tensors: `weight` uint8
+    `[out, ceil(in / 4)]`, `levels` int8 `[out, G, 4]`, `scale` float16 `[out, G]`, `act_clip` float32
+    `[1]`, `bias`.
+
+    >>> layer = W2A4Linear.from_linear(nn.Linear(256, 8), group_size=128)
+    >>> layer(torch.randn(3, 256)).shape
+    torch.Size([3, 8])
+    """
+
+    bits = 2
+
+    def _linear(
+        self, codes: Tensor, scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
+        p = self._parameters  # at one token, the look-up of attributes of modules counts
+        return ops.linear_w2a4(
+            codes, scale, p["weight"], p["levels"], p["scale"], p["bias"], self.group_size, dtype, residual
+        )
+
+
+class W4A4Linear(_PackedLinear):
+    """`nn.Linear` with symmetric 4-bit weights and 4-bit activations.
+
+    As `W2A4Linear`, but `weight` is uint8 `[out, ceil(in / 2)]` and there are no `levels`.
+    """
+
+    bits = 4
+
+    def _linear(
+        self, codes: Tensor, scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
+        p = self._parameters
+        return ops.linear_w4a4(
+            codes, scale, p["weight"], p["scale"], p["bias"], self.group_size, dtype, residual
+        )
+
+
+PACKED_LINEARS: dict[int, type[_PackedLinear]] = {2: W2A4Linear, 4: W4A4Linear}
+
+
+def _fit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit rows: int8 `[rows, columns]` and float16 `[rows]`."""
+    scale = fp16_scale(divide(weight.float().abs().amax(1), 127))
+    return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+class W8Linear(_PackedModule):
+    """`nn.Linear` with 8-bit weights, one scale a row, activations untouched: for lm_head."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, dtype=None, device=None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self._declare("weight", (out_features, in_features), torch.int8, device)
+        self._declare("scale", (out_features,), torch.float16, device)
+        empty = torch.empty(out_features, dtype=dtype, device=device)
+        self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> W8Linear:
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        codes, scale = _fit_rows(linear.weight.detach())
+        layer._set("weight", codes)
+        layer._set("scale", scale)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if gradients.wanted(x):
+            return gradients.refuse(self.forward(x.detach()), x, NO_GRADIENT)
+        return ops.linear_w8(x, self.weight, self.scale, self.bias)
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight `[out, in]` that the codes stand for."""
+        return self.weight.float() * self.scale.float()[:, None]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class W8Embedding(_PackedModule):
+    """`nn.Embedding` with 8-bit rows. `dtype` is that of the vectors it returns."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx=None, dtype=None, device=None):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.dtype = dtype or torch.get_default_dtype()
+        self._declare("weight", (num_embeddings, embedding_dim), torch.int8, device)
+        self._declare("scale", (num_embeddings,), torch.float16, device)
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding) -> W8Embedding:
+        weight = embedding.weight.detach()
+        layer = cls(*weight.shape, embedding.padding_idx, dtype=weight.dtype, device="meta")
+        codes, scale = _fit_rows(weight)
+        layer._set("weight", codes)
+        layer._set("scale", scale)
+        return layer
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`[...]` token ids to `[..., embedding_dim]`.
+
+        Raises:
+            W2A4Error: an id that is no row; on a CUDA device the kernel asserts.
+        """
+        flat = ids.flatten()
+        try:  # index_select, unlike an index, takes no negative ids
+            weight, scale = self.weight.index_select(0, flat), self.scale.index_select(0, flat)
+        except IndexError:
+            raise W2A4Error(
+                f"token ids from {int(ids.min())} to {int(ids.max())}: this embedding has rows 0 to "
+                f"{self.num_embeddings - 1}; a packed model takes no new tokens: add them to the original "
+                "and quantise that"
+            ) from None
+        rows = weight.float() * scale.float()[:, None]
+        return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}"
+
+
+def replace_linears(
+    model: nn.Module,
+    bits: int = 2,
+    group_size: int | str = "auto",
+    *,
+    act_clip: float = 0.9,
+    skip: tuple[str, ...] = ("lm_head",),
+) -> nn.Module:
+    """Replace every `nn.Linear` of any model by a packed one (round to nearest), in place.
+
+    Args:
+        model: any module.
+        bits: 2 or 4.
+        group_size: see `config.resolve_group_size`.
+        act_clip: see `W2A4Linear.from_linear`.
+        skip: module names (or their last parts) to leave alone.
+
+    Returns:
+        the same model.
+
+    Raises:
+        ValueError: nothing was left to replace.
+        W2A4Error: a group size, a clip or a weight that cannot be; nothing was replaced then.
+    """
+    if bits not in PACKED_LINEARS:
+        raise ValueError(f"bits={bits}: give one of {sorted(PACKED_LINEARS)}")
+    linears = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)  # one may have several names
+        if name and type(module) is nn.Linear and name not in skip and name.rpartition(".")[2] not in skip
+    }
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear outside skip={skip} to replace")
+    if not 0 < act_clip <= 1:
+        raise RecipeError(f"act_clip={act_clip}: give a number in (0, 1]")
+    for name, linear in linears.items():
+        resolve_group_size(linear.in_features, group_size)
+        if not bool(torch.isfinite(linear.weight.detach()).all()):
+            raise W2A4Error(f"{name}.weight holds NaN or infinity; the model is damaged")
+    packed: dict[nn.Module, _PackedLinear] = {}
+    for name, linear in linears.items():
+        if linear not in packed:
+            packed[linear] = PACKED_LINEARS[bits].from_linear(linear, group_size, act_clip=act_clip)
+        model.set_submodule(name, packed[linear])
+    return model

@@ -1,0 +1,1 @@
+"""transformers, GGUF and checkpoints on disk: where models come from and go to."""

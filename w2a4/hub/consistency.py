@@ -1,0 +1,164 @@
+"""A checkpoint directory against itself: config.json, the headers of its tensors, and the digests in them.
+
+Everything here reads headers and small tensors only, before a model is built: what a hostile config asks
+for (a billion layers, a rotation of another model) is refused by its numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..format.headers import read_config, safetensors_header, shards_of
+from ..format.online import OnlineRotation
+from ..recipe import Recipe
+
+#: More layers than any LLaMA; where headers can be read, they say how many there are.
+MAX_LAYERS = 1000
+
+#: Largest sizes that a config may give.
+LIMITS = {
+    "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "vocab_size": 1 << 26,
+    "num_hidden_layers": MAX_LAYERS,
+}  # fmt: skip
+_OPTIONAL = ("num_key_value_heads", "head_dim")
+
+#: What is written before names by torch.compile and DataParallel.
+PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+FLOATS = ("F16", "BF16", "F32", "F64")
+_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+
+
+def check_directory(directory: Path) -> dict[str, Any]:
+    """The config of a directory whose tensors it describes; of `.bin` files only the config is looked at.
+
+    Raises:
+        CheckpointError: not a LLaMA, sizes that are none or that the tensors do not have.
+    """
+    config = read_config(directory)
+    check_sizes(config)
+    if bin_only(directory):
+        return config
+    tensors = {}
+    for shard in shards_of(directory):
+        tensors |= safetensors_header(shard)
+    named = {PREFIXES.sub("", name): value for name, value in tensors.items()}
+    _check_layers(config, named)
+    _check_shapes(config, named)
+    if is_packed(config):
+        check_packed(config, named)
+    return config
+
+
+def bin_only(directory: Path) -> bool:
+    """Whether a directory has its weights as pickles only, which transformers reads with weights_only."""
+    return not any(directory.glob("*.safetensors*")) and any(directory.glob("pytorch_model*.bin"))
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "w2a4"
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless a config is a LLaMA's and its sizes are sizes."""
+    if config.get("model_type") != "llama":
+        raise CheckpointError(
+            f"config.json says model_type={config.get('model_type')!r}, which is not supported; "
+            "w2a4 reads 'llama'"
+        )
+    for key, limit in LIMITS.items():
+        value = config.get(key)
+        if value is None and (key in _OPTIONAL or key not in config):
+            continue  # transformers has a default
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            raise CheckpointError(
+                f"config.json says {key}={str(value)[:40]}, not a whole number in 1..{limit}; it is damaged "
+                "or of another model"
+            )
+
+
+def _check_layers(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    found = {int(match.group(1)) for name in tensors if (match := _LAYER.match(name))}
+    count = config.get("num_hidden_layers")
+    if found and count is not None and found != set(range(count)):
+        lost = sorted(set(range(count)) - found)
+        raise CheckpointError(
+            f"config.json says num_hidden_layers={count}, the checkpoint holds {len(found)} layers"
+            + (f" and lacks layer {lost[0]}" if lost else "")
+            + "; a shard is missing or of another model, or config.json is"
+        )
+
+
+def _check_shapes(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Sizes in the config against rows, which packing leaves as they are."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if not hidden or not heads:
+        return
+    width = config.get("head_dim") or hidden // heads
+    rows = {
+        "model.embed_tokens.weight": ("vocab_size", config.get("vocab_size")),
+        "lm_head.weight": ("vocab_size", config.get("vocab_size")),
+        "model.norm.weight": ("hidden_size", hidden),
+        "self_attn.q_proj.weight": ("num_attention_heads * head_dim", heads * width),
+        "self_attn.k_proj.weight": ("num_key_value_heads * head_dim",
+                                    (config.get("num_key_value_heads") or heads) * width),
+        "mlp.gate_proj.weight": ("intermediate_size", config.get("intermediate_size")),
+        "mlp.down_proj.weight": ("hidden_size", hidden),
+    }  # fmt: skip
+    for name, (_, shape) in tensors.items():
+        key, size = rows.get(_LAYER.sub("", name), (None, None))
+        if size is not None and (not shape or shape[0] != size):
+            raise CheckpointError(
+                f"{name} has {shape[0] if shape else 'no'} rows, config.json says {key} = {size}; they do "
+                "not belong together"
+            )
+
+
+def check_packed(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Dtypes and rotations of a checkpoint that w2a4 wrote."""
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    norm = tensors.get("model.norm.weight", ("", ()))[0]
+    for name, (kind, _) in tensors.items():
+        if name.endswith(("norm.weight", ".bias")) and kind not in FLOATS:
+            raise CheckpointError(f"{name} is {kind}, expected one of {', '.join(FLOATS)}; it is damaged")
+    if norm and _DTYPES.get(str(dtype)) != norm:
+        right = {value: key for key, value in _DTYPES.items()}[norm]
+        raise CheckpointError(
+            f"config.json says dtype={dtype!r}, the norms are {norm}; write it again, or give it "
+            f"'dtype': {right!r}"
+        )
+    quantization = config["quantization_config"]
+    check_rotations(quantization.get("recipe") or {}, quantization.get("rotation") or {}, config)
+
+
+def check_rotations(recipe: Mapping[str, Any], rotation: Any, config: Mapping[str, Any]) -> None:
+    """The online rotations that a config describes are those its recipe asks for, of this model's sizes."""
+    asked = Recipe.of_checkpoint(dict(recipe)).rotation
+    online = rotation.get("online", {}) if isinstance(rotation, dict) else None
+    if not isinstance(online, dict):
+        raise CheckpointError(f"quantization_config says rotation={str(rotation)[:60]}; it is damaged")
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    for name, size in (("r3", head_dim), ("r4", config.get("intermediate_size"))):
+        kind, data = getattr(asked, name), online.get(name)
+        found = OnlineRotation.from_dict(data) if isinstance(data, dict) and data else None
+        if (found.kind if found else "none") != kind:
+            raise CheckpointError(
+                f"the recipe says rotation.{name}={kind!r}, quantization_config rebuilds "
+                f"{found.kind if found else 'none'!r}; config.json was changed, copy or download it again"
+            )
+        if found is None or kind == "none":
+            continue
+        right = OnlineRotation(kind, size or found.size, asked.seed, name)
+        if found != right:
+            raise CheckpointError(
+                f"quantization_config rebuilds {name} from {data}, the model needs {right.to_dict()}; "
+                "config.json was changed, copy or download it again"
+            )

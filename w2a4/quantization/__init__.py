@@ -1,0 +1,1 @@
+"""From a float model to a packed one: smooth, rotate, calibrate, fit."""

@@ -1,0 +1,1 @@
+"""Fitting packed weights to float ones against what calibration text shows."""

@@ -1,0 +1,47 @@
+"""Files of rotations: tensors, where they come from, and which model they are for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ...errors import RotationError
+from ...format import files
+
+#: Rows of the embedding that a model is known by.
+_ROWS = 64
+
+
+@torch.no_grad()
+def model_mark(model: nn.Module) -> str:
+    """Tells a model from others of its shape, in whatever dtype it was loaded: by signs in its embedding."""
+    weight = model.get_input_embeddings().weight
+    signs = torch.signbit(weight[:: max(1, len(weight) // _ROWS)]).cpu().numpy()
+    return hashlib.sha256(np.packbits(signs).tobytes()).hexdigest()[:16]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """A safetensors file, whole or not at all, with JSON as its metadata `w2a4`."""
+    files.write_tensors(path, tensors, {"w2a4": json.dumps(metadata)})
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `write_tensors` wrote beside the tensors; empty for a file of another origin.
+
+    Raises:
+        RotationError: not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("w2a4", "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise RotationError(
+            f"{str(path)!r} cannot be read ({error}); it is damaged, remove it and learn again"
+        ) from None

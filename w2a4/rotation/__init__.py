@@ -1,1 +1,0 @@
-"""Rotations: construction, folding into the weights, online application, learning."""

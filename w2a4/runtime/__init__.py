@@ -1,0 +1,1 @@
+"""A packed model at work: layers, KV cache, attention, the engine."""

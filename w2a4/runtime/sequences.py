@@ -1,0 +1,276 @@
+"""What the engine advances step by step: prompts in a cache, and the logits of what comes next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticCache, StaticLayer
+
+from .arguments import CACHE, cache_name
+from .graphs import Captures, PromptGraphs, StepGraphs
+from .kv_cache import KV4Cache
+from .layer import LayerOp, decoder_layer, fused_parts, layer_op
+
+#: Tokens of a prompt that go through the layers at a time, so that memory does not grow with its length; and
+#: of all prompts together on a GPU, to which Python cannot tell what to do fast enough in smaller pieces.
+PREFILL_CHUNK, CUDA_PREFILL_CHUNK = 1024, 4096
+
+#: Kinds of RoPE whose angles depend on how long a sequence has become.
+DYNAMIC_ROPE = ("dynamic", "longrope")
+
+
+class PackedSequences:
+    """Sequences of a packed LLaMA in one cache, each from its first place on.
+
+    What a step does depends on nothing that the host knows but a bound on the lengths, so a graph of it
+    can be replayed.
+
+    Attributes:
+        logits: float `[batch, vocabulary]`, of the token that comes next.
+    """
+
+    def __init__(self, model: Any, rows: list[Tensor], capacity: int, parts: list[Any], graphs: bool = False):
+        self.decoder, self.head, self.parts = model.model, model.lm_head, parts
+        self.places, self.batch = _places(model), len(rows)
+        self.cache = KV4Cache.for_model(model, capacity)
+        for layer, part in zip(self.cache.layers, parts, strict=True):
+            layer.allocate(self.decoder.norm.weight, len(rows), part.heads[1], part.attn.head_dim)
+        self.starts = torch.zeros(len(rows), dtype=torch.long, device=rows[0].device)
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.calls: list[LayerOp] | None = None
+        self.graphs: StepGraphs | None = None
+        self.prompts: PromptGraphs | None = None
+        captures, graphs = Captures(), graphs and not self._dynamic_rope()
+        if graphs and not sink_tokens_of(model):
+            self.prompts = PromptGraphs(self._padded, len(rows), capacity, self.starts.device, captures)
+        self.begin(rows)
+        if graphs and self.length >= sink_tokens_of(model):
+            self.graphs = StepGraphs(self._step, [self.starts], len(rows), capacity, captures)
+            self.tables = _rotation_tables(parts, self.decoder.norm.weight)
+
+    def fits(self, model: Any, rows: list[Tensor]) -> bool:
+        """Whether `begin` will do for these rows: nothing lies elsewhere than when graphs were captured."""
+        same = fused_parts(model) == self.parts and self.places == _places(model)
+        return same and len(rows) == self.batch and not sink_tokens_of(model)
+
+    def begin(self, rows: list[Tensor]) -> None:
+        """Read prompts, in place of what was there before."""
+        self.cache.clear()
+        lengths = [len(row) for row in rows]
+        self.length = max(lengths)
+        if len(set(lengths)) == 1:
+            ids = torch.stack(rows)
+            logits = None if self.prompts is None else self.prompts.run(ids)
+            if logits is None:
+                self.cache.clear()  # of what could not be captured
+                logits = self._prefill(ids, self.cache)
+            self.logits = logits
+        else:  # one after another, so that no padding is computed
+            views = [self.cache.row(i) for i in range(len(rows))]
+            logits = [self._prefill(row[None], view) for row, view in zip(rows, views, strict=True)]
+            self.logits = torch.cat(logits)
+            self.cache.join(views)
+        self.starts.copy_(torch.tensor(lengths))
+        # A replay runs nothing of Python's, and what ran padded counted more tokens.
+        self.cache.go_on(self.starts, self.length)
+
+    def advance(self, tokens: Tensor) -> None:
+        """Append a token `[batch]` to each sequence."""
+        self.length += 1
+        if self.graphs is not None:
+            self.logits = self.graphs.run(tokens, self.length)
+        else:
+            self.logits = self._step(tokens, self.length)
+
+    def _step(self, tokens: Tensor, bound: int) -> Tensor:
+        """Logits after another token `[batch]` of each sequence, none of which is then longer than bound."""
+        self.cache.fill(bound - 1)
+        hidden = self.decoder.embed_tokens(tokens[:, None])
+        rotary = self._rotary(hidden, self.starts[:, None])
+        if self.calls is None:
+            # Every step from here on has the same arguments, but for its token and its place.
+            pairs = zip(self.parts, self.cache.layers, strict=True)
+            calls = [layer_op(part, layer, hidden) for part, layer in pairs]
+            self.calls = calls if all(calls) else None
+        if self.calls is not None:
+            for call in self.calls:
+                hidden = call(hidden, rotary, None)
+        else:
+            for part in self.parts:
+                hidden = decoder_layer(part, hidden, rotary, None, self.cache)
+        self.starts += 1
+        return self._logits(hidden)
+
+    def _padded(self, ids: Tensor, last: Tensor) -> Tensor:
+        """Logits after token `last`, int64 `[1]`, of prompts `[batch, tokens]`; padding is behind it.
+
+        What padding leaves in the cache lies where nothing looks until it has been written again.
+        """
+        self.cache.clear()
+        return self._logits(self._read(ids, self.cache).index_select(1, last))
+
+    def _prefill(self, ids: Tensor, cache: KV4Cache) -> Tensor:
+        """Logits after the last token of prompts `[batch, tokens]`."""
+        return self._logits(self._read(ids, cache)[:, -1:])
+
+    def _read(self, ids: Tensor, cache: KV4Cache) -> Tensor:
+        """Hidden states of the last chunk."""
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        size = max(1, CUDA_PREFILL_CHUNK // len(ids)) if ids.is_cuda else PREFILL_CHUNK
+        for chunk, places in zip(ids.split(size, 1), positions.split(size, 1), strict=True):
+            hidden = self.decoder.embed_tokens(chunk)
+            rotary = self._rotary(hidden, places)
+            for part in self.parts:
+                hidden = decoder_layer(part, hidden, rotary, None, cache)
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """`[batch, vocabulary]` of hidden states `[batch, 1, hidden]`."""
+        return self.head(self.decoder.norm(hidden))[:, -1]
+
+    def _dynamic_rope(self) -> bool:
+        return getattr(self.decoder.rotary_emb, "rope_type", "default") in DYNAMIC_ROPE
+
+    def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions, out of a table of all of them where they are fixed."""
+        if self._dynamic_rope():
+            return self.decoder.rotary_emb(hidden, positions)
+        if self.rotary is None:
+            capacity = self.cache.layers[0].capacity
+            places = torch.arange(capacity, device=positions.device)[None]
+            self.rotary = self.decoder.rotary_emb(hidden, places)
+        cos, sin = self.rotary
+        return cos[0, positions], sin[0, positions]
+
+
+def _rotation_tables(parts: list[Any], like: Tensor) -> list[tuple[Tensor | None, ...]]:
+    """What online rotations of these layers read, for hidden states like this tensor."""
+    rotations = {
+        rotation
+        for part in parts
+        for rotation in (part.attn.kv_settings.rotation, part.o_proj.rotation, part.down_proj.rotation)
+        if rotation is not None and rotation.kind != "none"
+    }
+    return [rotation.tables(like.device, like.dtype) for rotation in rotations]
+
+
+def _places(model: Any) -> list[int]:
+    """Where the parameters lie. Every request asks, and `model.parameters()` takes milliseconds."""
+    places, rest = [], [model]
+    while rest:
+        module = rest.pop()
+        if module is not None:
+            rest.extend(module._modules.values())
+            places += [each.data_ptr() for each in module._parameters.values() if each is not None]
+    return places
+
+
+class StaticSequences:
+    """Sequences of one length, of a model with a 16-bit cache, in one of fixed size; see `PackedSequences`.
+
+    For models that transformers can compile, so that they run as CUDA graphs as a packed one does.
+    """
+
+    def __init__(self, model: Any, rows: list[Tensor], capacity: int):
+        self.model, self.places, self.batch = model, _places(model), len(rows)
+        self.cache = StaticCache(model.config, max_cache_len=capacity)
+        self.position = torch.zeros(1, 1, dtype=torch.long, device=rows[0].device)
+        self.begin(rows)
+        counters = [self.position, *(layer.cumulative_length for layer in self.cache.layers)]
+        self.graphs = StepGraphs(self._step, counters, len(rows), capacity)
+
+    @staticmethod
+    def serves(model: Any, rows: list[Tensor]) -> bool:
+        """transformers 5 counts the tokens of a static cache on the device, which a graph needs; and a graph
+        is of one device.
+        """
+        counted = hasattr(StaticLayer(1), "cumulative_length")
+        compiles = counted and getattr(model, "_can_compile_fullgraph", False)
+        devices = set((getattr(model, "hf_device_map", None) or {"": 0}).values())
+        alone = kv_bits_of(model) == 16 and len(devices) == 1
+        return compiles and alone and len({len(row) for row in rows}) == 1
+
+    def fits(self, model: Any, rows: list[Tensor]) -> bool:
+        """See `PackedSequences`."""
+        return self.places == _places(model) and len(rows) == self.batch
+
+    def begin(self, rows: list[Tensor]) -> None:
+        """See `PackedSequences`."""
+        if self.cache.layers[0].is_initialized:
+            self.cache.reset()
+        ids = torch.stack(rows)
+        self.logits = self._forward(ids, torch.arange(ids.shape[1], device=ids.device)[None])
+        self.position.fill_(ids.shape[1])
+
+    def advance(self, tokens: Tensor) -> None:
+        """Append a token `[batch]` to each sequence."""
+        self.logits = self.graphs.run(tokens, self.graphs.capacity)
+
+    def _step(self, tokens: Tensor, bound: int) -> Tensor:
+        logits = self._forward(tokens[:, None], self.position)
+        self.position += 1
+        return logits
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        out = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{CACHE: self.cache},
+        )
+        return out.logits[:, -1]
+
+
+class PlainSequences:
+    """Sequences of any causal language model, padded on the left. Attributes: see `PackedSequences`."""
+
+    def __init__(self, model: Any, rows: list[Tensor]):
+        self.model, self.cache, self.name = model, None, cache_name(model.forward)
+        longest = max(map(len, rows))
+        padded = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+        gaps = torch.tensor([longest - len(row) for row in rows], device=padded.device)[:, None]
+        self.mask = (torch.arange(longest, device=padded.device) >= gaps).long()
+        self._forward(padded)
+
+    def advance(self, tokens: Tensor) -> None:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        self._forward(tokens[:, None])
+
+    def _forward(self, ids: Tensor) -> None:
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        ragged = not bool(self.mask.all())
+        out = self.model(
+            input_ids=ids, attention_mask=self.mask if ragged else None, position_ids=positions,
+            use_cache=True, logits_to_keep=1, **{self.name: self.cache},
+        )  # fmt: skip
+        self.cache, self.logits = getattr(out, self.name), out.logits[:, -1]
+
+
+def overflowing_layer(sequences: Any) -> str:
+    """What to say of the first layer whose packed keys or values are beyond float16, if there is one."""
+    for index, layer in enumerate(getattr(sequences.cache, "layers", [])):
+        for name in ("keys", "values"):
+            side = getattr(layer, name, None)
+            params = getattr(side, "params", None)  # of a packed cache
+            if params is not None and not bool(params[:, :, : side.length].isfinite().all()):
+                return f" (model.layers.{index}: {name} beyond 65504 are more than the 4-bit cache holds)"
+    return ""
+
+
+def _kv_settings(model: Any) -> Any:
+    """Those of a rotated or quantised LLaMA, None of other models."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    return getattr(getattr(layers[0], "self_attn", None), "kv_settings", None) if layers else None
+
+
+def sink_tokens_of(model: Any) -> int:
+    settings = _kv_settings(model)
+    return 0 if settings is None else settings.sink_tokens
+
+
+def kv_bits_of(model: Any) -> int:
+    settings = _kv_settings(model)
+    return 16 if settings is None else settings.kv_bits

@@ -1,0 +1,1 @@
+"""Training with quantised weights, activations and KV cache in the loop."""

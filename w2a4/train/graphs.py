@@ -1,0 +1,103 @@
+"""A step's forward and backward pass as a CUDA graph.
+
+With everything quantised, a step launches twenty thousand small kernels, more slowly than a GPU runs them:
+SmolLM2-135M on 16,384 tokens takes Python 790 ms and an H200 217.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import devices
+
+
+class GradientGraph:
+    """Gives the loss of token ids and its gradients by replaying what was captured with others.
+
+    Parameters may change between replays, but must stay where they are.
+
+    Args:
+        loss: `(ids int64 [batch, tokens]) -> float32 scalar`; it waits for nothing that the GPU computes.
+        parameters: whose `grad` is wanted.
+        ids: an example on the device, of the shape of all to come.
+        accumulate: gradients of several replays are to be added up until someone sets them to None.
+
+    Raises:
+        RuntimeError: the loss cannot be captured, or there is too little memory. Gradients are None then.
+    """
+
+    def __init__(
+        self, loss: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], ids: Tensor, accumulate: bool
+    ):
+        self.loss, self.parameters, self.ids, self.accumulate = loss, parameters, ids.clone(), accumulate
+        kept = [parameter.grad for parameter in parameters]
+        try:
+            self._capture()
+        except RuntimeError:
+            self.grads = []
+            raise
+        finally:
+            for parameter, grad in zip(parameters, kept, strict=True):
+                parameter.grad = grad
+
+    def _capture(self) -> None:
+        device = self.ids.device
+        with devices.current(device):
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                self._pass()  # once outside: kernels are loaded and libraries get their workspaces then
+            torch.cuda.current_stream(device).wait_stream(stream)
+            self._forget()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.value = self._pass()
+        self.grads = [parameter.grad for parameter in self.parameters]
+
+    def _pass(self) -> Tensor:
+        """Without gradients before it, backward makes them anew, in the same places at every replay."""
+        self._forget()
+        value = self.loss(self.ids)
+        value.backward()
+        return value.detach()
+
+    def _forget(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def run(self, ids: Tensor) -> Tensor:
+        """The loss of ids; its gradients are in the parameters, or added to what is there.
+
+        Without `accumulate` they are those of the graph itself, valid until the next call.
+        """
+        self.ids.copy_(ids)
+        with devices.current(self.ids.device):
+            self.graph.replay()
+        pairs = [(p, g) for p, g in zip(self.parameters, self.grads, strict=True) if g is not None]
+        if not self.accumulate:
+            for parameter, grad in pairs:
+                parameter.grad = grad
+        elif all(parameter.grad is None for parameter, _ in pairs):
+            for parameter, grad in pairs:
+                parameter.grad = grad.clone()
+        else:
+            torch._foreach_add_([parameter.grad for parameter, _ in pairs], [grad for _, grad in pairs])
+        return self.value.clone()
+
+
+def causal_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """A LLaMA's logits `[batch, tokens, vocabulary]` of whole sequences int64 `[batch, tokens]`.
+
+    Its layers are called one after another without a mask, which they take for a causal one. By itself
+    transformers, which looks at positions for that, makes a mask of all pairs while a graph is captured.
+    """
+    decoder = model.model
+    hidden = decoder.embed_tokens(ids)
+    rotary = decoder.rotary_emb(hidden, torch.arange(ids.shape[1], device=ids.device)[None])
+    for layer in decoder.layers:
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        hidden = hidden if isinstance(hidden, Tensor) else hidden[0]  # transformers 4.57 returns a tuple
+    return model.lm_head(decoder.norm(hidden))

@@ -1,1 +1,0 @@
-"""Training a quantised LLaMA: `prepare`, any trainer, `convert`; and the trainer of `w2a4 train`."""
