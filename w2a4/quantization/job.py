@@ -36,7 +36,8 @@ from ..recipe import Recipe, RotationConfig
 from .layer import STAGES, LayerQuantizer, Streams, check_weight
 from .resume import Progress, fingerprint
 from .rotation import fold as fuse
-from .rotation.learn import act_group_sizes, learn_rotation
+from .rotation.learn import learn_rotation
+from .rotation.network import act_group_sizes
 from .smooth import smooth
 
 #: The linears of a decoder layer.
