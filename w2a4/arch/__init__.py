@@ -16,7 +16,17 @@ from . import families
 from .architecture import Architecture, Linear, Rows, Site, head_dim
 from .unsupported import FEATURES, REASONS
 
-__all__ = ["Architecture", "Linear", "Rows", "Site", "head_dim", "names", "of_config", "of_model_type"]
+__all__ = [
+    "Architecture",
+    "Linear",
+    "Rows",
+    "Site",
+    "head_dim",
+    "names",
+    "of_config",
+    "of_model",
+    "of_model_type",
+]
 
 
 @functools.cache
@@ -47,7 +57,7 @@ def of_config(config: Any) -> Architecture:
     """The architecture of a model by its configuration, whose features are checked.
 
     Raises:
-        ArchitectureError: see `of_model_type`; or the configuration asks for what this package does not compute.
+        ArchitectureError: see `of_model_type`; or a feature is on that this package does not compute.
     """
     architecture = of_model_type(getattr(config, "model_type", None))
     for name, what in FEATURES.items():
@@ -56,3 +66,26 @@ def of_config(config: Any) -> Architecture:
                 f"config.json says {name}={str(value)[:40]}: {what} are not supported; give a model without"
             )
     return architecture
+
+
+def of_model(model: Any) -> Architecture:
+    """The architecture of a causal language model.
+
+    Raises:
+        ArchitectureError: see `of_config`; or a model of the family that is not its language model.
+    """
+    architecture = of_config(getattr(model, "config", None))
+    if not is_language_model(model, architecture):
+        raise ArchitectureError(
+            f"{type(model).__name__} is not a {architecture.model_class}; give the language model as "
+            "AutoModelForCausalLM loads it"
+        )
+    return architecture
+
+
+def is_language_model(model: Any, architecture: Architecture) -> bool:
+    """Whether a model is of the family's transformers class, or of one derived from it."""
+    return any(
+        kind.__name__ == architecture.model_class and kind.__module__.startswith("transformers.")
+        for kind in type(model).__mro__
+    )

@@ -158,8 +158,9 @@ class Architecture:
     def act_group_size(self, settings: Any, site: Site, head_dim: int, in_features: int) -> int:
         """Activations that share a scale at the input of a site; -1 is the whole token.
 
-        Kernels need groups of weights and of activations of which one divides the other. Where a head (of 80,
-        96, 100, …) is neither to the group of the weights, so many heads share a scale as make up whole groups.
+        Kernels need groups of weights and of activations of which one divides the other. Where a head (of
+        80, 96, 100, …) is neither to the group of the weights, so many heads share a scale as make up whole
+        groups.
 
         Args:
             settings: has the fields `group_size`, `act_group_size` and `o_proj_act` of a `Recipe`.

@@ -34,22 +34,23 @@ _ROWS = 8192
 def rotate(model: nn.Module, config: RotationConfig) -> nn.Module:
     """Fold a model's norm weights and rotations into its weights, in place.
 
-    Norm weights are always folded (and become 1) and tied embeddings untied, whichever rotations are
-    on. Each tensor is computed in float64 and cast once. With R4, every linear that
-    reads an MLP's inner activations becomes a `RotatedLinear`. R3 changes no weight: attention applies it to queries and keys, or leaves it out,
-    with the same scores. `model.config.w2a4_rotation` records all of it: the fields of `config` and
+    Norm weights are always folded (and become 1) and tied embeddings untied, whichever rotations are on.
+    Each tensor is computed in float64 and cast once. With R4, every linear that reads the inner activations
+    of an MLP becomes a `RotatedLinear`. R3 changes no weight: attention applies it to queries and keys, or
+    leaves it out, with the same scores. `model.config.w2a4_rotation` records all of it: the fields of `config` and
     `online` = {"r3": ..., "r4": ...}, each for `OnlineRotation.from_dict`.
 
     Args:
-        model: a causal language model of a family in `arch`, in floating point, its weights loaded (not on the meta device).
+        model: a causal language model of a family in `arch`, in floating point, its weights loaded (not on
+            the meta device).
         config: which rotation goes where.
 
     Returns:
         `model`, whose logits are those from before up to rounding.
 
     Raises:
-        RotationError: of no supported family, rotated or quantised already, a parameter that no rotation covers,
-            a weight on the meta device or not finite, or a learned rotation that does not fit.
+        RotationError: of no supported family, rotated or quantised already, a parameter that no rotation
+            covers, a weight on the meta device or not finite, or a learned rotation that does not fit.
             The model is unchanged then.
     """
     check(model)
@@ -311,8 +312,8 @@ def _check_coverage(model: nn.Module, family: arch.Architecture, plan: list[_Fol
     for name in [*named, *buffers]:
         if name not in covered:
             raise RotationError(
-                f"{name} is not part of a plain {family.model_class}, and no rotation covers it: the output would change; "
-                "merge or remove the module that holds it"
+                f"{name} is not part of a plain {family.model_class}, and no rotation covers it: the output "
+                "would change; merge or remove the module that holds it"
             )
     for name, parameter in named.items():
         if parameter.is_meta:
