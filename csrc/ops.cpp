@@ -23,15 +23,15 @@ STABLE_TORCH_LIBRARY(w2a4, m) {
   m.def("quantize_kv4(Tensor x, float clip) -> (Tensor, Tensor)");
   m.def(
       "append_kv4(Tensor x, Tensor(a!) codes, Tensor(b!) params, SymInt start, float clip, "
-      "Tensor? starts=None) -> ()");
+      "Tensor? starts=None, Tensor? slots=None) -> ()");
   m.def(
       "rope_append_kv4(Tensor qkv, Tensor cos, Tensor sin, Tensor? had_k, int block_size, "
       "Tensor(a!) k_codes, Tensor(b!) k_params, Tensor(c!) v_codes, Tensor(d!) v_params, "
-      "SymInt start, float clip, Tensor? starts=None) -> Tensor");
+      "SymInt start, float clip, Tensor? starts=None, Tensor? slots=None) -> Tensor");
   m.def(
       "attention_kv4(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, "
       "SymInt length, Tensor? mask, bool causal, float scaling, Tensor? k_sink=None, "
-      "Tensor? v_sink=None, Tensor? starts=None) -> Tensor");
+      "Tensor? v_sink=None, Tensor? starts=None, Tensor? block_table=None) -> Tensor");
   m.def(
       "decoder_layer(Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor[] norms, float eps, "
       "Tensor[] qkv_proj, Tensor[] o_proj, Tensor[] gate_up_proj, Tensor[] down_proj, "

@@ -43,19 +43,20 @@ Tensor linear_w8(const Tensor& x, const Tensor& weight, const Tensor& scale,
 std::tuple<Tensor, Tensor> quantize_kv4(const Tensor& x, double clip);
 
 void append_kv4(const Tensor& x, const Tensor& codes, const Tensor& params, int64_t start,
-                double clip, const std::optional<Tensor>& starts);
+                double clip, const std::optional<Tensor>& starts,
+                const std::optional<Tensor>& slots);
 
 Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
                        const std::optional<Tensor>& had_k, int64_t block_size,
                        const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
                        const Tensor& v_params, int64_t start, double clip,
-                       const std::optional<Tensor>& starts);
+                       const std::optional<Tensor>& starts, const std::optional<Tensor>& slots);
 
 Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
                      const Tensor& v_codes, const Tensor& v_params, int64_t length,
                      const std::optional<Tensor>& mask, bool causal, double scaling,
                      const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
-                     const std::optional<Tensor>& starts);
+                     const std::optional<Tensor>& starts, const std::optional<Tensor>& block_table);
 
 Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
                      const std::optional<Tensor>& mask, const std::vector<Tensor>& norms,

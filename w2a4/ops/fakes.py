@@ -99,16 +99,17 @@ def quantize_kv4(x, clip):
 
 
 @_fake
-def append_kv4(x, codes, params, start, clip, starts=None):
-    _one_device(x=x, codes=codes, params=params, starts=starts)
+def append_kv4(x, codes, params, start, clip, starts=None, slots=None):
+    _one_device(x=x, codes=codes, params=params, starts=starts, slots=slots)
 
 
 @_fake
 def rope_append_kv4(
-    qkv, cos, sin, had_k, block_size, k_codes, k_params, v_codes, v_params, start, clip, starts=None
-):
+    qkv, cos, sin, had_k, block_size, k_codes, k_params, v_codes, v_params, start, clip, starts=None,
+    slots=None,
+):  # fmt: skip
     _one_device(qkv=qkv, cos=cos, sin=sin, had_k=had_k, k_codes=k_codes, k_params=k_params,
-                v_codes=v_codes, v_params=v_params, starts=starts)  # fmt: skip
+                v_codes=v_codes, v_params=v_params, starts=starts, slots=slots)  # fmt: skip
     batch, tokens, width = qkv.shape
     head_dim = cos.shape[-1]
     return qkv.new_empty((batch, width // head_dim - 2 * k_codes.shape[1], tokens, head_dim))
@@ -128,9 +129,10 @@ def attention_kv4(
     k_sink=None,
     v_sink=None,
     starts=None,
+    block_table=None,
 ):
     _one_device(q=q, k_codes=k_codes, k_params=k_params, v_codes=v_codes, v_params=v_params, mask=mask,
-                k_sink=k_sink, v_sink=v_sink, starts=starts)  # fmt: skip
+                k_sink=k_sink, v_sink=v_sink, starts=starts, block_table=block_table)  # fmt: skip
     batch, heads, tokens, head_dim = q.shape
     return q.new_empty((batch, tokens, heads, head_dim))
 
