@@ -5,6 +5,7 @@
 #include "backend.h"
 #include "checks.h"
 #include "ops.h"
+#include "registration.h"
 #include "tensors.h"
 
 namespace w2a4 {
@@ -308,6 +309,13 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
   }
   kernels::attention_kv4(p);
   return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(w2a4, W2A4_DEVICE, m) {
+  W2A4_IMPL(m, quantize_kv4);
+  W2A4_IMPL(m, append_kv4);
+  W2A4_IMPL(m, rope_append_kv4);
+  W2A4_IMPL(m, attention_kv4);
 }
 
 }  // namespace w2a4

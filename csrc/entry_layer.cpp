@@ -7,6 +7,7 @@
 #include "backend.h"
 #include "checks.h"
 #include "ops.h"
+#include "registration.h"
 #include "tensors.h"
 
 namespace w2a4 {
@@ -146,6 +147,10 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
       down(silu_mul_hadamard_a4(gate, up, r4, r4_block, down.clip, down.act_group_size), dtype);
   add(check, out, y, "down_proj");
   return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(w2a4, W2A4_DEVICE, m) {
+  W2A4_IMPL(m, decoder_layer);
 }
 
 }  // namespace w2a4

@@ -76,30 +76,6 @@ struct LinearW8Params {
   int device = -1;
 };
 
-// snap, and backward where grad is given: y, or grad_w and grad_soft, is written.
-struct SnapParams {
-  const float* w;       // [groups, group_size]
-  const float* levels;  // [groups, 4], ascending
-  float* y;             // [groups, group_size]
-  const float* grad;    // [groups, group_size], of y; or null
-  const float* soft;    // [groups, 4], ascending: levels before they were rounded
-  float* grad_w;        // [groups, group_size]
-  float* grad_soft;     // [groups, 4]
-  int64_t groups, group_size;
-};
-
-// fake_quant_rows, and backward where grad is given: y, or grad_x and grad_clip, is written.
-struct FakeQuantParams {
-  const float* x;     // [rows, size]
-  float* y;           // [rows, size]
-  const float* grad;  // [rows, size], of y; or null
-  float* grad_x;      // [rows, size]
-  float* grad_clip;   // [rows]: its sum is the gradient
-  int64_t rows, size;
-  float clip;
-  bool kv;  // asymmetric with a zero-point, else symmetric
-};
-
 // A tensor read through strides, all in elements; its last dimension is contiguous.
 struct Strided4 {
   void* data;
@@ -172,18 +148,6 @@ struct AttentionKV4Params {
   bool causal;
   float scaling;
   int device = -1;
-};
-
-// Columns of a weight matrix, which are rows here, rounded one after another.
-struct RoundColumnsParams {
-  const float* work;      // [columns, out]
-  const float* coupling;  // [columns, columns]
-  const float* current;   // [columns, out], or null: work as it has become
-  const float* grid;      // [groups, points, out]: four points, ascending, or one scale
-  const int64_t* group;   // [columns]
-  int8_t* codes;          // [columns, out]
-  float* change;          // [columns, out]
-  int64_t columns, out, points;
 };
 
 // y += x.
