@@ -18,7 +18,7 @@ from w2a4 import ops
 from w2a4.ops import dispatch
 from w2a4.runtime.engine import Engine, Sampling, inference
 from w2a4.runtime.graphs import padded_length
-from w2a4.runtime.layer import fused_parts
+from w2a4.runtime.layer import packed_layers
 from w2a4.runtime.sequences import PackedSequences
 
 pytestmark = pytest.mark.gpu
@@ -164,7 +164,7 @@ def test_prompts_as_graphs_have_the_bits_of_eager_ones(name, batch):
     model = packed_llama(shape, 1100, "cuda", torch.float16)
     lengths = [1, 2, 3, *LENGTHS, 130, 333, 900, 1023, 1024]
     lengths = [n for n in lengths if padded_length(batch, n, 1100)]
-    parts = fused_parts(model)
+    parts = packed_layers(model)
     with inference(model):
         kept = PackedSequences(model, random_prompts(shape.vocabulary, batch, 1030), 1100, parts, graphs=True)
         for n in (*lengths, *lengths[::-1]):
