@@ -7,13 +7,8 @@ import torch
 from safetensors import safe_open
 
 import w2a4
-from support.packed import packed_model, prompt
+from support.packed import logits, packed_model, prompt
 from w2a4.runtime import layer as fused
-
-
-def logits(model, ids):
-    with torch.inference_mode():
-        return model(ids, use_cache=False).logits
 
 
 def is_fused(layer):
