@@ -20,6 +20,7 @@ from w2a4.hub.transformers import decoder_linears
 from w2a4.quantization.rotation import descent
 from w2a4.quantization.rotation import fold as fuse
 from w2a4.quantization.rotation import learn as lr
+from w2a4.quantization.rotation import network as rn
 from w2a4.quantization.rotation.cayley import orthogonality_error
 from w2a4.recipe import Recipe, RotationConfig, RotationLearning
 
@@ -78,7 +79,7 @@ class TestNetwork:
     @pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS.keys())
     def test_unquantised_it_is_the_model_for_any_rotation(self, shape):
         model = tiny_llama(**shape)
-        ids, network = tokens(model), lr.RotatedNetwork(model, FULL)
+        ids, network = tokens(model), rn.RotatedNetwork(model, FULL)
         for kind in ("none", "random", "random_hadamard"):
             chosen = rotations(model, kind)
             torch.testing.assert_close(network.logits(ids, chosen), model(ids).logits, rtol=0, atol=1e-10)
@@ -86,7 +87,7 @@ class TestNetwork:
 
     def test_unquantised_its_loss_has_no_gradient_along_rotations(self):
         model = tiny_llama(**MODELS["biases"])
-        network, chosen = lr.RotatedNetwork(model, FULL), rotations(model)
+        network, chosen = rn.RotatedNetwork(model, FULL), rotations(model)
         loss = network.loss(tokens(model), chosen)
         gradients = torch.autograd.grad(loss, list(chosen.values()))
         for r, gradient in zip(chosen.values(), gradients, strict=True):
@@ -99,7 +100,7 @@ class TestNetwork:
     def test_the_gradient_is_exact(self, name, objective):
         """Off the rotations, where the loss does depend on R."""
         model = tiny_llama(**MODELS["odd heads"])
-        network, chosen, ids = lr.RotatedNetwork(model, FULL), rotations(model), tokens(model)
+        network, chosen, ids = rn.RotatedNetwork(model, FULL), rotations(model), tokens(model)
         generator = torch.Generator().manual_seed(1)
         if objective == "divergence":
             # At a rotation it is least, and its gradient 0: start from elsewhere.
@@ -129,7 +130,7 @@ class TestNetwork:
         model = tiny_llama(dtype=torch.float32)
         chosen = {name: r.detach().float().requires_grad_() for name, r in rotations(model).items()}
         kept = {"weight_bits": 4, "act_bits": 16, "kv_bits": 16}
-        loss = lr.RotatedNetwork(model, FULL.override(**kept | change)).loss(tokens(model), chosen)
+        loss = rn.RotatedNetwork(model, FULL.override(**kept | change)).loss(tokens(model), chosen)
         found = set()
         for name, gradient in zip(chosen, torch.autograd.grad(loss, list(chosen.values())), strict=True):
             along = gradient @ chosen[name].T
@@ -138,10 +139,10 @@ class TestNetwork:
 
     def test_layers_run_again_backward_exactly(self, outliers, monkeypatch):
         model, ids = outliers
-        network = lr.RotatedNetwork(model, recipe())
+        network = rn.RotatedNetwork(model, recipe())
         gradients = []
-        for again in (lr._again, lambda function, *args: function(*args)):
-            monkeypatch.setattr(lr, "_again", again)
+        for again in (rn._again, lambda function, *args: function(*args)):
+            monkeypatch.setattr(rn, "_again", again)
             chosen = {name: r.detach().float().requires_grad_() for name, r in rotations(model).items()}
             gradients.append(torch.autograd.grad(network.loss(ids, chosen), list(chosen.values())))
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -149,19 +150,19 @@ class TestNetwork:
     @pytest.mark.parametrize("bits", [2, 4])
     def test_fake_weights(self, bits):
         weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        rounded = lr._fake_weight(weight, bits, 64)
+        rounded = rn._fake_weight(weight, bits, 64)
         groups = rounded.detach().unflatten(1, (-1, 64))
         assert max(len(group.unique()) for group in groups.flatten(0, 1)) <= 2**bits
         error = ((rounded - weight).square().mean() / weight.square().mean()).item()
         assert error < {2: 0.16, 4: 0.02}[bits]
         (gradient,) = torch.autograd.grad(rounded.sum(), [weight])
         assert (gradient == 1).float().mean() > 0.9
-        assert lr._fake_weight(weight, 16, 64) is weight
+        assert rn._fake_weight(weight, 16, 64) is weight
 
     def test_it_computes_what_the_packed_model_does(self, outliers):
         model, ids = outliers
         chosen = recipe(head_bits=16, embed_bits=16, sink_tokens=2)
-        network, packed = lr.RotatedNetwork(model, chosen), copy.deepcopy(model)
+        network, packed = rn.RotatedNetwork(model, chosen), copy.deepcopy(model)
         w2a4.quantize(
             packed, None, chosen.override(**{"rotation.r1": "none", "rotation.r2": "none"}), ids, False
         )
@@ -215,16 +216,16 @@ class TestLearning:
         report = learn(model, tmp_path / "r.safetensors", ids, chosen)
         assert report.after < 0.05 * report.before
         learned = load_file(tmp_path / "r.safetensors")
-        sites = lr._sites(lr._fixed_part(model, chosen), chosen, ids)
+        sites = rn._sites(rn._fixed_part(model, chosen), chosen, ids)
         assert len(sites["R1"]) == 4 and sites["R1"][0].shape == (128, 64)
         assert len(sites["R2.1"]) == 1 and sites["R2.1"][0].shape == (128, 2, 16)
         for name, each in sites.items():
             ends = (torch.eye(len(learned[name])), learned[name])
-            gaps = [[lr.kurtosis_gap((x @ r).flatten(0, -2)) for r in ends] for x in each]
+            gaps = [[rn.kurtosis_gap((x @ r).flatten(0, -2)) for r in ends] for x in each]
             start, end = torch.tensor(gaps).mean(0)
             assert end < 0.5 * start, name
 
-    @pytest.mark.parametrize("objective", lr.OBJECTIVES)
+    @pytest.mark.parametrize("objective", rn.OBJECTIVES)
     def test_reproducible_from_the_seed(self, outliers, tmp_path, objective):
         model, ids = outliers
         found = []
@@ -317,7 +318,7 @@ class TestFiles:
             learn(model, out, ids, recipe(steps=3))
         assert out.read_bytes() == before
 
-    @pytest.mark.parametrize("objective", lr.OBJECTIVES)
+    @pytest.mark.parametrize("objective", rn.OBJECTIVES)
     def test_goes_on_after_a_kill_to_the_same_rotations(self, outliers, tmp_path, monkeypatch, objective):
         model, ids = outliers
         chosen = recipe(steps=8, batch_size=2, objective=objective)
