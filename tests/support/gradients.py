@@ -2,7 +2,7 @@
 
 
 def with_gradients(function, inputs, grad):
-    """The result for detached copies of the inputs, then the gradient of each input, of `(result * grad).sum()`."""
+    """The result, then the gradient of `(result * grad).sum()` by each input."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     result = function(*leaves)
     result.backward(grad)
