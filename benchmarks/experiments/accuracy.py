@@ -28,6 +28,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import w2a4
+from benchmarks.experiments import testbed
 from benchmarks.experiments.grid import FULL_PRECISION, Claim, Grid, Row
 from benchmarks.experiments.outliers import plant_outliers
 from benchmarks.experiments.shape_report import shapes
