@@ -9,13 +9,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import w2a4
-from support.packed import packed_model, prompt
+from support.packed import logits, packed_model, prompt
 from w2a4.runtime.layer import PackedDecoderLayer, packed_layers
-
-
-def logits(model, ids):
-    with torch.inference_mode():
-        return model(ids, use_cache=False).logits
 
 
 def is_fused(layer):
