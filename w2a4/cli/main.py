@@ -140,7 +140,7 @@ def train(
     Checkpoints lie beside DIR until it is written; repeat the command to go on after an interruption.
     What the teacher writes (`--data self`) stays beside DIR, to be trained on again as a file.
     `--eval` measures at every checkpoint too, end to end and in one process.
-    `torchrun --nproc-per-node N -m w2a4.cli train …` shares the work between N processes.
+    `torchrun --nproc-per-node N -m w2a4.cli train …` shares the work between N distributed.
     """
     _refuse_existing(out)
     sources.check_source(model)
@@ -151,12 +151,13 @@ def train(
     from ..evaluate import report
     from ..ops import devices
     from ..quantization import job as pipeline
-    from ..train import processes
-    from ..train.run import GENERATIONS, check_text, train
+    from ..train import distributed
+    from ..train.data import check_text
+    from ..train.run import GENERATIONS, train
 
     check_text(parsed)
     score = _scorer(eval_text, eval_windows)
-    if score is not None and processes.world() > 1:
+    if score is not None and distributed.world() > 1:
         raise TrainingError("--eval is for one process; measure DIR afterwards with w2a4 eval")
     chosen = devices.pick_device(device)
     loaded, tokenizer = pipeline.load_model(model, device=chosen if score is not None else "cpu")
@@ -165,14 +166,14 @@ def train(
     try:
         train(loaded, tokenizer, parsed, work, calib, device=chosen, score=score)
     except TrainingError:
-        if processes.is_main():
+        if distributed.is_main():
             raise
         # A launcher ends all as soon as one has left, and the main process has something to say.
         time.sleep(5)
         raise click.exceptions.Exit(1) from None
     finally:
-        processes.leave()
-    if not processes.is_main():
+        distributed.leave()
+    if not distributed.is_main():
         return
     made = loaded.w2a4_report
     made.source = report.source_name(model)
