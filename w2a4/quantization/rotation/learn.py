@@ -37,7 +37,7 @@ from ...ops.devices import peak_memory_mb
 from ...recipe import Recipe
 from ..resume import fingerprint
 from ..smooth import smooth
-from . import fold as fuse
+from . import fold
 from .cayley import orthogonality_error
 from .descent import Descent
 from .files import model_mark, read_metadata, write_tensors
@@ -167,7 +167,7 @@ def _check(model: nn.Module, recipe: Recipe, out: Path) -> None:
     if out.suffix != ".safetensors":
         raise RotationError(f"out={str(out)!r}: give the name of a .safetensors file to write")
     check_original(model)
-    fuse.check(model)
+    fold.check(model)
     options = recipe.rotation_learning
     kept = recipe.weight_bits == 16 or options.weights == "full"
     if options.objective != "kurtosis" and kept and recipe.act_bits == recipe.kv_bits == 16:

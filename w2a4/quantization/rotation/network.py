@@ -1,6 +1,6 @@
-"""The LLaMA as a function of its rotations, and what learning minimises.
+"""The model as a function of its rotations, and what learning minimises.
 
-`RotatedNetwork` computes a fake-quantised LLaMA at given rotations, with gradients that reach them. The
+`RotatedNetwork` computes a fake-quantised model at given rotations, with gradients that reach them. The
 objectives of `OBJECTIVES` are functions of a step and the rotations, which `descent.Descent` minimises.
 """
 
@@ -16,18 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from ... import arch
+from ...arch.architecture import Rows, Site, activation
+from ...arch.forward import decoder_layer
 from ...format.fake_quant import fake_quant_a4
 from ...format.groups import resolve_group_size
 from ...format.lloyd import fit_levels
 from ...format.online import OnlineRotation
 from ...format.rtn import nearest
 from ...format.weight import QuantizedWeight
-from ...hub.transformers import act_group_size, decoder_linears
 from ...recipe import Recipe
-from ...runtime.attention import KVSettings, w2a4_attention
-from . import fold as fuse
+from ...runtime.attention import KVSettings
+from ...runtime.heads import attend
+from . import fold
 from .cayley import kurtosis_gap
 from .descent import Objective
 
@@ -39,31 +41,37 @@ KURTOSIS_WINDOWS, KURTOSIS_TOKENS, KURTOSIS_BATCH = 16, 2048, 512
 
 
 def act_group_sizes(model: nn.Module, recipe: Recipe) -> dict[str, int]:
-    """Activations that share a scale, by linear; raises RecipeError for a group size that does not divide."""
-    layer = model.model.layers[0]
+    """Activations that share a scale, by path of a linear in its layer.
+
+    Raises:
+        RecipeError: a group size does not divide.
+    """
+    family, shapes = arch.of_config(model.config), arch.of_config(model.config).linear_shapes(model.config)
     return {
-        name: act_group_size(recipe, name, layer.self_attn.head_dim, linear.in_features)
-        for name, linear in decoder_linears(layer).items()
+        path: family.act_group_size(recipe, site, arch.head_dim(model.config), shapes[path][1])
+        for site in family.sites
+        for path in site.paths
     }
 
 
 class RotatedNetwork:
-    """A LLaMA as a function of its learned rotations, fake-quantised as a recipe says.
+    """A model as a function of its learned rotations, fake-quantised as a recipe says.
 
     Weights are a frozen copy with norms, R4 and every rotation that is not learned folded in. What the
     learned ones make of them is computed in the graph, so gradients reach the rotations exactly.
     Each layer runs again in the backward pass, so that only hidden states are kept.
 
     Args:
-        model: LlamaForCausalLM, float, unrotated; not changed.
+        model: of a family in `arch`, float, unrotated; not changed.
         recipe: `rotation.r1` and `r2` say which are learned, i.e. come as arguments.
 
     Raises:
-        RotationError: see `fuse.rotate`.
+        RotationError: see `fold.rotate`.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe):
         self.recipe, self.base = recipe, _fixed_part(model, recipe)
+        self.family = arch.of_config(model.config)
         r3 = OnlineRotation.from_dict(self.base.config.w2a4_rotation["online"]["r3"])
         self.settings = KVSettings(recipe.kv_bits, recipe.kv_clip, recipe.sink_tokens, r3)
         clip = CLIP if recipe.act_clip == "search" else recipe.act_clip
@@ -94,11 +102,11 @@ class RotatedNetwork:
         return self._head(self._hidden(ids, rotations), rotations.get("R1"))
 
     def _hidden(self, ids: Tensor, rotations: dict[str, Tensor]) -> Tensor:
-        llama = self.base.model
-        embedded = llama.embed_tokens(ids)
+        decoder = self.base.model
+        embedded = decoder.embed_tokens(ids)
         x = _turn(embedded, rotations.get("R1")).to(embedded.dtype)
-        cos_sin = llama.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
-        for index, layer in enumerate(llama.layers):
+        cos_sin = decoder.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
+        for index, layer in enumerate(decoder.layers):
             x = _again(self._layer, layer, x, cos_sin, rotations.get("R1"), rotations.get(f"R2.{index}"))
         return x
 
@@ -116,38 +124,60 @@ class RotatedNetwork:
         )
 
     def _layer(self, layer: nn.Module, x: Tensor, cos_sin, r1: Tensor | None, r2: Tensor | None) -> Tensor:
-        seen = self._activation(_normalize(x, layer.input_layernorm), "q_proj")
-        heads = self._activation(self._attend(layer.self_attn, seen, cos_sin, r1, r2), "o_proj")
-        x = x + self._linear(layer.self_attn.o_proj, heads, r2, r1)
-        seen, mlp = self._activation(_normalize(x, layer.post_attention_layernorm), "gate_proj"), layer.mlp
-        inner = mlp.act_fn(self._linear(mlp.gate_proj, seen, r1)) * self._linear(mlp.up_proj, seen, r1)
-        r4 = getattr(mlp.down_proj, "rotation", None)
-        inner = self._activation(inner if r4 is None else r4.apply(inner), "down_proj")
-        return x + self._linear(mlp.down_proj, inner, None, r1)
+        return decoder_layer(self.family, _RotatedLayer(self, layer, cos_sin, r1, r2), x)
 
-    def _attend(self, attention: nn.Module, seen: Tensor, cos_sin, r1, r2) -> Tensor:
-        linears = (attention.q_proj, None), (attention.k_proj, None), (attention.v_proj, r2)
-        q, k, v = (
-            self._linear(linear, seen, r1, left).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for linear, left in linears
-        )
-        q, k = apply_rotary_pos_emb(q, k, *cos_sin)
-        out, _ = w2a4_attention(attention, q, k, v, None, attention.scaling, kv_settings=self.settings)
-        return out.flatten(2)
 
-    def _activation(self, x: Tensor, linear: str) -> Tensor:
-        """The input of a linear, and of those that share it, as its packed form reads it."""
-        return x if self.recipe.act_bits == 16 else fake_quant_a4(x, self.act_clip, self.groups[linear])
+class _RotatedLayer:
+    """The steps of one layer of a `RotatedNetwork` at given rotations."""
 
-    def _linear(
-        self, linear: nn.Module, x: Tensor, right: Tensor | None, left: Tensor | None = None
-    ) -> Tensor:
-        """x through `leftᵀ · W · right` with bias `leftᵀ · b`."""
-        weight = _turn(_turn(linear.weight, right).mT, left).mT
-        bias = None if linear.bias is None else _turn(linear.bias, left).to(x.dtype)
-        if self.recipe.rotation_learning.weights == "recipe":
-            weight = _fake_weight(weight, self.recipe.weight_bits, self.recipe.group_size)
+    def __init__(
+        self, network: RotatedNetwork, layer: nn.Module, cos_sin: tuple[Tensor, Tensor], r1: Tensor | None,
+        r2: Tensor | None,
+    ):  # fmt: skip
+        self.network, self.layer, self.cos_sin = network, layer, cos_sin
+        self.inputs = {"r1": r1, "r2": r2, "r4": None}  # R4 is folded
+        self.outputs = {"v": r2, "o": r1, "down": r1}
+
+    def attention(self, hidden: Tensor) -> Tensor:
+        qkv = self._normed(self.network.family.attention_in, hidden)
+        return attend(self.layer.self_attn, qkv, self.cos_sin, self.network.settings)
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        gate, up = self._normed(self.network.family.mlp_in, hidden).chunk(2, -1)
+        return activation(self.layer.mlp)(gate) * up
+
+    def add(self, site: Site, x: Tensor, hidden: Tensor) -> Tensor:
+        return hidden + self._linears(site, x)
+
+    def _normed(self, site: Site, hidden: Tensor) -> Tensor:
+        return self._linears(site, _normalize(hidden, self.layer.get_submodule(site.norm)))
+
+    def _linears(self, site: Site, x: Tensor) -> Tensor:
+        """What the linears of a site give for their input, as its packed form reads it."""
+        network, rows = self.network, list(self.network.family.rows(self.network.base.config, site))
+        r4 = getattr(self.layer.get_submodule(site.paths[0]), "rotation", None)
+        x = x if r4 is None else r4.apply(x)
+        if network.recipe.act_bits == 4:
+            x = fake_quant_a4(x, network.act_clip, network.groups[site.paths[0]])
+        out = [self._linear(path, x, site, [r for r in rows if r.path == path]) for path in site.paths]
+        return out[0] if len(out) == 1 else torch.cat(out, -1)
+
+    def _linear(self, path: str, x: Tensor, site: Site, rows: list[Rows]) -> Tensor:
+        """x through `leftᵀ · W · right` with bias `leftᵀ · b`, where left is of some rows only."""
+        linear, recipe = self.layer.get_submodule(path), self.network.recipe
+        weight = _turn(linear.weight, self.inputs[site.rotation])
+        lefts = [(part.start, part.stop, self.outputs.get(part.output)) for part in rows]
+        weight = _cat([_turn(weight[a:b].mT, left).mT for a, b, left in lefts])
+        bias = linear.bias
+        if bias is not None:
+            bias = _cat([_turn(bias[a:b], left) for a, b, left in lefts]).to(x.dtype)
+        if recipe.rotation_learning.weights == "recipe":
+            weight = _fake_weight(weight, recipe.weight_bits, recipe.group_size)
         return F.linear(x, weight.to(x.dtype), bias)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _fixed_part(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -155,7 +185,7 @@ def _fixed_part(model: nn.Module, recipe: Recipe) -> nn.Module:
     kinds = {name: getattr(recipe.rotation, name) for name in ("r1", "r2")}
     kinds = {name: "none" if kind == "learned" else kind for name, kind in kinds.items()}
     rotation = dataclasses.replace(recipe.rotation, **kinds)
-    return fuse.rotate(copy.deepcopy(model).eval().requires_grad_(False), rotation)
+    return fold.rotate(copy.deepcopy(model).eval().requires_grad_(False), rotation)
 
 
 def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -248,15 +278,18 @@ def _sites(base: nn.Module, recipe: Recipe, ids: Tensor) -> dict[str, list[Tenso
         kept.setdefault((name, site), []).append(x[0, rows])
 
     handles = []
+    family, width = arch.of_config(base.config), arch.head_dim(base.config)
+    values = family.output_rows(base.config, "v")
+
+    def keep_values(i: int, module: nn.Module, args: Any, out: Tensor) -> None:
+        keep(f"R2.{i}", 0, out[..., values.start : values.stop].unflatten(-1, (-1, width)))
+
     for i, layer in enumerate(base.model.layers):
-        attention, mlp, width = layer.self_attn, layer.mlp, layer.self_attn.head_dim
-        for site, module in ((2 * i, attention.q_proj), (2 * i + 1, mlp.gate_proj)):
-            hook = functools.partial(lambda site, module, args: keep("R1", site, args[0]), site)
-            handles.append(module.register_forward_pre_hook(hook))
-        hook = functools.partial(
-            lambda i, width, module, args, out: keep(f"R2.{i}", 0, out.unflatten(-1, (-1, width))), i, width
-        )
-        handles.append(attention.v_proj.register_forward_hook(hook))
+        for offset, site in enumerate((family.attention_in, family.mlp_in)):
+            hook = functools.partial(lambda site, module, args: keep("R1", site, args[0]), 2 * i + offset)
+            handles.append(layer.get_submodule(site.paths[0]).register_forward_pre_hook(hook))
+        hook = functools.partial(keep_values, i)
+        handles.append(layer.get_submodule(values.path).register_forward_hook(hook))
     for window in ids.to(base.lm_head.weight.device).split(1):
         rows = torch.randperm(ids.shape[1], generator=generator)[:each]
         base.model(window, use_cache=False)
