@@ -404,7 +404,7 @@ class TestDivergence:
 
     def test_at_once(self, tmp_path):
         message, _ = self.run(tmp_path, lambda step, rotations: rotations["R1"].sum() * float("nan"))
-        assert "failed at step 0: the loss is nan" in message and "none from before to keep" in message
+        assert "failed at step 0: the loss is nan" in message and "no earlier rotations to keep" in message
         assert not list(tmp_path.iterdir())
 
 
