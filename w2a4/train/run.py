@@ -49,7 +49,7 @@ def train(
 
     Args:
         model: LlamaForCausalLM, float; its full-precision copy is the teacher.
-        recipe: with `training`, see `config.Training`.
+        recipe: with `training`, see `recipe.Training`.
         work: a directory for the packed fit and the checkpoints, shared by all processes. If it holds an
             interrupted run of the same model, recipe and text, that run is resumed. Remove it yourself
             when the model is saved.
