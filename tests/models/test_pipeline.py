@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import w2a4
-from support.packed import SHAPE, calibration, packed_model, prompt
+from support.packed import SHAPE, calibration, logits, packed_model, prompt
 from support.tiny_models import LLAMA3_ROPE, tiny_llama
+from w2a4 import arch
 from w2a4.errors import CalibrationError, RecipeError, RotationError, W2A4Error
 from w2a4.format.linear import W8Embedding, W8Linear, _PackedLinear
 from w2a4.ops import reference
@@ -23,11 +24,6 @@ UNUSUAL = {
     "ffn 12 * 4": dict(intermediate_size=48),
     "odd groups": dict(hidden_size=90, head_dim=30),
 }
-
-
-def logits(model, ids):
-    with torch.inference_mode():
-        return model(ids, use_cache=False).logits
 
 
 class FakeLinear(torch.nn.Module):
@@ -223,7 +219,7 @@ def streams_behind(model, layer, ids, recipe):
     x = model.model.embed_tokens(ids)
     streams = Streams([x], [x])
     cos_sin = model.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
-    LayerQuantizer(layer, recipe, KVSettings(4), cos_sin).run(streams)
+    LayerQuantizer(layer, recipe, KVSettings(4), cos_sin, arch.of_config(model.config)).run(streams)
     return streams.full[0], streams.quantized[0]
 
 

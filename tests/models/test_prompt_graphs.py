@@ -14,7 +14,7 @@ from w2a4.ops.dispatch import DECODE_TOKENS, GEMV_TOKENS
 from w2a4.runtime import engine, graphs, sequences
 from w2a4.runtime.engine import Engine
 from w2a4.runtime.graphs import LAST_OF_ATTENTION, LAST_OF_KERNELS, MOST_PROMPT_TOKENS, padded_length
-from w2a4.runtime.layer import fused_parts
+from w2a4.runtime.layer import packed_layers
 
 CAPACITY = 96
 
@@ -29,7 +29,7 @@ def ids_of(batch: int, tokens: int) -> torch.Tensor:
 
 
 def packed_sequences(model, ids: torch.Tensor, capacity: int = CAPACITY, graphs: bool = True):
-    return sequences.PackedSequences(model, list(ids), capacity, fused_parts(model), graphs=graphs)
+    return sequences.PackedSequences(model, list(ids), capacity, packed_layers(model), graphs=graphs)
 
 
 def test_ends_are_those_of_the_kernels():
@@ -83,12 +83,12 @@ def test_padded_prompts_have_the_bits_of_others(tokens, batch, fused, monkeypatc
         padded = packed_sequences(model, ids_of(batch, 90))
         for _ in range(3):  # once as ever, once captured, once replayed
             padded.begin(list(ids))
-            assert padded.length == tokens and padded.starts.tolist() == [tokens] * batch
+            assert padded.longest == tokens and padded.lengths.tolist() == [tokens] * batch
             assert torch.equal(padded.logits, eager.logits)
-            for layer, other in zip(padded.cache.layers, eager.cache.layers, strict=True):
-                assert layer.length == other.length == tokens and layer.starts is padded.starts
-                for side, wanted in ((layer.keys, other.keys), (layer.values, other.values)):
-                    assert side.length == tokens and side.starts is padded.starts and side.sink is None
+            for store, other in zip(padded.cache.stores, eager.cache.stores, strict=True):
+                assert store.bound == other.bound == tokens and store.lengths is padded.lengths
+                for side, wanted in zip(store.view(store.lengths), other.view(other.lengths), strict=True):
+                    assert side.bound == tokens and side.earlier is padded.lengths and side.sink is None
                     assert torch.equal(side.codes[:, :, :tokens], wanted.codes[:, :, :tokens])
                     assert torch.equal(side.params[:, :, :tokens], wanted.params[:, :, :tokens])
             for _ in range(min(3, CAPACITY - tokens)):
