@@ -60,7 +60,7 @@ def test_rope_append_kv4(wide, size, block):
     assert k_intact() and v_intact()
     for page, want in zip(pages, plain, strict=True):
         for slot, (b, token) in zip(
-            slots.flatten().tolist(), torch.cartesian_prod(*map(torch.arange, (2, 3)))
+            slots.flatten().tolist(), torch.cartesian_prod(*map(torch.arange, (2, 3))), strict=True
         ):
             if 0 <= slot < 16:
                 assert_close(page[slot // size, :, slot % size], want[b, :, token])

@@ -1,7 +1,6 @@
 """A step of decoding can be captured as a CUDA graph: what there is to see of that without a GPU."""
 
 import gc
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,11 +177,12 @@ def test_what_a_graph_reads_is_kept(recipe, one_by_one):
 
 
 def test_rotations_that_do_nothing_have_no_tables():
-    linears = [SimpleNamespace(rotation=rotation) for rotation in (None, online.OnlineRotation("none", 32))]
-    attn = SimpleNamespace(kv_settings=SimpleNamespace(rotation=online.OnlineRotation("random", 4)))
-    part = SimpleNamespace(attn=attn, o_proj=linears[0], down_proj=linears[1])
-    ((matrix, had_k),) = sequences._rotation_tables([part, part], torch.zeros(2))
-    assert matrix.shape == (4, 4) and had_k is None
+    model = packed_model(**{"rotation.r3": "random", "rotation.r4": "none"})
+    layers = list(model.model.layers)
+    r3 = layers[0].self_attn.kv_settings.rotation
+    layers[0].mlp.down_proj.rotation = online.OnlineRotation("none", layers[0].mlp.down_proj.in_features)
+    ((matrix, had_k),) = sequences._rotation_tables(layers, torch.zeros(2))
+    assert matrix.shape == (r3.size, r3.size) and had_k is None
 
 
 X, MASK = torch.arange(4.0), torch.tensor([True, False, True, False])

@@ -76,7 +76,8 @@ def views(joint: _PackedLinear, rows: list[int]) -> list[_PackedLinear]:
             for name in _ROWS:
                 if joint._parameters.get(name) is not None:
                     part._parameters[name] = joint._parameters[name].split(rows)[index]
-            part._parameters["act_clip"] = joint._parameters["act_clip"]
+            if joint.act_bits == 4:
+                part._parameters["act_clip"] = joint._parameters["act_clip"]
             made.append(part)
         joint.__dict__["_views"] = kept = (weight.data_ptr(), weight.device), made
     return kept[1]

@@ -126,22 +126,22 @@ class PackedDecoderLayer(Derived):
         Raises:
             W2A4Error: an argument about attention that this package would not heed.
         """
-        attn = self.self_attn
-        check_attention(attn.config, attn.kv_settings, others)
-        own = attn.config._attn_implementation == NAME
-        if own:
-            check_arguments(others)
-        if gradients.wanted(hidden_states):
+        if gradients.wanted(hidden_states) and self._rounds():
             out = self.forward(hidden_states.detach(), attention_mask,
                                position_embeddings=position_embeddings, **others)  # fmt: skip
             return gradients.refuse(out, hidden_states, NO_GRADIENT)
-        cache = _cache(attn, hidden_states, others)
-        untouched = self.untouched()
-        if own and isinstance(cache, KV4Layer):
-            cache.store.note_padding(attention_mask)
-            call = layer_op(self, cache, hidden_states) if untouched and type(cache) is KV4Layer else None
-            if call is not None:
-                return call(hidden_states, position_embeddings, as_bool(attention_mask))
+        attn, untouched = self.self_attn, self.untouched()
+        own = isinstance(attn, PackedAttention) and attn.config._attn_implementation == NAME
+        if isinstance(attn, PackedAttention):
+            check_attention(attn.config, attn.kv_settings, others)
+        if own:
+            check_arguments(others)
+            cache = _cache(attn, hidden_states, others)
+            if isinstance(cache, KV4Layer):
+                cache.store.note_padding(attention_mask)
+                call = layer_op(self, cache, hidden_states) if untouched and type(cache) is KV4Layer else None
+                if call is not None:
+                    return call(hidden_states, position_embeddings, as_bool(attention_mask))
         if own and (untouched or not _is_touched(attn)):
             x = self._normed(self.family.attention_in, hidden_states, untouched)
             seen = attended(attn, x, position_embeddings, attention_mask, cache)
@@ -151,9 +151,25 @@ class PackedDecoderLayer(Derived):
             out = attn(hidden_states=normed, position_embeddings=position_embeddings,
                        attention_mask=attention_mask, **others)  # fmt: skip
             hidden_states = hidden_states + out[0]
-        if untouched or not _is_touched(self.mlp):
+        if isinstance(self.mlp, PackedMLP) and (untouched or not _is_touched(self.mlp)):
             return self._mlp(hidden_states, untouched)
         return hidden_states + self.mlp(self.get_submodule(self.family.mlp_in.norm)(hidden_states))
+
+    def linears(self) -> dict[str, nn.Module]:
+        """The layer's linears by path, those of a joint one as views of it."""
+        found = {}
+        for site in self.family.sites:
+            parent = self.get_submodule(site.linears[0].parent)
+            modules, rows = linears_of(parent, site), rows_of(parent)
+            if len(modules) < len(site.linears):
+                modules = views(modules[0], rows)
+            found |= dict(zip(site.paths, modules, strict=True))
+        return found
+
+    def _rounds(self) -> bool:
+        """Something in the layer is rounded to 4 bits on the way, which gives no gradient."""
+        settings = getattr(self.self_attn, "kv_settings", None)
+        return settings is not None and settings.kv_bits == 4 or any(map(_is_packed_a4, self.modules()))
 
     def untouched(self) -> bool:
         """Nobody hooked into a module of this layer, or replaced its forward (as accelerate does).
@@ -345,7 +361,7 @@ def layer_op(layer: Any, cache: KV4Layer, hidden_states: Tensor) -> LayerOp | No
 
     It can be called again as long as parameters stay where they are and the cache has room.
     """
-    if not ops.has_layer_kernel(hidden_states) or not has_layer_op(layer):
+    if not ops.has_layer_kernel(hidden_states) or not _has_layer_op(layer):
         return None
     attn, mlp, own, store = layer.self_attn, layer.mlp, layer._modules, cache.store
     linears = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
@@ -375,8 +391,16 @@ def layer_op(layer: Any, cache: KV4Layer, hidden_states: Tensor) -> LayerOp | No
     return call
 
 
-def has_layer_op(layer: Any) -> bool:
-    """Whether `ops.decoder_layer` computes this layer: packed and joint linears, plain norms, SiLU."""
+def _has_layer_op(layer: Any) -> bool:
+    """Whether `ops.decoder_layer` computes this layer; asked anew when a module of it was replaced."""
+    modules, kept = layer._watched(), layer.__dict__.get("_layer_op")
+    if kept is None or kept[0] != modules:
+        layer.__dict__["_layer_op"] = kept = modules, _is_whole(layer) and _fits_layer_op(layer)
+    return kept[1]
+
+
+def _fits_layer_op(layer: Any) -> bool:
+    """Packed and joint linears, plain norms, SiLU, RoPE of whole heads or none."""
     attn, mlp = layer.self_attn._modules, layer.mlp._modules
     linears = attn.get("qkv_proj"), attn.get("o_proj"), mlp.get("gate_up_proj"), mlp.get("down_proj")
     return (
@@ -395,6 +419,12 @@ def _tensors(linear: _PackedLinear) -> list[Tensor]:
     return [own[name] for name in _ORDER if own.get(name) is not None]
 
 
+def _is_whole(layer: Any) -> bool:
+    """A packed layer none of whose parts was put into another module."""
+    whole = isinstance(layer, PackedDecoderLayer)
+    return whole and isinstance(layer.self_attn, PackedAttention) and isinstance(layer.mlp, PackedMLP)
+
+
 def packed_layers(model: Any, length: int = 0) -> list[Any] | None:
     """The layers of a packed model with a 4-bit KV cache, for who calls them one by one; None for any other.
 
@@ -403,7 +433,7 @@ def packed_layers(model: Any, length: int = 0) -> list[Any] | None:
     """
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
-    if not layers or not all(isinstance(layer, PackedDecoderLayer) for layer in layers):
+    if not layers or not all(map(_is_whole, layers)):
         return None
     # A class derived from a layer's may have a forward of its own; transformers wraps that of any.
     plain = inspect.unwrap(PackedDecoderLayer.forward)

@@ -107,7 +107,9 @@ def _read_errors(path: Path) -> dict[int, tuple[float, float]]:
 def _replace(layer: nn.Module, quantizer: LayerQuantizer, training: Training) -> None:
     """Trainable linears, from the layer's packed fits and the reference's weights."""
     layer.requires_grad_(False)
-    for trained in make_trainable(layer, layer, quantizer.reference, quantizer.family, training):
+    for trained in make_trainable(
+        layer, quantizer.family.linears(layer), quantizer.reference, quantizer.family, training
+    ):
         trained.set_trainable(training.learn_act_clip)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import devices
+from ..runtime.heads import window_mask
 
 
 class GradientGraph:
@@ -89,15 +90,17 @@ class GradientGraph:
 
 
 def causal_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """A LLaMA's logits `[batch, tokens, vocabulary]` of whole sequences int64 `[batch, tokens]`.
+    """A model's logits `[batch, tokens, vocabulary]` of whole sequences int64 `[batch, tokens]`.
 
-    The layers are called without a mask, which they take for a causal one. The model's own forward would
-    build a mask of all pairs during the capture, since it cannot read the positions to see that it is causal.
+    The layers are called without a mask, which they take for a causal one, but where a window hides some keys.
+    The model's own forward would build a mask of all pairs during the capture, since it cannot read the
+    positions to see that it is causal.
     """
     decoder = model.model
     hidden = decoder.embed_tokens(ids)
     rotary = decoder.rotary_emb(hidden, torch.arange(ids.shape[1], device=ids.device)[None])
     for layer in decoder.layers:
-        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        mask = window_mask(layer.self_attn, ids.shape[1], ids.device)
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
         hidden = hidden if isinstance(hidden, Tensor) else hidden[0]  # transformers 4.57 returns a tuple
     return model.lm_head(decoder.norm(hidden))

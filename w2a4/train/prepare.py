@@ -63,7 +63,7 @@ def prepare(
     refine = BlockTrainer(recipe, steps) if steps else None
     report = pipeline.quantize(packed, tokenizer, start, calibration, progress, resume, refine)
     for layer, fit in zip(model.model.layers, packed.model.layers, strict=True):
-        make_trainable(layer, fit, layer, family, recipe.training)
+        make_trainable(layer, fit.linears(), layer, family, recipe.training)
     _freeze(model, packed, recipe.training)
     before: W2A4Config = packed.config.quantization_config
     recipe = recipe.override(rotation=before.recipe["rotation"], smooth=before.recipe["smooth"])
