@@ -34,12 +34,13 @@ Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
                        const std::optional<Tensor>& had_k, int64_t block_size,
                        const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
                        const Tensor& v_params, int64_t start, double clip,
-                       const std::optional<Tensor>& starts);
+                       const std::optional<Tensor>& starts, const std::optional<Tensor>& slots);
 
 Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
                      const Tensor& v_codes, const Tensor& v_params, int64_t length,
                      const std::optional<Tensor>& mask, bool causal, double scaling,
                      const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
-                     const std::optional<Tensor>& starts);
+                     const std::optional<Tensor>& starts,
+                     const std::optional<Tensor>& block_table);
 
 }  // namespace w2a4

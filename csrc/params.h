@@ -82,6 +82,22 @@ struct Strided4 {
   int64_t batch, head, token;
 };
 
+// Where the tokens of a call are written in a paged cache. Its tensors are [blocks, heads,
+// block_tokens, ...], and `batch` of their strides is that of a block.
+struct Slots {
+  const int64_t* at;  // [batch, tokens]: block * block_tokens + position; negative: not written.
+                      // Null: the cache is not paged.
+  int64_t blocks, block_tokens;
+};
+
+// Where the keys of sequences lie in such a cache.
+struct BlockTable {
+  const int32_t* at;  // [batch, row]: key j of sequence b is key j % block_tokens of block
+                      // at[b * row + j / block_tokens]. Null: the cache is not paged.
+  int64_t row;
+  int64_t blocks, block_tokens;
+};
+
 struct QuantizeKV4Params {
   Strided4 x;       // [batch, heads, tokens, head_dim], of dtype
   Strided4 codes;   // uint8 [batch, heads, >= start + tokens, head_dim / 2], unsigned nibbles
@@ -90,6 +106,7 @@ struct QuantizeKV4Params {
   int64_t batch, heads, tokens, head_dim;
   int64_t start;          // token of codes and params that x's first token is written to
   const int64_t* starts;  // [batch]: instead of start, which is the most of them; or null
+  Slots slots;            // instead of both
   float clip;
   int device = -1;
 };
@@ -107,7 +124,8 @@ struct RopeAppendKV4Params {
   int64_t batch, tokens, q_heads, kv_heads, head_dim;
   int64_t block_size, k;  // of R3: k * 2**m, divides head_dim; 1: no R3
   int64_t start;
-  const int64_t* starts;  // as in QuantizeKV4Params
+  const int64_t* starts;  // as in QuantizeKV4Params, and
+  Slots slots;
   float clip;
   int device = -1;
 };
@@ -125,6 +143,7 @@ struct AttentionKV4Params {
   int64_t batch, q_heads, kv_heads, q_tokens, head_dim;
   int64_t length;
   const int64_t* starts;  // [batch]: a sequence has starts + q_tokens keys, length at most; or null
+  BlockTable table;       // of the caches
   int64_t sinks;          // the first keys, read from k_sink and v_sink
   bool causal;
   float scaling;

@@ -215,8 +215,9 @@ def quantize_kv4(x: Tensor, clip: float) -> tuple[Tensor, Tensor]:
 
 
 def append_kv4(
-    x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float, starts: Tensor | None = None
-) -> None:
+    x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float, starts: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> None:  # fmt: skip
     """Quantise x as `quantize_kv4` and write it into a cache at token `start`, in place.
 
     Args:
@@ -226,16 +227,21 @@ def append_kv4(
         start: `start + tokens <= capacity`.
         clip: see `quantize_kv4`.
         starts: int64 `[batch]`, instead of `start`, which is the most of them; or None.
+        slots: int64 `[batch, tokens]` or `[batch * tokens]`, all different. The cache is then paged, codes
+            uint8 `[blocks, heads, block_size, head_dim / 2]` and params float16
+            `[blocks, heads, block_size, 2]`, and a token goes to position `slot % block_size` of block
+            `slot // block_size`; one whose slot is negative is not written. start is 0 and starts None. On a
+            CUDA device a slot that is too large is not written either; on a CPU it is an error.
 
     Equivalent: `codes[:, :, start:stop], params[:, :, start:stop] = quantize_kv4(x, clip)`.
     """
-    _ops.append_kv4.default(x, codes, params, start, clip, starts)
+    _ops.append_kv4.default(x, codes, params, start, clip, starts, slots)
 
 
 def rope_append_kv4(
     qkv: Tensor, cos: Tensor, sin: Tensor, had_k: Tensor | None, block_size: int,
     k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, start: int, clip: float,
-    starts: Tensor | None = None,
+    starts: Tensor | None = None, slots: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """RoPE on queries and keys, R3 on both, and the new keys and values into their caches, in one pass.
 
@@ -248,7 +254,7 @@ def rope_append_kv4(
         k_params, v_params: float16 `[batch, kv_heads, capacity, 2]`, written, as by `append_kv4`.
         start: token of the caches written first; `start + tokens <= capacity`.
         clip: see `quantize_kv4`.
-        starts: see `append_kv4`.
+        starts, slots: see `append_kv4`; keys and values of a token have one slot.
 
     Returns:
         queries `[batch, q_heads, tokens, head_dim]` in qkv's dtype, contiguous; float32 in between.
@@ -257,7 +263,7 @@ def rope_append_kv4(
     """
     return _ops.rope_append_kv4.default(
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), had_k, block_size,
-        k_codes, k_params, v_codes, v_params, start, clip, starts,
+        k_codes, k_params, v_codes, v_params, start, clip, starts, slots,
     )  # fmt: skip
 
 
@@ -265,6 +271,7 @@ def attention_kv4(
     q: Tensor, k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, length: int,
     mask: Tensor | None, causal: bool, scaling: float,
     k_sink: Tensor | None = None, v_sink: Tensor | None = None, starts: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Softmax attention over a packed 4-bit cache, with grouped query heads.
 
@@ -280,6 +287,10 @@ def attention_kv4(
         starts: int64 `[batch]`: sequence b has `starts[b] + q_tokens` keys, and `length` is the most of
             these; or None. On a CUDA device nothing waits for the numbers, so a graph can be replayed with
             others in them.
+        block_table: int32 `[batch, most blocks]`. The caches are then paged, `[blocks, kv_heads, block_size,
+            …]`, and key j of sequence b is at position `j % block_size` of block
+            `block_table[b, j // block_size]`. What stands behind the blocks of a sequence's keys is not read.
+            On a CUDA device a key in a block that does not exist makes NaN; on a CPU it is an error.
 
     Returns:
         `[batch, q_tokens, q_heads, head_dim]` in q's dtype, contiguous; zeros where no key is seen. A
@@ -288,13 +299,13 @@ def attention_kv4(
 
     Equivalent: `softmax(q @ k.mT * scaling + mask) @ v` with k and v from `dequantize_kv4`.
     """
+    args = q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink, starts
+    if block_table is not None:  # Triton's kernel takes no paged cache
+        return _ops.attention_kv4.default(*args, block_table)
     triton = (dispatch.backend != "auto" or not q.is_cpu) and "triton" == dispatch.attention_kernel(
         q.device, q.shape[2], q.shape[3], q.dtype, (_C if q.is_cpu else _cuda) is not None
     )
-    op = torch.ops.w2a4.attention_kv4_prefill if triton else _ops.attention_kv4
-    return op.default(
-        q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink, starts
-    )
+    return (torch.ops.w2a4.attention_kv4_prefill if triton else _ops.attention_kv4).default(*args)
 
 
 def round_columns(
