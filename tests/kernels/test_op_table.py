@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.numerics import UNIT, assert_close
-from support.paths import ROOT
+from support.paths import ROOT, TESTS
 from w2a4 import ops
 from w2a4.format import fake_quant as quantizers
 from w2a4.ops import dispatch, layer, library, reference
@@ -107,9 +107,7 @@ print(json.dumps([schemas, test_op_table.registered()]))
 def test_ops_of_triton_are_those_of_the_table():
     pytest.importorskip("triton", reason="needs triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        str(ROOT / folder) for folder in ("", "tests", "tests/kernels")
-    )
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(TESTS), str(TESTS / "kernels")])
     run = subprocess.run(
         [sys.executable, "-c", INTERPRETED], cwd=ROOT, env=environment, capture_output=True, text=True
     )
