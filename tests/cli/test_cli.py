@@ -447,7 +447,8 @@ def test_a_demo_into_the_working_directory(plain, tmp_path, here, monkeypatch):
     recipe = json.loads((tmp_path / "beside" / "w4a4kv4" / "report.json").read_text())
     assert recipe["source"] == "float16"
     monkeypatch.chdir(tmp_path / "out" / "w4a4kv4")
-    assert "shell is in it" in fail("demo", "--model", plain, "--out", "..", "--overwrite")
+    refused = fail("demo", "--model", plain, "--out", "..", "--overwrite")
+    assert "w4a4kv4' is to be replaced and is the working directory; leave it first" in refused
     assert os.listdir(".")
 
 

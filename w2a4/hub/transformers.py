@@ -136,6 +136,7 @@ class W2A4Quantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, _PackedModule):
                 module.validate(name)
+                module.requires_grad_(False)  # transformers asks gradients of every float that it loads
         check_values(model)
         install(model, self.quantization_config, report_beside(getattr(model.config, "_name_or_path", "")))
         return model

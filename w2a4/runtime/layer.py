@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .. import arch, ops
+from .. import ops
 from ..arch import Architecture, Site, architecture
 from ..errors import ArchitectureError
 from ..format.linear import NO_GRADIENT, _PackedLinear
@@ -95,17 +95,13 @@ class PackedDecoderLayer(Derived):
                     "of transformers has; remove it, or keep the layer unpacked"
                 )
         new = _emptied(cls, layer)
-        new.__dict__["model_type"] = family.model_type
+        new.family = family
         for name, module in layer.named_children():
             if name in known:
                 new.add_module(name, module)
         new.self_attn = _filled(PackedAttention, layer.self_attn, family.attention_in, family.attention_out)
         new.mlp = _filled(PackedMLP, layer.mlp, family.mlp_in, family.mlp_out)
         return new
-
-    @property
-    def family(self) -> Architecture:
-        return arch.of_model_type(self.model_type)
 
     def join(self) -> None:
         """Hold linears that read one input as one, where they are packed alike."""
