@@ -124,8 +124,9 @@ def test_ops_of_triton_are_those_of_the_table():
 
 
 def test_signature_has_the_types_alone():
-    want = "append_kv4(Tensor, Tensor, Tensor, int, float, Tensor?) -> ()"
-    assert OPS["append_kv4"].signature == want
+    schema = "(Tensor x, Tensor(a!) codes, SymInt start, float clip, Tensor? starts=None, int n=-1) -> ()"
+    want = "some_op(Tensor, Tensor, int, float, Tensor?, int) -> ()"
+    assert Op("some_op", schema, torch.add, ("cpu",)).signature == want
     assert OPS["quantize_a4"].signature == "quantize_a4(Tensor, Tensor, int) -> (Tensor, Tensor)"
 
 
