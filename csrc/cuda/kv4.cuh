@@ -55,16 +55,19 @@ W2A4_DEVICE void load_pair(const void* x, int64_t at, bool whole, float (&v)[2])
 // Where a token of this call lies in the cache: a sequence, or a block of a paged one, and a
 // position in it; -1 where it must not be written.
 struct Cell {
-  int64_t row, position;
+  uint32_t row;
+  int64_t position;
 };
 
 // starts and slots lie on the device, and nothing has checked them.
 template <class Params>
-W2A4_DEVICE Cell cell_of(const Params& p, int64_t batch, int64_t token) {
+W2A4_DEVICE Cell cell_of(const Params& p, uint32_t batch, uint32_t token) {
   if (p.slots.at) {
-    const int64_t slot = p.slots.at[batch * p.tokens + token], size = p.slots.block_tokens;
-    if (slot < 0 || slot >= p.slots.blocks * size) return {0, -1};
-    return {slot / size, slot % size};
+    const int64_t slot = p.slots.at[batch * p.tokens + token];
+    const auto size = static_cast<uint32_t>(p.slots.block_tokens);
+    if (slot < 0 || slot >= p.slots.blocks * p.slots.block_tokens) return {0, -1};
+    const auto small = static_cast<uint32_t>(slot);  // see checked_slots
+    return {small / size, small % size};
   }
   const int64_t position = (p.starts ? p.starts[batch] : p.start) + token;
   return {batch, position >= 0 && position < p.start + p.tokens ? position : -1};

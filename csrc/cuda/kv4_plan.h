@@ -30,6 +30,14 @@ inline uint32_t checked_rows(const char* op, int64_t rows, int64_t head_dim) {
   return static_cast<uint32_t>(rows);
 }
 
+// Slots are counted in 32 bits.
+inline void checked_slots(const char* op, const Slots& slots) {
+  if (slots.at && slots.block_tokens > 0 && slots.blocks > (int64_t{1} << 31) / slots.block_tokens)
+    throw std::runtime_error(std::string("w2a4.") + op + ": " + std::to_string(slots.blocks) +
+                             " blocks of " + std::to_string(slots.block_tokens) +
+                             " tokens; the CUDA kernels take up to 2**31 tokens");
+}
+
 inline unsigned blocks_of_rows(uint32_t rows) {
   return (rows + kHeadWarps - 1) / kHeadWarps;
 }
@@ -41,6 +49,7 @@ inline bool reads_pairs(const void* x, ScalarType dtype) {
 
 inline HeadsPlan<QuantizeKV4Args> plan_quantize_kv4(const QuantizeKV4Params& p) {
   const uint32_t rows = checked_rows("quantize_kv4", p.batch * p.heads * p.tokens, p.head_dim);
+  checked_slots("quantize_kv4", p.slots);
   const bool pairs = reads_pairs(p.x.data, p.dtype) && p.x.batch % 2 == 0 && p.x.head % 2 == 0 &&
                      p.x.token % 2 == 0;
   return {{p, pairs, rows}, blocks_of_rows(rows), 0};
@@ -70,6 +79,7 @@ inline HeadsPlan<RopeAppendKV4Args> plan_rope_append_kv4(const RopeAppendKV4Para
                                                          uint32_t wide_rows = kWideRows) {
   const uint32_t rows = checked_rows("rope_append_kv4",
                                      p.batch * p.tokens * (p.q_heads + 2 * p.kv_heads), p.head_dim);
+  checked_slots("rope_append_kv4", p.slots);
   int log_power = 0;
   while (p.k << (log_power + 1) <= p.block_size) ++log_power;
   const auto scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.block_size)));

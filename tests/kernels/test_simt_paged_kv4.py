@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.kv4 import HALF, NAN, packed, paged
+from support.kv4 import HALF, packed, paged
 from support.numerics import assert_close
 from support.simt_arrays import NEEDS_PYBIND11
 from support.simt_kv4 import ALWAYS, NEVER, append, attend, caches, poisoned, rope_append
@@ -59,19 +59,18 @@ def test_rope_append_kv4(wide, size, block):
     assert_close(rope_append(*args, pages, 0, q_heads=3, wide=wide, slots=slots, seed=3), q)
     assert k_intact() and v_intact()
     for page, want in zip(pages, plain, strict=True):
-        for slot, (b, token) in zip(
-            slots.flatten().tolist(), torch.cartesian_prod(*map(torch.arange, (2, 3))), strict=True
-        ):
-            if 0 <= slot < 16:
-                assert_close(page[slot // size, :, slot % size], want[b, :, token])
+        for b, row in enumerate(slots.tolist()):
+            for token, slot in enumerate(row):
+                if 0 <= slot < 16:
+                    assert_close(page[slot // size, :, slot % size], want[b, :, token])
         assert sum(not poisoned(t) for t in page.transpose(1, 2).flatten(0, 1)) == 4
 
 
 @pytest.mark.parametrize("size", [1, 6, 16, 32, 256])
 @pytest.mark.parametrize(
     "repeat,tokens,head_dim,keys",
-    [(1, 1, 64, [300, 1, 257]), (4, 1, 128, [256, 300, 31]), (2, 3, 80, [299, 3, 258]), (1, 2, 30, [33, 2, 70]),
-     (3, 1, 256, [260, 17, 1])],
+    [(1, 1, 64, [300, 1, 257]), (4, 1, 128, [256, 300, 31]), (2, 3, 80, [299, 3, 258]),
+     (1, 2, 30, [33, 2, 70]), (3, 1, 256, [260, 17, 1])],
 )  # fmt: skip
 @pytest.mark.parametrize("split", [True, False])
 def test_attention_kv4(size, repeat, tokens, head_dim, keys, split):
@@ -113,12 +112,11 @@ def test_attention_kv4_of_strided_pages(offset, width, size):
 def test_a_block_that_is_not_there_makes_nan_in_the_sequence_that_names_it(bad, size, head_dim):
     q, kv = torch.randn(2, 2, 1, head_dim).to(HALF), packed(2, 1, 20, head_dim)
     pages, table = paged(kv, [20, 20], size, spare=0)
-    pages = [t[:20] for t in pages]
     want = attend(q, pages, 20, table=table)
     table[1, 1] = bad
     got = attend(q, pages, 20, table=table)
     assert_close(got[:1], want[:1])
-    assert got[1].isnan().all() and NAN not in want
+    assert got[1].isnan().all()
     hidden = torch.ones(1, 1, 1, 20, dtype=torch.bool)
     hidden[..., size : 2 * size] = False  # who does not see it
     assert attend(q, pages, 20, hidden, table=table).isfinite().all()

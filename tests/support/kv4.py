@@ -73,7 +73,7 @@ def packed(batch, kv_heads, length, head_dim, capacity=None, spread=1.0):
 
 
 def paged(kv, keys, size, spare=3):
-    """Caches as blocks of `size` tokens in a random order, `[blocks, kv_heads, size, …]`, and the block table.
+    """Caches as blocks of `size` tokens in a random order, `[blocks, kv_heads, size, …]`, and their table.
 
     Args:
         kv: `[batch, kv_heads, capacity, …]` each.
