@@ -10,7 +10,7 @@ import hashlib
 import typing
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from ..errors import RotationError
 from ..ops import hadamard, hadamard_a4, quantize_a4
 from .hadamard import HadamardSpec, dense_hadamard, had_k_matrix, hadamard_spec
-
-OnlineKind = Literal["none", "hadamard", "random_hadamard", "random"]
+from .kinds import OnlineKind
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,8 @@ class OnlineRotation:
     def from_dict(cls, data: dict[str, Any]) -> OnlineRotation:
         """Inverse of `to_dict`. Raises RotationError for a missing, unknown or mistyped entry."""
         fields = {f.name: int if f.name not in ("kind", "name") else str for f in dataclasses.fields(cls)}
+        if not isinstance(data, dict):
+            raise RotationError(f"rotation {data!r:.80} is not a mapping; it needs {', '.join(fields)}")
         wrong = sorted(set(fields) ^ set(data)) or [k for k, t in fields.items() if type(data[k]) is not t]
         if wrong:
             raise RotationError(
