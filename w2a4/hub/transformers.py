@@ -9,7 +9,10 @@ recipe, the report and the model card too.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from ..errors import CheckpointError, RotationError
 from ..evaluate.report import Report
 from ..format.groups import resolve_act_group_size, resolve_group_size
 from ..format.linear import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
+from ..format.manifest import FORMAT_VERSION, NEEDS_W2A4, Manifest, read_manifest
 from ..format.online import OnlineRotation, RotatedLinear
 from ..recipe import Recipe
 from ..runtime import attention
@@ -35,7 +39,6 @@ from ..runtime.guards import before_forward
 from ..runtime.layer import fuse
 from ..version import VERSION
 from .checkpoint import (
-    FORMAT_VERSION,
     check_config,
     check_config_beside,
     check_headers,
@@ -49,49 +52,83 @@ METHOD = "w2a4"
 
 
 class W2A4Config(QuantizationConfigMixin):
-    """The `quantization_config` of a checkpoint: plain data, enough to rebuild the model.
+    """The `quantization_config` of a checkpoint, of format 1 or 2; it is written in format 2.
 
     Attributes:
-        recipe: `Recipe.to_dict()`; weight_bits 16 for a model that was rotated only.
-        rotation: how the model was rotated, with `online` = {"r3": …, "r4": …} to rebuild the
-            online rotations from (`OnlineRotation.from_dict`); empty if it was not.
+        manifest: what loading and computing need, see `Manifest`.
+        recipe: `Recipe.to_dict()` of the version that made the model, for people and reports; not checked.
         provenance: free: source model, versions.
+        w2a4_version: what wrote the checkpoint.
+
+    Raises:
+        CheckpointError: a newer format, with the w2a4 that reads it, or a manifest that is none.
     """
 
     def __init__(
         self,
+        manifest: Manifest | dict[str, Any] | None = None,
         recipe: dict[str, Any] | None = None,
-        rotation: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = 1,
         w2a4_version: str | None = None,
+        needs_w2a4: str | None = None,
+        rotation: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        if type(format_version) is not int or format_version < 1:
-            raise CheckpointError(f"format_version={format_version!r}: give a number from 1 on")
-        if format_version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"checkpoint format {format_version!r} is newer than {FORMAT_VERSION}, which "
-                f"w2a4 {VERSION} reads; upgrade w2a4"
-            )
+        if not isinstance(manifest, Manifest):
+            manifest = read_manifest({
+                "format_version": format_version, "w2a4_version": w2a4_version, "needs_w2a4": needs_w2a4,
+                "manifest": manifest, "recipe": recipe, "rotation": rotation,
+            })  # fmt: skip
         kwargs.pop("quant_method", None)
         if kwargs:
             raise CheckpointError(f"quantization_config has unknown keys {sorted(kwargs)}")
         self.quant_method = METHOD
-        self.format_version = format_version
-        self.w2a4_version = w2a4_version or VERSION
-        self.recipe = Recipe.of_checkpoint(recipe or {}).to_dict()
-        self.rotation = rotation or {}
+        self.manifest = manifest
+        self.w2a4_version = w2a4_version if w2a4_version and format_version == FORMAT_VERSION else VERSION
+        self.recipe = recipe or {}
         self.provenance = provenance or {}
+
+    @classmethod
+    def of_recipe(
+        cls, recipe: Recipe, rotation: dict[str, Any], provenance: dict[str, Any], family: str
+    ) -> W2A4Config:
+        """The config of a model that is being made; see `Manifest.of_recipe`."""
+        data = recipe.to_dict()
+        return cls(Manifest.of_recipe(data, rotation, family), data, provenance)
+
+    def quantized_by(self, recipe: Recipe) -> W2A4Config:
+        """The config of this model, rotated already, after it is quantised by a recipe that agrees."""
+        online = self.manifest.to_dict()
+        return self.of_recipe(recipe, {"online": online}, self.provenance, self.manifest.family)
+
+    @property
+    def rotated_by(self) -> dict[str, Any]:
+        """What the rotation of this model settles of a recipe, for `Recipe.override`."""
+        rotation = dataclasses.asdict(self.manifest.rotation)
+        if "learned" in (rotation["r1"], rotation["r2"]):
+            rotation["learned"] = (self.recipe.get("rotation") or {}).get("learned")
+        return {"rotation": rotation, "smooth": self.recipe.get("smooth", 0.0)}
 
     def online(self, name: str) -> OnlineRotation | None:
         """The online rotation `r3` or `r4`, or None."""
-        data = self.rotation.get("online", {}).get(name)
-        return None if not data or data["kind"] == "none" else OnlineRotation.from_dict(data)
+        return getattr(self.manifest, name)
 
-    @property
-    def parsed_recipe(self) -> Recipe:
-        return Recipe.of_checkpoint(self.recipe)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as config.json holds it."""
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "w2a4_version": self.w2a4_version,
+            "needs_w2a4": NEEDS_W2A4,
+            "manifest": self.manifest.to_dict(),
+            "recipe": copy.deepcopy(self.recipe),
+            "provenance": copy.deepcopy(self.provenance),
+        }
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Pairs of `to_dict`: transformers calls `dict(config)`."""
+        return iter(self.to_dict().items())
 
 
 class W2A4Quantizer(HfQuantizer):
@@ -147,7 +184,7 @@ class W2A4Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return self.quantization_config.parsed_recipe.weight_bits == 16
+        return self.quantization_config.manifest.weight_bits == 16
 
     @property
     def is_compileable(self) -> bool:
@@ -195,7 +232,7 @@ def check_language_model(model: nn.Module) -> None:
         )
 
 
-def act_group_size(recipe: Recipe, name: str, head_dim: int, in_features: int) -> int:
+def act_group_size(recipe: Recipe | Manifest, name: str, head_dim: int, in_features: int) -> int:
     """Activations that share a scale at the input of linear `name` (`o_proj`, `down_proj`, …).
 
     Kernels need groups of weights and of activations of which one divides the other. Where a head (of 80, 96,
@@ -230,20 +267,20 @@ def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
             "AutoModelForCausalLM, whose `.model` is the bare decoder"
         )
     check_rope(model.config)
-    recipe, r4 = config.parsed_recipe, config.online("r4")
+    manifest, r4 = config.manifest, config.online("r4")
     dtype = model.model.norm.weight.dtype
     model.config.tie_word_embeddings = False
     for layer in model.model.layers:
-        prepare_layer(layer, recipe, r4, dtype)
+        prepare_layer(layer, manifest, r4, dtype)
     with torch.device("meta"):
-        if recipe.embed_bits == 8:
+        if manifest.embed_bits == 8:
             old = model.model.embed_tokens
             model.model.embed_tokens = W8Embedding(*old.weight.shape, old.padding_idx, dtype=dtype)
-        if recipe.head_bits == 8:
+        if manifest.head_bits == 8:
             model.lm_head = W8Linear(model.lm_head.in_features, model.lm_head.out_features)
 
 
-def prepare_layer(layer: nn.Module, recipe: Recipe, r4: OnlineRotation | None, dtype: torch.dtype) -> None:
+def prepare_layer(layer: nn.Module, recipe: Manifest, r4: OnlineRotation | None, dtype: torch.dtype) -> None:
     """Swap a decoder layer's linears for empty packed ones on the meta device."""
     with torch.device("meta"):
         for name, old in decoder_linears(layer).items():
@@ -252,7 +289,7 @@ def prepare_layer(layer: nn.Module, recipe: Recipe, r4: OnlineRotation | None, d
 
 
 def _empty_linear(
-    old: nn.Linear, name: str, recipe: Recipe, r4, head_dim: int, dtype: torch.dtype
+    old: nn.Linear, name: str, recipe: Manifest, r4, head_dim: int, dtype: torch.dtype
 ) -> nn.Module:
     rotation = r4 if name == "down_proj" else None
     shape = (old.in_features, old.out_features, old.bias is not None)
@@ -265,14 +302,14 @@ def _empty_linear(
 
 
 def kv_settings(config: W2A4Config) -> attention.KVSettings:
-    recipe = config.parsed_recipe
-    return attention.KVSettings(recipe.kv_bits, recipe.kv_clip, recipe.sink_tokens, config.online("r3"))
+    manifest = config.manifest
+    return attention.KVSettings(manifest.kv_bits, manifest.kv_clip, manifest.sink_tokens, manifest.r3)
 
 
 def install(model: nn.Module, config: W2A4Config, report: Report | None = None) -> None:
     """Give a rotated or quantised LLaMA its attention, cache and `save_pretrained`."""
     set_attention(model, config)
-    if config.parsed_recipe.weight_bits < 16:
+    if config.manifest.weight_bits < 16:
         model.is_quantized = True
         fuse(model.model.layers)
     if not isinstance(model, PackedModelMixin):
