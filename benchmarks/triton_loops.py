@@ -4,7 +4,8 @@
 
 A step is a pass of the loop: so many inputs of a GEMM's tile as share their scales, or a tile of keys. Counts
 are held tightly to those of `COUNTS` that were taken with the triton that is installed, and loosely where
-there are none, since each version schedules otherwise. `tests/test_triton_compile.py` checks all of them.
+there are none, since each version schedules otherwise.
+`tests/kernels/test_triton_compile.py` checks all of them.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import benchmarks  # noqa: E402, F401
 
 sys.path[:] = [*(entry for entry in sys.path if Path(entry).resolve() != ROOT), str(ROOT)]
 
-import watch  # noqa: E402
+from support import watch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@
 # PYTHON has w2a4 installed with its extra `test`; default python3. Without versions, all three. A version that is not
 # PYTHON's own goes into a folder in front of its packages, with those of its needs that PYTHON's do not meet.
 # Folders are kept in $W2A4_DOORS (a temporary one by default) and used again. The checkpoints that one version saves are
-# what the others load, see tests/test_versions.py.
+# what the others load, see tests/models/test_versions.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${1:-python3}")
@@ -26,9 +26,9 @@ overlays=()
 for version in "$@"; do
   overlay=$("$python" tools/transformers_overlay.py "$version" "$folder")
   overlays+=("$overlay")
-  PYTHONPATH=$overlay "$python" tests/version_checkpoints.py "$W2A4_DOORS_CHECKPOINTS"
+  PYTHONPATH=$overlay:tests "$python" tests/support/version_checkpoints.py "$W2A4_DOORS_CHECKPOINTS"
 done
-mapfile -t tests < <(grep -l 'mark\.doors' tests/test_*.py)  # to collect all takes longer than these run
+mapfile -t tests < <(grep -l 'mark\.doors' tests/*/test_*.py)  # to collect all takes longer than these run
 status=0
 for overlay in "${overlays[@]}"; do
   PYTHONPATH=$overlay "$python" -c 'import transformers; print("transformers", transformers.__version__)'

@@ -24,6 +24,10 @@ class CheckpointError(W2A4Error):
     """A checkpoint that is missing, truncated, corrupted or of another format version."""
 
 
+class ArchitectureError(RotationError, CheckpointError):
+    """A model of a family, or with a feature, that is not supported."""
+
+
 class CalibrationError(W2A4Error):
     """Calibration text that is empty or too short."""
 

@@ -9,7 +9,7 @@ from benchmarks.gpu.install import Carried
 from benchmarks.gpu.session import Stage, python
 
 #: Tests that a rehearsal runs in place of those for a GPU.
-REHEARSED = ("tests/test_packing.py", "tests/test_hadamard.py")
+REHEARSED = ("tests/unit/test_packing.py", "tests/unit/test_hadamard.py")
 #: Workers of the tests.
 WORKERS = 8
 #: Kernels that ncu looks at, one launch of each.
@@ -80,8 +80,7 @@ def tests(results: str, cpu: bool) -> Stage:
 
 def gpu_tests() -> tuple[str, ...]:
     """Files with tests for a GPU: each worker reads all that it is given."""
-    return tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu*.py")
-                        if "mark.gpu" in path.read_text("utf-8")))  # fmt: skip
+    return tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/gpu").glob("test_*.py")))
 
 
 def sanitizer(tool: str, seconds: int) -> Stage:

@@ -1,4 +1,4 @@
-// The Python module of the tests that run CUDA kernels on a CPU; tests/simt.py compiles it.
+// The Python module of the tests that run CUDA kernels on a CPU; tests/support/simt.py compiles it.
 #include <pybind11/pybind11.h>
 
 void bind_gemv(pybind11::module_& m);

@@ -41,7 +41,7 @@ class Tile(NamedTuple):
     int8: int = 0
 
 
-#: Each compiles without spills for sm_80, sm_90 and sm_100; `tests/test_triton_compile.py` checks it.
+#: Each compiles without spills for sm_80, sm_90 and sm_100; `tests/kernels/test_triton_compile.py` checks it.
 TILES = (
     Tile(16, 64, 256, 4, 4),
     Tile(32, 64, 256, 4, 4),

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import arch
 from ..errors import CheckpointError
 from ..format.headers import read_config, safetensors_header, shards_of
 from ..format.manifest import Manifest, read_manifest
 from ..format.online import OnlineRotation
 
-#: More layers than any LLaMA; where headers can be read, they say how many there are.
+#: More layers than any model; where headers can be read, they say how many there are.
 MAX_LAYERS = 1000
 
 #: Largest sizes that a config may give.
@@ -26,6 +27,13 @@ LIMITS = {
     "num_hidden_layers": MAX_LAYERS,
 }  # fmt: skip
 _OPTIONAL = ("num_key_value_heads", "head_dim")
+
+#: Fields of a config that say how many rows an output of a linear has.
+_FIELDS = {
+    "q": "num_attention_heads * head_dim", "k": "num_key_value_heads * head_dim",
+    "v": "num_key_value_heads * head_dim", "o": "hidden_size", "gate": "intermediate_size",
+    "up": "intermediate_size", "down": "hidden_size",
+}  # fmt: skip
 
 #: What is written before names by torch.compile and DataParallel.
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
@@ -67,12 +75,8 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless a config is a LLaMA's and its sizes are sizes."""
-    if config.get("model_type") != "llama":
-        raise CheckpointError(
-            f"config.json says model_type={config.get('model_type')!r}, which is not supported; "
-            "w2a4 reads 'llama'"
-        )
+    """Raise CheckpointError unless a config is of a supported family and its sizes are sizes."""
+    arch.of_model_type(config.get("model_type"))
     for key, limit in LIMITS.items():
         value = config.get(key)
         if value is None and (key in _OPTIONAL or key not in config):
@@ -98,20 +102,19 @@ def _check_layers(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None
 
 def _check_shapes(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Sizes in the config against rows, which packing leaves as they are."""
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    if not hidden or not heads:
+    if not config.get("hidden_size") or not config.get("num_attention_heads"):
         return
-    width = config.get("head_dim") or hidden // heads
+    family = arch.of_model_type(config.get("model_type"))
     rows = {
         "model.embed_tokens.weight": ("vocab_size", config.get("vocab_size")),
         "lm_head.weight": ("vocab_size", config.get("vocab_size")),
-        "model.norm.weight": ("hidden_size", hidden),
-        "self_attn.q_proj.weight": ("num_attention_heads * head_dim", heads * width),
-        "self_attn.k_proj.weight": ("num_key_value_heads * head_dim",
-                                    (config.get("num_key_value_heads") or heads) * width),
-        "mlp.gate_proj.weight": ("intermediate_size", config.get("intermediate_size")),
-        "mlp.down_proj.weight": ("hidden_size", hidden),
-    }  # fmt: skip
+        "model.norm.weight": ("hidden_size", config.get("hidden_size")),
+    }
+    if config.get("intermediate_size"):
+        shapes = family.linear_shapes(config)
+        for linear in (linear for site in family.sites for linear in site.linears):
+            told = " + ".join(_FIELDS[output] for output in linear.outputs)
+            rows[f"{linear.path}.weight"] = told, shapes[linear.path][0]
     for name, (_, shape) in tensors.items():
         key, size = rows.get(_LAYER.sub("", name), (None, None))
         if size is not None and (not shape or shape[0] != size):

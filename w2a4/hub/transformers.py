@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -26,9 +24,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .. import arch
 from ..errors import CheckpointError, RotationError
 from ..evaluate.report import Report
-from ..format.groups import resolve_act_group_size, resolve_group_size
 from ..format.linear import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
 from ..format.manifest import FORMAT_VERSION, NEEDS_W2A4, Manifest, read_manifest
 from ..format.online import OnlineRotation, RotatedLinear
@@ -149,7 +147,7 @@ class W2A4Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
         check_placement(device_map)
-        self._asked = model.model.norm.weight.dtype if isinstance(model, LlamaForCausalLM) else None
+        self._asked = _activation_dtype(model)
         if checkpoint_files:
             check_config_beside(checkpoint_files)
         prepare_skeleton(model, self.quantization_config)
@@ -219,51 +217,26 @@ def check_original(model: nn.Module) -> None:
 
 def check_language_model(model: nn.Module) -> None:
     """Raise RotationError if a checkpoint of this model would lose a part, or the model lacks one."""
-    if not isinstance(model, LlamaForCausalLM):
-        raise RotationError(
-            f"{type(model).__name__} is not a LlamaForCausalLM; give the language model as "
-            "AutoModelForCausalLM loads it"
-        )
+    arch.of_model(model)
     bias = getattr(model.lm_head, "bias", None)
     if bias is not None:
         raise RotationError(
-            f"lm_head has a bias of shape {[*bias.shape]}, which a LLaMA's checkpoint does not hold; give a "
-            "model without"
+            f"lm_head has a bias of shape {[*bias.shape]}, which the checkpoint of a {type(model).__name__} does "
+            "not hold; give a model without"
         )
 
 
-def act_group_size(recipe: Recipe | Manifest, name: str, head_dim: int, in_features: int) -> int:
-    """Activations that share a scale at the input of linear `name` (`o_proj`, `down_proj`, …).
-
-    Kernels need groups of weights and of activations of which one divides the other. Where a head (of 80, 96,
-    100, …) is neither to the group of the weights, so many heads share a scale as make up whole groups.
-    """
-    group = resolve_group_size(in_features, recipe.group_size)
-    asked = resolve_act_group_size(in_features, recipe.act_group_size, group)
-    if name != "o_proj" or recipe.o_proj_act != "head" or 0 < asked <= head_dim:
-        return asked
-    if group % head_dim == 0 or head_dim % group == 0:
-        return head_dim
-    heads = math.lcm(group, head_dim)
-    return heads if in_features % heads == 0 else asked
-
-
-def decoder_linears(layer: nn.Module) -> dict[str, nn.Module]:
-    """The seven linears of a LLaMA decoder layer, by the last part of their names."""
-    attn, mlp = layer.self_attn, layer.mlp
-    names = {attn: ("q_proj", "k_proj", "v_proj", "o_proj"), mlp: ("gate_proj", "up_proj", "down_proj")}
-    return {name: getattr(parent, name) for parent, part in names.items() for name in part}
-
-
 def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
-    """Swap a meta-device LLaMA's linears and embeddings for empty packed ones.
+    """Swap a meta-device model's linears and embeddings for empty packed ones.
 
     Raises:
-        CheckpointError: the model has another head than a language model's, or lacks the RoPE of its config.
+        CheckpointError: of no supported family, another head than a language model's, or without the RoPE of
+            its config.
     """
-    if not isinstance(model, LlamaForCausalLM):
+    family = arch.of_config(model.config)
+    if not arch.is_language_model(model, family):
         raise CheckpointError(
-            f"a checkpoint of w2a4 loads as LlamaForCausalLM, not as {type(model).__name__}; use "
+            f"a checkpoint of w2a4 loads as {family.model_class}, not as {type(model).__name__}; use "
             "AutoModelForCausalLM, whose `.model` is the bare decoder"
         )
     check_rope(model.config)
@@ -271,7 +244,7 @@ def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
     dtype = model.model.norm.weight.dtype
     model.config.tie_word_embeddings = False
     for layer in model.model.layers:
-        prepare_layer(layer, manifest, r4, dtype)
+        prepare_layer(layer, family, manifest, r4, dtype)
     with torch.device("meta"):
         if manifest.embed_bits == 8:
             old = model.model.embed_tokens
@@ -280,25 +253,40 @@ def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
             model.lm_head = W8Linear(model.lm_head.in_features, model.lm_head.out_features)
 
 
-def prepare_layer(layer: nn.Module, recipe: Manifest, r4: OnlineRotation | None, dtype: torch.dtype) -> None:
+def prepare_layer(
+    layer: nn.Module, family: arch.Architecture, manifest: Manifest, r4: OnlineRotation | None,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """Swap a decoder layer's linears for empty packed ones on the meta device."""
+    head_dim = layer.self_attn.head_dim
     with torch.device("meta"):
-        for name, old in decoder_linears(layer).items():
-            parent = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
-            setattr(parent, name, _empty_linear(old, name, recipe, r4, layer.self_attn.head_dim, dtype))
+        for site in family.sites:
+            for path in site.paths:
+                old = layer.get_submodule(path)
+                act_group = -1
+                if manifest.weight_bits < 16:
+                    act_group = family.act_group_size(manifest, site, head_dim, old.in_features)
+                rotation = r4 if site.rotation == "r4" else None
+                layer.set_submodule(path, _empty_linear(old, manifest, rotation, act_group, dtype))
 
 
 def _empty_linear(
-    old: nn.Linear, name: str, recipe: Manifest, r4, head_dim: int, dtype: torch.dtype
+    old: nn.Linear, manifest: Manifest, rotation: OnlineRotation | None, act_group: int, dtype: torch.dtype
 ) -> nn.Module:
-    rotation = r4 if name == "down_proj" else None
     shape = (old.in_features, old.out_features, old.bias is not None)
-    if recipe.weight_bits == 16:
+    if manifest.weight_bits == 16:
         return old if rotation is None else RotatedLinear(*shape, rotation=rotation, dtype=dtype)
-    return PACKED_LINEARS[recipe.weight_bits](
-        *shape, recipe.group_size, act_bits=recipe.act_bits, rotation=rotation,
-        act_group_size=act_group_size(recipe, name, head_dim, old.in_features), dtype=dtype,
+    return PACKED_LINEARS[manifest.weight_bits](
+        *shape, manifest.group_size, act_bits=manifest.act_bits, rotation=rotation, act_group_size=act_group,
+        dtype=dtype,
     )  # fmt: skip
+
+
+def _activation_dtype(model: nn.Module) -> torch.dtype | None:
+    """That of the final norm; None for a model that is no language model with one."""
+    return getattr(
+        getattr(getattr(getattr(model, "model", None), "norm", None), "weight", None), "dtype", None
+    )
 
 
 def kv_settings(config: W2A4Config) -> attention.KVSettings:
@@ -307,7 +295,7 @@ def kv_settings(config: W2A4Config) -> attention.KVSettings:
 
 
 def install(model: nn.Module, config: W2A4Config, report: Report | None = None) -> None:
-    """Give a rotated or quantised LLaMA its attention, cache and `save_pretrained`."""
+    """Give a rotated or quantised model its attention, cache and `save_pretrained`."""
     set_attention(model, config)
     if config.manifest.weight_bits < 16:
         model.is_quantized = True

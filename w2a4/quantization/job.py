@@ -1,4 +1,4 @@
-"""From a float LLaMA to a packed one: load, rotate, quantise, save."""
+"""From a float model to a packed one: load, rotate, quantise, save."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import arch
 from ..errors import RotationError, W2A4Error
 from ..evaluate.data import TextSource, calibration_ids
 from ..evaluate.report import Report, source_name, versions
@@ -33,14 +34,12 @@ from ..hub.transformers import (
 )
 from ..ops.devices import peak_memory_mb
 from ..recipe import Recipe, RotationConfig
-from .layer import STAGES, LayerQuantizer, Streams, check_weight
+from .layer import LayerQuantizer, Streams, check_weight
 from .resume import Progress, fingerprint
-from .rotation import fold as fuse
-from .rotation.learn import act_group_sizes, learn_rotation
+from .rotation import fold
+from .rotation.learn import learn_rotation
+from .rotation.network import act_group_sizes
 from .smooth import smooth
-
-#: The linears of a decoder layer.
-STAGED = [name for stage in STAGES for name in stage]
 
 #: Tokens that run through a layer at once while quantising.
 BATCH_TOKENS = 2048
@@ -67,7 +66,7 @@ def load_model(
         the model in eval mode, and the tokenizer.
 
     Raises:
-        W2A4Error: nothing there, not a LLaMA, or damaged; the message says what to do.
+        W2A4Error: nothing there, of no supported family, or damaged; the message says what to do.
     """
     check_source(source)
     if is_gguf(source):
@@ -78,17 +77,17 @@ def load_model(
 
 
 def rotate(model: nn.Module, config: RotationConfig | None = None) -> nn.Module:
-    """Rotate a LLaMA in place so that it is easier to quantise; its output stays the same.
+    """Rotate a model in place so that it is easier to quantise; its output stays the same.
 
     Args:
-        model: LlamaForCausalLM, float.
+        model: of a family in `arch`, float.
         config: which rotation goes where, see `RotationConfig`.
 
     Returns:
         the same model. It saves and loads like any other (loading needs `import w2a4`).
 
     Raises:
-        RotationError: not a LLaMA, rotated already, or with parts the rotation would miss.
+        RotationError: of no supported family, rotated already, or with parts the rotation would miss.
     """
     return _rotate(model, config or RotationConfig())
 
@@ -96,7 +95,7 @@ def rotate(model: nn.Module, config: RotationConfig | None = None) -> nn.Module:
 def _rotate(model: nn.Module, config: RotationConfig, smoothed: float = 0.0) -> nn.Module:
     """`rotate`, and the record of it, with the alpha that the model was smoothed by."""
     check_original(model)
-    fuse.rotate(model, config)
+    fold.rotate(model, config)
     rotation = model.config.w2a4_rotation
     del model.config.w2a4_rotation
     if config.learned is not None:
@@ -147,12 +146,12 @@ def quantize(
     refine: Refine | None = None,
     device: torch.device | None = None,
 ) -> Report:
-    """Smooth, rotate and quantise a LLaMA in place, one decoder layer at a time.
+    """Smooth, rotate and quantise a model in place, one decoder layer at a time.
 
     Rotations that the recipe calls `learned` without naming their file are learned first, on the same text.
 
     Args:
-        model: LlamaForCausalLM, float, unrotated or fresh from `rotate`.
+        model: of a family in `arch`, float, unrotated or fresh from `rotate`.
         tokenizer: for the calibration text.
         recipe: a `Recipe`, the name of one, or a YAML file.
         calibration: `builtin`, a text file, a list of documents, or token ids `[samples, tokens]`.
@@ -168,7 +167,8 @@ def quantize(
         what was done and how well each linear fits; also in `model.w2a4_report`.
 
     Raises:
-        W2A4Error: quantised already, not a LLaMA, text too short, a group size that does not divide.
+        W2A4Error: quantised already, of no supported family, text too short, or a group size that does not
+            divide.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     started = time.perf_counter()
@@ -191,7 +191,10 @@ def quantize(
     model.eval()
     layers = len(model.model.layers) if recipe.weight_bits < 16 else 0
     with tqdm(
-        total=layers * len(STAGED), desc=f"quantize {recipe.name}", unit="linear", disable=not progress
+        total=layers * len(arch.of_config(model.config).paths),
+        desc=f"quantize {recipe.name}",
+        unit="linear",
+        disable=not progress,
     ) as bar:
         _quantize_layers(model, recipe, config, ids, state, bar, refine, device or model.device)
     for entry in (entry for layer in state.entries for entry in layer):
@@ -207,16 +210,13 @@ def quantize(
 
 def check_quantizable(model: nn.Module, recipe: Recipe) -> None:
     """Raise W2A4Error if `quantize` would refuse the model or the recipe; cheap, changes nothing."""
-    if getattr(model.config, "model_type", None) != "llama":
-        raise W2A4Error(
-            f"model type {getattr(model.config, 'model_type', None)!r} is not supported; w2a4 reads 'llama'"
-        )
+    family = arch.of_model(model)
     check_language_model(model)
     if any(isinstance(module, _PackedModule) for module in model.modules()):
         raise W2A4Error("this model is quantised already; start from the original")
     if getattr(model.lm_head, "bias", None) is not None:
         raise W2A4Error(
-            "lm_head has a bias, which LlamaForCausalLM does not have when it is loaded again; "
+            f"lm_head has a bias, which {family.model_class} does not have when it is loaded again; "
             "set lm_head.bias to None and add it to the logits yourself"
         )
     before = getattr(model.config, "quantization_config", None)
@@ -246,19 +246,19 @@ def _quantize_layers(
     streams = Streams(full, [embed(batch).to(device) for batch in batches])
     positions = torch.arange(ids.shape[1], device=device)[None]
     cos_sin = model.model.rotary_emb(streams.full[0], positions)
-    settings = kv_settings(config)
+    settings, family = kv_settings(config), arch.of_config(model.config)
     if recipe.weight_bits == 16:
         return
     for index, layer in enumerate(model.model.layers):
         if index < progress.done:
-            prepare_layer(layer, recipe, config.online("r4"), dtype)
+            prepare_layer(layer, family, recipe, config.online("r4"), dtype)
             layer.load_state_dict(progress.layer(index), assign=True)
             layer.to(home)
-            bar.update(len(STAGED))
+            bar.update(len(family.paths))
             if index == progress.done - 1:
                 streams = progress.streams().to(device, len(batches[0]))
             continue
-        quantizer = LayerQuantizer(layer.to(device), recipe, settings, cos_sin)
+        quantizer = LayerQuantizer(layer.to(device), recipe, settings, cos_sin, family)
         inputs = streams.quantized
         try:
             errors = quantizer.run(streams, bar.update)
@@ -268,7 +268,7 @@ def _quantize_layers(
             refine(index, quantizer, inputs, streams)
         entries = [
             {"name": f"model.layers.{index}.{name}", "bits": packed.bits, "group_size": packed.group_size,
-             "relative_error": errors[name.rpartition(".")[2]]}
+             "relative_error": errors[name]}
             for name, packed in quantizer.packed()
         ]  # fmt: skip
         progress.store(layer.to(home), streams, entries)

@@ -2,7 +2,7 @@
 
 Two streams of hidden states run through the model side by side: `full`, the rotated model at full
 precision, and `quantized`, the packed layers done so far. Within a layer the linears are fitted in
-the order data reaches them (q/k/v, o, gate/up, down), each group on inputs that already passed the
+the order of the family's sites (q/k/v, o, gate/up, down), each group on inputs that already passed the
 packed linears before it. Only one layer's full-precision copy is alive at a time.
 """
 
@@ -11,27 +11,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..arch.architecture import Architecture, Site, activation
+from ..arch.forward import decoder_layer
 from ..errors import W2A4Error
 from ..format.linear import PACKED_LINEARS, _PackedLinear
 from ..format.online import OnlineRotation
 from ..format.rtn import fit_rtn
-from ..hub.transformers import act_group_size, decoder_linears
 from ..ops.reference import dequantize_a4
 from ..recipe import Recipe
 from ..runtime.attention import KVSettings
+from ..runtime.heads import attend
 from .fit.gptq import GPTQOptions, fit_gptq
 from .fit.moments import Moments
 
 #: Clips that `act_clip: search` tries.
 ACT_CLIPS = tuple(round(0.6 + 0.05 * step, 2) for step in range(9))
-
-#: Linears that share their input, in the order data reaches them.
-STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 #: Root mean square of weights by their bits: below, the least float16 scale is too coarse for them.
 LEAST_SIZES = {2: 1e-7, 4: 4e-7, 8: 1e-6}
@@ -50,7 +50,7 @@ class Streams:
 
 
 def token_weights(recipe: Recipe, tokens: int, device: torch.device | str = "cpu") -> Tensor:
-    """What the squared error at each place of a window counts, `[tokens]`: 1, and more at the first.
+    """What the squared error at each position of a window counts, `[tokens]`: 1, and more at the first.
 
     The first token is the one that all others attend to, and what makes it so is a massive activation of one
     or two neurons. Their weights bring the noise of 4-bit inputs into every token, so that least squares can
@@ -62,37 +62,35 @@ def token_weights(recipe: Recipe, tokens: int, device: torch.device | str = "cpu
 
 
 class LayerQuantizer:
-    """Quantises one decoder layer in place.
+    """Quantises one decoder layer in place, as the steps of its forward pass reach its sites.
 
     Args:
-        layer: a LlamaDecoderLayer whose linears are float (down_proj may be a RotatedLinear).
+        layer: a decoder layer of transformers whose linears are float (mlp_out's may be RotatedLinears).
         recipe: see `Recipe`.
         settings: of the KV cache of the quantised model.
         position_embeddings: cos and sin for one batch.
+        family: of the model.
     """
 
-    def __init__(self, layer: nn.Module, recipe: Recipe, settings: KVSettings, position_embeddings):
+    def __init__(
+        self, layer: nn.Module, recipe: Recipe, settings: KVSettings, position_embeddings: Any,
+        family: Architecture,
+    ):  # fmt: skip
         self.layer, self.recipe, self.position_embeddings = layer, recipe, position_embeddings
-        self.reference = copy.deepcopy(layer)
+        self.reference, self.family = copy.deepcopy(layer), family
         self.settings, self.full_settings = settings, KVSettings(rotation=settings.rotation)
         self.errors: dict[str, float] = {}
+        self.progress: Callable[[], object] = lambda: None
 
     def run(self, streams: Streams, progress: Callable[[], object] = lambda: None) -> dict[str, float]:
         """Quantise, and move both streams behind the layer.
 
         Returns:
-            relative output error of each linear's fit, by name.
+            relative output error of each linear's fit, by path.
         """
-        inputs = self._map(streams, lambda layer, x: layer.input_layernorm(x))
-        self._fit(STAGES[0], inputs, progress)
-        context = self._map(inputs, self._attend)
-        self._fit_update(STAGES[1], "self_attn.o_proj", streams, context, progress)
-        inputs = self._map(streams, lambda layer, x: layer.post_attention_layernorm(x))
-        self._fit(STAGES[2], inputs, progress)
-        inner = self._map(
-            inputs, lambda layer, x: layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
-        )
-        self._fit_update(STAGES[3], "mlp.down_proj", streams, inner, progress)
+        self.progress = progress
+        after = decoder_layer(self.family, self, streams)
+        streams.full, streams.quantized = after.full, after.quantized
         for hidden, which in ((streams.full, "full-precision"), (streams.quantized, "quantised")):
             if not all(bool(x.isfinite().all()) for x in hidden):
                 raise W2A4Error(
@@ -103,8 +101,45 @@ class LayerQuantizer:
         return self.errors
 
     def packed(self) -> list[tuple[str, nn.Module]]:
-        """The layer's packed linears, by their names inside it."""
-        return [(n, m) for n, m in self.layer.named_modules() if isinstance(m, _PackedLinear)]
+        """The layer's packed linears, by their paths."""
+        return [(n, m) for n, m in self.family.linears(self.layer).items() if isinstance(m, _PackedLinear)]
+
+    def attention(self, streams: Streams) -> Streams:
+        """What o_proj sees; fits q, k and v."""
+        inputs = self._normed(self.family.attention_in, streams)
+        self._fit(self.family.attention_in, inputs)
+
+        def attend_in(layer: nn.Module, x: Tensor) -> Tensor:
+            settings = self.settings if layer is self.layer else self.full_settings
+            qkv = _outputs(layer, self.family.attention_in, x)
+            return attend(layer.self_attn, qkv, self.position_embeddings, settings)
+
+        return self._map(inputs, attend_in)
+
+    def mlp(self, streams: Streams) -> Streams:
+        """What down_proj sees; fits gate and up."""
+        inputs = self._normed(self.family.mlp_in, streams)
+        self._fit(self.family.mlp_in, inputs)
+
+        def activate(layer: nn.Module, x: Tensor) -> Tensor:
+            gate, up = _outputs(layer, self.family.mlp_in, x).chunk(2, -1)
+            return activation(layer.mlp)(gate) * up
+
+        return self._map(inputs, activate)
+
+    def add(self, site: Site, inputs: Streams, streams: Streams) -> Streams:
+        """Quantise a linear whose output is added to the hidden states, and add it.
+
+        What reads hidden states normalises them first, so an error counts relative to the token's norm. Else
+        a token with a massive activation, a hundred times as long as the others, would decide the fit alone.
+        """
+        pairs = zip(streams.full, inputs.full, strict=True)
+        full = [x + _outputs(self.reference, site, y) for x, y in pairs]
+        norms = [x.float().norm(dim=-1, keepdim=True).clamp_min(1e-6) for x in full]
+        typical = torch.cat([norm.flatten() for norm in norms]).median()
+        self._fit(site, inputs, [typical / norm for norm in norms])
+        pairs = zip(streams.quantized, inputs.quantized, strict=True)
+        return Streams(full, [x + _outputs(self.layer, site, y) for x, y in pairs])
 
     def _map(self, streams: Streams, fn: Callable[[nn.Module, Tensor], Tensor]) -> Streams:
         return Streams(
@@ -112,62 +147,22 @@ class LayerQuantizer:
             [fn(self.layer, x) for x in streams.quantized],
         )
 
-    def _fit_update(
-        self,
-        names: tuple[str, ...],
-        path: str,
-        streams: Streams,
-        inputs: Streams,
-        progress: Callable[[], object],
-    ) -> None:
-        """Quantise a linear whose output is added to the hidden states, and add it.
+    def _normed(self, site: Site, streams: Streams) -> Streams:
+        return self._map(streams, lambda layer, x: layer.get_submodule(site.norm)(x))
 
-        What reads hidden states normalises them first, so an error counts relative to the token's norm. Else
-        a token with a massive activation, a hundred times as long as the others, would decide the fit alone.
-        """
-        full = [
-            x + self.reference.get_submodule(path)(y) for x, y in zip(streams.full, inputs.full, strict=True)
-        ]
-        norms = [x.float().norm(dim=-1, keepdim=True).clamp_min(1e-6) for x in full]
-        typical = torch.cat([norm.flatten() for norm in norms]).median()
-        self._fit(names, inputs, progress, [typical / norm for norm in norms])
-        streams.full = full
-        streams.quantized = [
-            x + self.layer.get_submodule(path)(y)
-            for x, y in zip(streams.quantized, inputs.quantized, strict=True)
-        ]
-
-    def _attend(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """What o_proj sees."""
-        seen: list[Tensor] = []
-        handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
-            layer.self_attn(
-                hidden_states=x,
-                position_embeddings=self.position_embeddings,
-                attention_mask=None,
-                kv_settings=self.settings if layer is self.layer else self.full_settings,
-            )
-        finally:
-            handle.remove()
-        return seen[0]
-
-    def _fit(
-        self, names: tuple[str, ...], inputs: Streams, progress: Callable[[], object],
-        weights: list[Tensor] | None = None,
-    ) -> None:  # fmt: skip
-        """Quantise the linears that share `inputs`, stacked into one matrix.
+    def _fit(self, site: Site, inputs: Streams, weights: list[Tensor] | None = None) -> None:
+        """Quantise the linears of a site, stacked into one matrix.
 
         Args:
-            weights: what a token's error is multiplied with before it is squared, beside its place's weight,
-                `[sequences, tokens, 1]` a batch; None is 1.
+            weights: what a token's error is multiplied with before it is squared, beside its position's
+                weight, `[sequences, tokens, 1]` a batch; None is 1.
         """
-        recipe, linears = self.recipe, decoder_linears(self.layer)
-        group = [linears[name] for name in names]
+        recipe, names = self.recipe, [linear.name for linear in site.linears]
+        group = [self.layer.get_submodule(path) for path in site.paths]
         rotation: OnlineRotation | None = getattr(group[0], "rotation", None)
         rotate = rotation.apply if rotation is not None else (lambda x: x)
-        in_features = group[0].in_features
-        act_group = act_group_size(recipe, names[0], self.layer.self_attn.head_dim, in_features)
+        head_dim, in_features = self.layer.self_attn.head_dim, group[0].in_features
+        act_group = self.family.act_group_size(recipe, site, head_dim, in_features)
         inputs = Streams([rotate(x) for x in inputs.full], [rotate(x) for x in inputs.quantized])
         clip = self._act_clip(inputs.quantized, act_group)
         weight = torch.cat([linear.weight.detach().float() for linear in group])
@@ -178,9 +173,9 @@ class LayerQuantizer:
             error = None
         else:
             moments = Moments(weight.shape[1], recipe.gptq_target == "full", weight.device)
-            places = token_weights(recipe, inputs.full[0].shape[1], weight.device).sqrt()[:, None]
+            positions = token_weights(recipe, inputs.full[0].shape[1], weight.device).sqrt()[:, None]
             for i, (full, quantized) in enumerate(zip(inputs.full, inputs.quantized, strict=True)):
-                factor = places if weights is None else places * weights[i]
+                factor = positions if weights is None else positions * weights[i]
                 moments.add(self._as_seen(quantized, clip, act_group) * factor, full * factor)
             options = GPTQOptions(
                 recipe.gptq_damp, recipe.gptq_block, recipe.gptq_act_order, recipe.gptq_refine
@@ -192,20 +187,19 @@ class LayerQuantizer:
             except W2A4Error as fault:
                 raise W2A4Error(f"{', '.join(names)}: {fault}") from fault
         start = 0
-        for name, linear in zip(names, group, strict=True):
+        for path, linear in zip(site.paths, group, strict=True):
             part = fitted.rows(start, start + linear.out_features)
             start += linear.out_features
-            self._replace(name, linear, part, clip, act_group, rotation)
-            self.errors[name] = error if error is not None else _weight_error(linear.weight, part)
-            progress()
+            self._replace(path, linear, part, clip, act_group, rotation)
+            self.errors[path] = error if error is not None else _weight_error(linear.weight, part)
+            self.progress()
 
-    def _replace(self, name: str, linear: nn.Linear, fitted, clip: float, act_group: int, rotation) -> None:
+    def _replace(self, path: str, linear: nn.Linear, fitted, clip: float, act_group: int, rotation) -> None:
         packed = PACKED_LINEARS[self.recipe.weight_bits].from_linear(
             linear, fitted=fitted, act_bits=self.recipe.act_bits, act_clip=clip,
             act_group_size=act_group, rotation=rotation,
         )  # fmt: skip
-        parent = self.layer.mlp if hasattr(self.layer.mlp, name) else self.layer.self_attn
-        setattr(parent, name, packed)
+        self.layer.set_submodule(path, packed)
 
     def _as_seen(self, x: Tensor, clip: float, act_group: int) -> Tensor:
         """Activations after quantisation, as the packed linear will see them."""
@@ -227,6 +221,12 @@ class LayerQuantizer:
             return float(((self._as_seen(sample, clip, act_group) - sample).square().sum(-1) / energy).mean())
 
         return min(ACT_CLIPS, key=error)
+
+
+def _outputs(layer: nn.Module, site: Site, x: Tensor) -> Tensor:
+    """What a site's linears give for their input, one behind the other."""
+    out = [layer.get_submodule(path)(x) for path in site.paths]
+    return out[0] if len(out) == 1 else torch.cat(out, -1)
 
 
 def check_weight(name: str, weight: Tensor, bits: int) -> None:

@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import arch
 from ..errors import CalibrationError
 from ..hub.transformers import check_original
-from .rotation import fold as fuse
-
-#: The linears that share an input, and the module whose outputs are divided by its scales. From the back
-#: of a layer to its front: v_proj and up_proj have their last rows when their own inputs' scales are taken.
-MOVES = (
-    (("mlp.down_proj",), "mlp.up_proj"),
-    (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    (("self_attn.o_proj",), "self_attn.v_proj"),
-    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-)
+from .rotation import fold
 
 #: Scales are held in here: a channel that calibration hardly used would overflow float16 beyond.
 SCALES = (1e-4, 1e4)
@@ -32,13 +26,13 @@ SCALES = (1e-4, 1e4)
 
 @torch.no_grad()
 def smooth(model: nn.Module, ids: Tensor, alpha: float) -> nn.Module:
-    """Smooth a LLaMA in place; its output stays the same up to rounding.
+    """Smooth a model in place; its output stays the same up to rounding.
 
     Each tensor is computed in float64 and cast once. A channel whose activations or weights are all zero
     keeps its scale.
 
     Args:
-        model: LlamaForCausalLM, float, unrotated.
+        model: a causal language model of a family in `arch`, float, unrotated.
         ids: calibration windows, int64 `[samples, tokens]`.
         alpha: in (0, 1], how much of the difficulty moves: at 1 every channel's largest activation is 1.
             0 is off: nothing is run or changed.
@@ -53,10 +47,39 @@ def smooth(model: nn.Module, ids: Tensor, alpha: float) -> nn.Module:
     if not alpha:
         return model
     check_original(model)
-    fuse.check(model)
+    fold.check(model)
+    moves = _moves(model.config)
     for layer, seen in zip(model.model.layers, input_maxima(model, ids), strict=True):
-        _smooth_layer(layer, seen, alpha)
+        _smooth_layer(layer, moves, seen, alpha)
     return model
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Linears that share an input, and the rows, or the norm, whose outputs are divided by its scales.
+
+    The query heads of one KV head read the same values, and so share `width` scales.
+    """
+
+    readers: tuple[str, ...]
+    source: str
+    rows: slice
+    width: int
+
+
+def _moves(config: Any) -> list[_Move]:
+    """From the back of a layer to its front: v and up have their last rows when their own inputs' scales are
+    taken.
+    """
+    family, found = arch.of_config(config), []
+    for site in reversed(family.sites):
+        if site.norm is not None:
+            found.append(_Move(site.paths, site.norm, slice(config.hidden_size), config.hidden_size))
+            continue
+        rows = family.output_rows(config, "up" if site is family.mlp_out else "v")
+        width = rows.stop - rows.start if site is family.mlp_out else arch.head_dim(config)
+        found.append(_Move(site.paths, rows.path, slice(rows.start, rows.stop), width))
+    return found
 
 
 @torch.no_grad()
@@ -64,7 +87,7 @@ def input_maxima(model: nn.Module, ids: Tensor) -> list[dict[str, Tensor]]:
     """max|x| over all tokens of each channel of the decoder linears' inputs.
 
     Returns:
-        by layer, by the first linear of each of `MOVES`: float64 `[in_features]`.
+        by layer, by the first linear of each site: float64 `[in_features]`.
 
     Raises:
         CalibrationError: one of them is not finite.
@@ -77,7 +100,8 @@ def input_maxima(model: nn.Module, ids: Tensor) -> list[dict[str, Tensor]]:
 
     with contextlib.ExitStack() as hooks:
         for layer, found in zip(model.model.layers, maxima, strict=True):
-            for (name, *_), _ in MOVES:
+            for site in arch.of_config(model.config).sites:
+                name = site.paths[0]
                 hook = functools.partial(keep, found, name)
                 hooks.callback(layer.get_submodule(name).register_forward_pre_hook(hook).remove)
         for window in ids.to(model.device).split(1):
@@ -92,21 +116,22 @@ def input_maxima(model: nn.Module, ids: Tensor) -> list[dict[str, Tensor]]:
     return maxima
 
 
-def _smooth_layer(layer: nn.Module, seen: dict[str, Tensor], alpha: float) -> None:
+def _smooth_layer(layer: nn.Module, moves: list[_Move], seen: dict[str, Tensor], alpha: float) -> None:
     values = {name: parameter.double() for name, parameter in layer.named_parameters()}
-    for readers, source in MOVES:
-        columns = torch.stack([values[f"{name}.weight"].abs().amax(0) for name in readers]).amax(0)
-        outputs = len(values[f"{source}.weight"])
-        # The query heads of one KV head read the same values: they share a scale a channel.
-        width = layer.self_attn.head_dim if source == "self_attn.v_proj" else outputs
-        heads = outputs // width, -1, width
-        scale = _scales(seen[readers[0]].view(heads).amax(1), columns.view(heads).amax(1), alpha)
+    for move in moves:
+        columns = torch.stack([values[f"{name}.weight"].abs().amax(0) for name in move.readers]).amax(0)
+        outputs = move.rows.stop - (move.rows.start or 0)
+        heads = outputs // move.width, -1, move.width
+        activations = seen[move.readers[0]].view(heads).amax(1)
+        scale = _scales(activations, columns.view(heads).amax(1), alpha)
         wide = scale[:, None].expand(-1, len(columns) // outputs, -1).flatten()
-        for name in readers:
+        for name in move.readers:
             values[f"{name}.weight"] = values[f"{name}.weight"] * wide
         for name in ("weight", "bias"):
-            if (value := values.get(f"{source}.{name}")) is not None:
-                values[f"{source}.{name}"] = value / scale.view(-1, *[1] * (value.dim() - 1))
+            if (value := values.get(f"{move.source}.{name}")) is not None:
+                value = value.clone()
+                value[move.rows] /= scale.view(-1, *[1] * (value.dim() - 1))
+                values[f"{move.source}.{name}"] = value
     for name, parameter in layer.named_parameters():
         parameter.copy_(values[name])
 

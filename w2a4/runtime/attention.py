@@ -148,6 +148,7 @@ def w2a4_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     kv_settings: KVSettings | None = None,
+    sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention function in the form transformers calls.
@@ -158,6 +159,8 @@ def w2a4_attention(
         key, value: the same with kv_heads, or what `KV4Cache.update` returned.
         attention_mask: bool `[batch, 1, q_tokens, kv_tokens]`, True where seen; None is causal, of several
             tokens from the first key on, as transformers means it, of one token all keys.
+        sliding_window: keys that a query may see, which the mask says already: transformers leaves a mask out
+            only where the window hides nothing.
 
     Returns:
         `[batch, q_tokens, q_heads, head_dim]`, and no attention weights.

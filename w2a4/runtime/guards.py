@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from ..errors import W2A4Error
 from .arguments import CACHE, CACHE_NAMES, NO_WEIGHTS, cache_of
 from .attention import NAME, KVSettings
 from .kv_cache import KV4Cache, KV4StaticCache
 
-#: Names of what can be given to a model by place.
-_PLACES = tuple(inspect.signature(LlamaForCausalLM.forward).parameters)[1:]
+
+@functools.cache
+def _positional(model_class: type) -> tuple[str, ...]:
+    """Names of what can be given to a model by position."""
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
 def before_forward(
@@ -27,7 +30,7 @@ def before_forward(
         W2A4Error: see `check_attention` and `adopt`.
     """
     if len(args) > 1:
-        kwargs, args = kwargs | dict(zip(_PLACES, args, strict=False)), ()
+        kwargs, args = kwargs | dict(zip(_positional(type(model)), args, strict=False)), ()
     settings: KVSettings = model.model.layers[0].self_attn.kv_settings
     check_attention(model.config, settings, kwargs)
     cache, layers = cache_of(kwargs), len(model.model.layers)

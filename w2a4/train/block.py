@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..format.files import read_text, write_json
-from ..hub.transformers import decoder_linears
 from ..quantization.layer import LayerQuantizer, Streams
 from ..recipe import Recipe, Training
-from .linear import FakeQuantLinear, fake_quant_linear, share_act_clips
+from ..runtime.heads import window_mask
+from .linear import FakeQuantLinear, make_trainable
 from .optimizer import parameter_groups, rate
 
 
@@ -106,21 +106,16 @@ def _read_errors(path: Path) -> dict[int, tuple[float, float]]:
 
 def _replace(layer: nn.Module, quantizer: LayerQuantizer, training: Training) -> None:
     """Trainable linears, from the layer's packed fits and the reference's weights."""
-    fits = decoder_linears(layer)
     layer.requires_grad_(False)
-    for name, linear in decoder_linears(quantizer.reference).items():
-        parent = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
-        trained = fake_quant_linear(linear, fits[name], training)
+    for trained in make_trainable(layer, layer, quantizer.reference, quantizer.family, training):
         trained.set_trainable(training.learn_act_clip)
-        setattr(parent, name, trained)
-    share_act_clips(layer)
 
 
 def _forward(layer: nn.Module, x: Tensor, quantizer: LayerQuantizer) -> Tensor:
     out = layer(
         x,
         position_embeddings=quantizer.position_embeddings,
-        attention_mask=None,
+        attention_mask=window_mask(layer.self_attn, x.shape[1], x.device),
         kv_settings=quantizer.settings,
     )
     return out if isinstance(out, Tensor) else out[0]  # transformers 4.57 returns a tuple

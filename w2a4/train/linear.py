@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arch import Architecture
 from ..format.fake_quant import (
     codebook_to_ldp,
     fake_quant_a4,
@@ -230,12 +231,23 @@ def fake_quant_linear(linear: nn.Linear, fit: _PackedLinear, training: Training)
     return FakeQuantLinear(linear.weight, linear.bias, fit, training.grid, minmax, training.keep_codes)
 
 
-def share_act_clips(layer: nn.Module) -> None:
+def share_act_clips(layer: nn.Module, family: Architecture) -> None:
     """One clip for the linears that read one input, so that it is quantised once for all of them."""
-    attn, mlp = layer.self_attn, layer.mlp
-    for first, *others in ((attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)):
+    for site in family.sites:
+        first, *others = (layer.get_submodule(path) for path in site.paths)
         for other in others:
             other.act_clip = first.act_clip
+
+
+def make_trainable(layer: nn.Module, fitted: nn.Module, source: nn.Module, family: Architecture,
+                   training: Training) -> list[FakeQuantLinear]:  # fmt: skip
+    """Put trainable linears into a layer: `fitted` has their packed fits, `source` their weights."""
+    made = []
+    for path, linear in family.linears(source).items():
+        made.append(fake_quant_linear(linear, fitted.get_submodule(path), training))
+        layer.set_submodule(path, made[-1])
+    share_act_clips(layer, family)
+    return made
 
 
 def fake_quant_linears(model: nn.Module) -> dict[str, FakeQuantLinear]:

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arch
 from ..errors import W2A4Error
 from ..evaluate.data import TextSource
 from ..evaluate.report import Report
 from ..format.linear import W8Linear
-from ..hub.transformers import W2A4Config, decoder_linears, install, set_attention
+from ..hub.transformers import W2A4Config, install, set_attention
 from ..quantization import job as pipeline
 from ..recipe import Recipe, Training
 from .block import BlockTrainer
-from .linear import fake_quant_linear, fake_quant_linears, share_act_clips
+from .linear import fake_quant_linears, make_trainable
 
 #: How `Training.init` fits the weights that training begins with.
 INIT_METHODS = {"gptq": "gptq", "lloyd": "rtn", "minmax": "rtn"}
@@ -54,7 +55,7 @@ def prepare(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_trainable(model, recipe)
-    start = start_recipe(recipe)
+    start, family = start_recipe(recipe), arch.of_config(model.config)
     if not isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
         pipeline.rotate_by_recipe(model, tokenizer, recipe, calibration, progress, resume)
     packed = copy.deepcopy(model)
@@ -62,11 +63,7 @@ def prepare(
     refine = BlockTrainer(recipe, steps) if steps else None
     report = pipeline.quantize(packed, tokenizer, start, calibration, progress, resume, refine)
     for layer, fit in zip(model.model.layers, packed.model.layers, strict=True):
-        fits = decoder_linears(fit)
-        for name, linear in decoder_linears(layer).items():
-            parent = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
-            setattr(parent, name, fake_quant_linear(linear, fits[name], recipe.training))
-        share_act_clips(layer)
+        make_trainable(layer, fit, layer, family, recipe.training)
     _freeze(model, packed, recipe.training)
     before: W2A4Config = packed.config.quantization_config
     set_attention(model, before.quantized_by(recipe.override(**before.rotated_by)))

@@ -1,4 +1,4 @@
-"""`rotate`: fold norm weights, R1, R2 and R4 into a LLaMA's weights; its output does not change.
+"""`rotate`: fold norm weights, R1, R2 and R4 into a model's weights; its output does not change.
 
 One function makes a plan that names every parameter and what happens to it, one checks that the plan
 covers the model, one carries it out. A model that fails a check is left as it was.
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ... import arch
 from ...errors import RotationError
 from ...format.online import OnlineRotation, RotatedLinear
 from ...recipe import RotationConfig
@@ -31,37 +32,39 @@ _ROWS = 8192
 
 @torch.no_grad()
 def rotate(model: nn.Module, config: RotationConfig) -> nn.Module:
-    """Fold a LLaMA's norm weights and rotations into its weights, in place.
+    """Fold a model's norm weights and rotations into its weights, in place.
 
-    Norm weights are always folded (and become 1) and tied embeddings untied, whichever rotations are
-    on. Each tensor is computed in float64 and cast once. With R4, every down_proj becomes a
-    `RotatedLinear`. R3 changes no weight: attention applies it to queries and keys, or leaves it out,
-    with the same scores. `model.config.w2a4_rotation` records all of it: the fields of `config` and
+    Norm weights are always folded (and become 1) and tied embeddings untied, whichever rotations are on.
+    Each tensor is computed in float64 and cast once. With R4, every linear that reads the inner activations
+    of an MLP becomes a `RotatedLinear`. R3 changes no weight: attention applies it to queries and keys, or
+    leaves it out, with the same scores. `model.config.w2a4_rotation` records all of it: the fields of `config` and
     `online` = {"r3": ..., "r4": ...}, each for `OnlineRotation.from_dict`.
 
     Args:
-        model: a `LlamaForCausalLM` in floating point, its weights loaded (not on the meta device).
+        model: a causal language model of a family in `arch`, in floating point, its weights loaded (not on
+            the meta device).
         config: which rotation goes where.
 
     Returns:
         `model`, whose logits are those from before up to rounding.
 
     Raises:
-        RotationError: not a LLaMA, rotated or quantised already, a parameter that no rotation covers,
-            a weight on the meta device or not finite, or a learned rotation that does not fit.
+        RotationError: of no supported family, rotated or quantised already, a parameter that no rotation
+            covers, a weight on the meta device or not finite, or a learned rotation that does not fit.
             The model is unchanged then.
     """
     check(model)
+    family = arch.of_config(model.config)
     r1, r2, online = _rotations(model, config)
-    plan = list(_plan(model, r1, r2, online["r4"]))
+    plan = list(_plan(model, family, r1, r2, online["r4"]))
     _untie(model)
     for fold in plan:
         _carry_out(fold, model.get_submodule(fold.name))
-    for name in _norm_names(model):
+    for name in _norm_names(model, family):
         model.get_submodule(name).weight.fill_(1)
-    if online["r4"].kind != "none":
+    for path in family.mlp_out.paths if online["r4"].kind != "none" else ():
         for layer in model.model.layers:
-            layer.mlp.down_proj = RotatedLinear.from_linear(layer.mlp.down_proj, online["r4"])
+            layer.set_submodule(path, RotatedLinear.from_linear(layer.get_submodule(path), online["r4"]))
     record = {name: rotation.to_dict() for name, rotation in online.items()}
     model.config.w2a4_rotation = {**dataclasses.asdict(config), "online": record}
     return model
@@ -69,8 +72,8 @@ def rotate(model: nn.Module, config: RotationConfig) -> nn.Module:
 
 def check(model: nn.Module) -> None:
     """Raise RotationError if `rotate` would, but for a learned rotation that does not fit."""
-    _check_architecture(model)
-    _check_coverage(model, list(_plan(model, None, [None] * len(model.model.layers), None)))
+    family = _check_architecture(model)
+    _check_coverage(model, family, list(_plan(model, family, None, [None] * len(model.model.layers), None)))
 
 
 @dataclass(frozen=True)
@@ -95,49 +98,57 @@ _Rotation = OnlineRotation | _Learned
 class _Fold:
     """What happens to the module `name`: `W <- leftᵀ · (W · diag(gamma)) · right`, `b <- leftᵀ · b`.
 
-    A rotation narrower than the weight acts on every head alike (I ⊗ R).
+    A rotation narrower than the weight acts on every head alike (I ⊗ R). `left` lists the rows that it is of,
+    as (start, stop, rotation); the others stay.
     """
 
     name: str
     gamma: Tensor | None = None
     right: _Rotation | None = None
-    left: _Rotation | None = None
+    left: tuple[tuple[int, int, _Rotation], ...] = ()
 
 
 def _plan(
-    model: nn.Module, r1: _Rotation | None, r2: list[_Rotation | None], r4: OnlineRotation | None
-) -> Iterator[_Fold]:
+    model: nn.Module, family: arch.Architecture, r1: _Rotation | None, r2: list[_Rotation | None],
+    r4: OnlineRotation | None,
+) -> Iterator[_Fold]:  # fmt: skip
     yield _Fold("model.embed_tokens", right=r1)
     for i, layer in enumerate(model.model.layers):
-        gamma, attention = layer.input_layernorm.weight.double(), f"model.layers.{i}.self_attn"
-        yield _Fold(f"{attention}.q_proj", gamma, right=r1)
-        yield _Fold(f"{attention}.k_proj", gamma, right=r1)
-        yield _Fold(f"{attention}.v_proj", gamma, right=r1, left=r2[i])
-        yield _Fold(f"{attention}.o_proj", right=r2[i], left=r1)
-        gamma, mlp = layer.post_attention_layernorm.weight.double(), f"model.layers.{i}.mlp"
-        yield _Fold(f"{mlp}.gate_proj", gamma, right=r1)
-        yield _Fold(f"{mlp}.up_proj", gamma, right=r1)
-        yield _Fold(f"{mlp}.down_proj", right=r4, left=r1)
+        inputs = {"r1": r1, "r2": r2[i], "r4": r4}
+        outputs = {"v": r2[i], "o": r1, "down": r1}
+        for site in family.sites:
+            gamma = None if site.norm is None else layer.get_submodule(site.norm).weight.double()
+            rows = list(family.rows(model.config, site))
+            for path in site.paths:
+                left = tuple(
+                    (part.start, part.stop, outputs[part.output])
+                    for part in rows
+                    if part.path == path and not _is_identity(outputs.get(part.output))
+                )
+                yield _Fold(f"model.layers.{i}.{path}", gamma, inputs[site.rotation], left)
     yield _Fold("lm_head", model.model.norm.weight.double(), right=r1)
 
 
-def _norm_names(model: nn.Module) -> list[str]:
+def _norm_names(model: nn.Module, family: arch.Architecture) -> list[str]:
+    """Norms whose weights are folded."""
     layers = range(len(model.model.layers))
-    norms = ("input_layernorm", "post_attention_layernorm")
-    return [*(f"model.layers.{i}.{norm}" for i in layers for norm in norms), "model.norm"]
+    return [*(f"model.layers.{i}.{norm}" for i in layers for norm in family.norms), "model.norm"]
 
 
 def _carry_out(fold: _Fold, module: nn.Module) -> None:
     # Without a left rotation rows are independent, so a vocabulary never needs float64 as a whole.
-    rows = module.weight.shape[0] if _is_identity(fold.left) else _ROWS
+    rows = module.weight.shape[0] if fold.left else _ROWS
     for part in module.weight.split(rows):
         weight = part.double()
         if fold.gamma is not None:
             weight = weight * fold.gamma.to(weight.device)
         weight = _turn(weight, fold.right)
-        part.copy_(_turn(weight.T, fold.left).T)
-    if getattr(module, "bias", None) is not None and not _is_identity(fold.left):
-        module.bias.copy_(_turn(module.bias.double(), fold.left))
+        for start, stop, rotation in fold.left:
+            weight[start:stop] = _turn(weight[start:stop].T, rotation).T
+        part.copy_(weight)
+    if getattr(module, "bias", None) is not None:
+        for start, stop, rotation in fold.left:
+            module.bias[start:stop] = _turn(module.bias[start:stop].double(), rotation).to(module.bias.dtype)
 
 
 def _turn(x: Tensor, rotation: _Rotation | None) -> Tensor:
@@ -165,7 +176,7 @@ def _rotations(
     model: nn.Module, config: RotationConfig
 ) -> tuple[_Rotation, list[_Rotation], dict[str, OnlineRotation]]:
     """R1, R2 of each layer, and R3 and R4 by name."""
-    llama, head_dim = model.config, _head_dim(model.config)
+    shape, head_dim = model.config, arch.head_dim(model.config)
     learned = _load_learned(model, config) if "learned" in (config.r1, config.r2) else {}
 
     def pick(kind: str, size: int, name: str) -> _Rotation:
@@ -173,14 +184,10 @@ def _rotations(
 
     online = {
         "r3": OnlineRotation(config.r3, head_dim, config.seed, "r3"),
-        "r4": OnlineRotation(config.r4, llama.intermediate_size, config.seed, "r4"),
+        "r4": OnlineRotation(config.r4, shape.intermediate_size, config.seed, "r4"),
     }
-    r2 = [pick(config.r2, head_dim, f"r2.{i}") for i in range(llama.num_hidden_layers)]
-    return pick(config.r1, llama.hidden_size, "r1"), r2, online
-
-
-def _head_dim(llama: object) -> int:
-    return getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads
+    r2 = [pick(config.r2, head_dim, f"r2.{i}") for i in range(shape.num_hidden_layers)]
+    return pick(config.r1, shape.hidden_size, "r1"), r2, online
 
 
 def _load_learned(model: nn.Module, config: RotationConfig) -> dict[str, _Learned]:
@@ -200,7 +207,10 @@ def _load_learned(model: nn.Module, config: RotationConfig) -> dict[str, _Learne
     except (SafetensorError, OSError) as error:
         raise RotationError(f"learned={config.learned!r} is not a safetensors file: {error}") from None
     layers = model.config.num_hidden_layers
-    sizes = {"R1": model.config.hidden_size, **{f"R2.{i}": _head_dim(model.config) for i in range(layers)}}
+    sizes = {
+        "R1": model.config.hidden_size,
+        **{f"R2.{i}": arch.head_dim(model.config) for i in range(layers)},
+    }
     wanted = [name for name in sizes if (config.r1 if name == "R1" else config.r2) == "learned"]
     strange = sorted(set(tensors) - set(sizes)) or sorted(set(wanted) - set(tensors))
     if strange:
@@ -244,25 +254,21 @@ def _orthogonal(matrix: Tensor, size: int, name: str, path: Path) -> Tensor:
     return matrix
 
 
-def _check_architecture(model: nn.Module) -> None:
-    """A LLaMA by its type and modules, not rotated yet."""
+def _check_architecture(model: nn.Module) -> arch.Architecture:
+    """The family of a model, once its modules are those of the family and not rotated yet."""
     config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type != "llama":
-        raise RotationError(
-            f"cannot rotate a model of type {model_type!r}; only LLaMA models (model_type 'llama') can be"
-        )
+    family = arch.of_config(config)
     if getattr(config, "w2a4_rotation", None):
         raise RotationError(
             f"the model is rotated already ({config.w2a4_rotation}); load the original weights"
         )
     try:
-        linears = {name: model.get_submodule(name) for name in _linear_names(model)}
-        for name in ("model.embed_tokens", *_norm_names(model)):
+        linears = {name: model.get_submodule(name) for name in _linear_names(model, family)}
+        for name in ("model.embed_tokens", *_norm_names(model, family)):
             _ = model.get_submodule(name).weight
     except AttributeError as error:
         raise RotationError(
-            f"{type(model).__name__} is not shaped like LlamaForCausalLM ({error}); "
+            f"{type(model).__name__} is not shaped like {family.model_class} ({error}); "
             "merge or unload adapters and pass the causal language model itself"
         ) from None
     for name, linear in linears.items():
@@ -274,31 +280,40 @@ def _check_architecture(model: nn.Module) -> None:
                 f"{name} is a {found}, not a floating-point nn.Linear; "
                 "rotate the original model before quantising or adding adapters"
             )
-        width = linear.out_features if name.endswith("v_proj") else linear.in_features
-        if name.endswith(("v_proj", "o_proj")) and width % _head_dim(config):
-            raise RotationError(
-                f"{name} is {width} wide, not a multiple of head_dim={_head_dim(config)}; "
-                "correct config.head_dim"
-            )
+    _check_shapes(model, family)
+    return family
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    kinds = [*(f"self_attn.{c}_proj" for c in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+def _check_shapes(model: nn.Module, family: arch.Architecture) -> None:
+    for i, layer in enumerate(model.model.layers):
+        for path, (rows, columns) in family.linear_shapes(model.config).items():
+            found = tuple(layer.get_submodule(path).weight.shape)
+            if found != (rows, columns):
+                raise RotationError(
+                    f"model.layers.{i}.{path} has the shape {found}, the config asks for {(rows, columns)}; "
+                    "correct config.head_dim, or the sizes that differ"
+                )
+
+
+def _linear_names(model: nn.Module, family: arch.Architecture) -> list[str]:
     layers = range(len(model.model.layers))
-    return [*(f"model.layers.{i}.{kind}" for i in layers for kind in kinds), "lm_head"]
+    return [*(f"model.layers.{i}.{path}" for i in layers for path in family.paths), "lm_head"]
 
 
-def _check_coverage(model: nn.Module, plan: list[_Fold]) -> None:
+def _check_coverage(model: nn.Module, family: arch.Architecture, plan: list[_Fold]) -> None:
     """Every parameter is in the plan exactly once, loaded and finite; no buffer but RoPE's."""
     covered = {f"{fold.name}.{kind}" for fold in plan for kind in ("weight", "bias")}
-    covered |= {f"{name}.weight" for name in _norm_names(model)}
+    covered |= {f"{name}.weight" for name in _norm_names(model, family)}
+    # Norms of heads lie between rotations, and stay.
+    layers = range(len(model.model.layers))
+    covered |= {f"model.layers.{i}.{norm}.weight" for i in layers for norm in family.head_norms}
     named = dict(model.named_parameters(remove_duplicate=False))
     buffers = [name for name, _ in model.named_buffers() if "rotary_emb." not in name]
     for name in [*named, *buffers]:
         if name not in covered:
             raise RotationError(
-                f"{name} is not part of a plain LLaMA, and no rotation covers it: the output would change; "
-                "merge or remove the module that holds it"
+                f"{name} is not part of a plain {family.model_class}, and no rotation covers it: the output "
+                "would change; merge or remove the module that holds it"
             )
     for name, parameter in named.items():
         if parameter.is_meta:

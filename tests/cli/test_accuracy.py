@@ -1,0 +1,182 @@
+"""benchmarks.accuracy: grids are read, cells measured once, claims judged."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import w2a4
+from benchmarks import accuracy
+from benchmarks.grid import FULL_PRECISION, GRIDS, Claim, Grid
+from benchmarks.shape_report import BINS, shapes
+from benchmarks.tiny_llama import byte_tokenizer
+from support.tiny_models import tiny_llama
+
+ROWS = """
+rows:
+  rtn: {set: {weight_method: rtn}}
+  trained: {recipe: w2a4kv4-rcp-quick, train: true, set: {training.steps: 2, weight_method: rtn}}
+"""
+SETTINGS = """
+seeds: [0, 1]
+seqlen: 32
+windows: 4
+set: {calib_samples: 4, calib_seqlen: 32, gptq_refine: 0, training.seqlen: 32, training.minutes: 0.0,
+      training.init: lloyd}
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model that reads bytes, saved."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(vocab_size=257, hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def grid(model, tmp_path):
+    """Writes a grid file: rows, settings and whatever else is given."""
+
+    def write(more="", rows=ROWS, settings=SETTINGS):
+        path = tmp_path / "grid.yaml"
+        path.write_text(f"model: {model}\n{settings}{rows}{more}", encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_a_grid_is_measured_and_gone_on_with(grid, tmp_path):
+    path = tmp_path / "out.json"
+    arguments = ["--grid", grid("claims: [rtn <= 1000, trained <= 0.001]"), "--json", str(path)]
+    run = CliRunner().invoke(accuracy.main, [*arguments, "--workers", "1"])
+    assert run.exit_code == 1, run.output  # the second claim cannot hold
+    result = json.loads(path.read_text())
+    assert [(cell["row"], cell["seed"]) for cell in result["cells"]] == [
+        (row, seed) for row in (FULL_PRECISION, "rtn", "trained") for seed in (0, 1)
+    ]
+    assert [claim["holds"] for claim in result["claims"]] == [True, False]
+    assert len(result["cells"][-1]["losses"]) == 2 and result["cells"][0]["losses"] is None
+    assert result["meta"]["commit"] == result["cells"][0]["commit"]
+    perplexities = [cell["perplexity"] for cell in result["cells"]]
+    assert perplexities[0] == perplexities[1]  # of one model; the seeds of the others differ
+    assert len(set(perplexities)) == 5
+    for row in ("full precision", "rtn", "trained"):
+        assert row in run.output
+
+    for cell in result["cells"]:
+        cell["perplexity"] *= 2  # kept cells are not measured again
+    path.write_text(json.dumps({"cells": result["cells"][:-1]}))
+    again = CliRunner().invoke(
+        accuracy.main, [*arguments, "--rows", "trained", "--seeds", "1", "--workers", "1"]
+    )
+    cells = json.loads(path.read_text())["cells"]
+    assert [cell["row"] for cell in cells] == [FULL_PRECISION, "trained"] and again.exit_code == 1
+    assert cells[0]["perplexity"] == 2 * perplexities[1] and cells[1]["perplexity"] == perplexities[5]
+
+
+@pytest.mark.parametrize(
+    "more, rows, said",
+    [
+        ("claims: [rtn < other]", ROWS, "there is no row 'other'"),
+        ("claims: [rtn = 2]", ROWS, "give 'row < row'"),
+        ("claims: [rtn <= much]", ROWS, "'much' is not a number"),
+        ("speed: 3", ROWS, "unknown key 'speed'"),
+        ("", "rows: {a: {sett: {}}}", "unknown key 'sett'"),
+        ("", "rows: {a: {set: {group_sise: 3}}}", "unknown recipe key 'group_sise'"),
+        ("", "rows: 3", "no mapping 'rows'"),
+        ("", "rows: {a: [}", "is not YAML"),
+    ],
+)
+def test_bad_grids(grid, more, rows, said):
+    run = CliRunner().invoke(accuracy.main, ["--grid", grid(more, rows)])
+    assert run.exit_code == 1 and said in run.output and "Traceback" not in run.output
+
+
+def test_bad_arguments(grid, tmp_path):
+    def message(*arguments):
+        run = CliRunner().invoke(accuracy.main, arguments)
+        assert run.exit_code == 1
+        return run.output
+
+    assert "no grid 'nonsense'; give a YAML file, or one of " in message("--grid", "nonsense")
+    assert "there is no row 'x'" in message("--grid", grid(), "--rows", "x")
+    assert "seeds 'a'" in message("--grid", grid(), "--seeds", "a")
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    assert "holds no result" in message("--grid", grid(), "--json", str(other))
+    assert other.read_text() == "[]"
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in GRIDS.glob("*.yaml")))
+def test_grids_of_the_repository_are_read(name):
+    grid = Grid.load(name)
+    assert grid.rows[0].recipe is None and len(grid.rows) > 2
+    keys = {row.key(grid, seed) for row in grid.rows for seed in grid.seeds}
+    assert len(keys) == len(grid.rows) * len(grid.seeds)
+
+
+def test_claims_need_more_than_the_spread_at_equal_seeds():
+    rows = [
+        {"row": "a", "ratio": [1.0, 1.5, 2.0]},
+        {"row": "b", "ratio": [1.1, 1.62, 2.08]},  # a little more at every seed
+        {"row": "c", "ratio": [1.4, 1.2, 2.2]},  # more on average
+    ]
+    judged = accuracy.judge(Claim("a", "b"), rows)
+    assert judged["claim"] == "a < b" and judged["holds"]
+    assert judged["gap"] == pytest.approx(0.1) and judged["spread"] == pytest.approx(0.02)
+    assert not accuracy.judge(Claim("a", "c"), rows)["holds"]
+    assert not accuracy.judge(Claim("b", "a"), rows)["holds"]
+    limited = accuracy.judge(Claim("a", limit=1.5), rows)
+    assert limited["claim"] == "a <= 1.5" and limited["holds"] and limited["gap"] == pytest.approx(0)
+    assert not accuracy.judge(Claim("a", limit=1.4), rows)["holds"]
+
+
+def test_shapes_are_relative_to_the_root_mean_square():
+    model = tiny_llama(vocab_size=257, hidden_size=64, intermediate_size=128, head_dim=16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[3] *= 1000  # an outlier channel of down_proj's input
+    found = shapes(model, byte_tokenizer())
+    for state in ("before", "after"):
+        for what in ("weights", "activations"):
+            shares = found[state][what]
+            assert len(shares) == BINS and sum(shares) == pytest.approx(1)
+            second = sum(s * ((i + 0.5) * 16 / BINS - 8) ** 2 for i, s in enumerate(shares))
+            if what == "weights":  # a mean square of 1, but for the width of bins
+                assert second == pytest.approx(1, abs=0.05)
+        assert set(found[state]["kurtosis"]) >= {"q_proj", "o_proj", "down_proj"}
+    before, after = (found[state]["kurtosis"]["down_proj"] for state in ("before", "after"))
+    assert min(before) > 100 > 5 > max(after)
+    assert isinstance(model.model.layers[0].mlp.down_proj, torch.nn.Linear)  # the model itself is as it was
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.accuracy_plots import plot
+
+    cells = [{"row": "a", "seed": s, "losses": [3.0, 2.0, 1.0]} for s in (0, 1)]
+    summary = [{"row": "a", "mean": 1.5, "ratio": [1.4, 1.6]}]
+    shape = {"weights": [0.5] * BINS, "activations": [0.5] * BINS, "kurtosis": {"q_proj": [3.0, 4.0]}}
+    result = {"cells": cells, "summary": summary, "shapes": {"before": shape, "after": shape, "reach": 8.0}}
+    names = ["perplexity", "losses", "histograms", "kurtosis"]
+    assert plot(result, tmp_path / "plots") == [tmp_path / "plots" / f"{name}.png" for name in names]
+    del result["shapes"]
+    assert [file.stem for file in plot(result, tmp_path / "fewer")] == names[:2]
+
+
+def test_plots_without_matplotlib(monkeypatch, grid):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run = CliRunner().invoke(accuracy.main, ["--grid", grid(), "--plots", "x"])
+    assert run.exit_code == 1 and "pip install matplotlib" in run.output
+
+
+def test_model_that_is_not_there(grid, tmp_path):
+    path = tmp_path / "g.yaml"
+    path.write_text("model: /nonexistent\nrows: {a: {}}")
+    run = CliRunner().invoke(accuracy.main, ["--grid", str(path), "--workers", "1"])
+    assert run.exit_code == 1 and "/nonexistent" in run.output and "Traceback" not in run.output
+    assert issubclass(w2a4.CheckpointError, w2a4.W2A4Error)

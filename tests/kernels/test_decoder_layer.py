@@ -1,0 +1,164 @@
+"""`decoder_layer`, one op for a packed layer: the bits of the ops it is made of, in every kind of step."""
+
+import pytest
+import torch
+
+import w2a4
+from support.op_arguments import FLOATS, assert_refused, bad_arguments, opcheck, replaced
+from support.packed import packed_model
+from w2a4 import ops
+from w2a4.runtime import layer as fused
+
+compiled = pytest.mark.skipif(not ops.has_layer_kernel(torch.zeros(1)), reason="no compiled kernels")
+
+MODELS = {
+    "w2": ({}, {}),
+    "w4": ({}, {"weight_bits": 4}),
+    "row": ({}, {"weight_bits": 4, "group_size": -1, "weight_method": "rtn"}),
+    "no r3, r4": ({}, {"rotation.r3": "none", "rotation.r4": "none"}),
+    "sinks": ({}, {"sink_tokens": 2}),
+    "biases": ({"attention_bias": True, "mlp_bias": True}, {}),
+}
+
+
+def steps(model: torch.nn.Module, dtype: torch.dtype, batch: int, mask: torch.Tensor | None):
+    """A prompt of nine tokens, one token, and two more through layer 0: results and what is in the cache."""
+    model.to(dtype)
+    part, decoder = fused._parts(model.model.layers[0]), model.model
+    cache = w2a4.KV4Cache.for_model(model)
+    generator = torch.Generator().manual_seed(1)
+    found, start = [], 0
+    with torch.inference_mode():
+        for tokens in (9, 1, 2):
+            hidden = torch.randn(batch, tokens, 96, generator=generator).to(dtype)
+            rotary = decoder.rotary_emb(hidden, torch.arange(start, start + tokens)[None])
+            start += tokens
+            seen = None if mask is None else mask[:, :, start - tokens : start, :]
+            found.append(fused.decoder_layer(part, hidden, rotary, seen, cache))
+    layer = cache.layers[0]
+    assert layer.length == layer.keys.length == layer.values.length == 12
+    sides = [(side.codes[:, :, :12], side.params[:, :, :12]) for side in (layer.keys, layer.values)]
+    return [*found, *(t for side in sides for t in side)]
+
+
+@compiled
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+def test_bits_are_those_of_its_ops(settings, batch, dtype, monkeypatch):
+    shape, recipe = settings
+    calls = []
+    whole = ops.decoder_layer
+    monkeypatch.setattr(ops, "decoder_layer", lambda *args: calls.append(args) or whole(*args))
+    got = steps(packed_model(shape, **recipe), dtype, batch, None)
+    # The first step of a cache that keeps tokens in 16 bits is not the op's.
+    assert len(calls) == (2 if "sink_tokens" in recipe else 3)
+    monkeypatch.setattr(ops, "has_layer_kernel", lambda x: False)
+    want = steps(packed_model(shape, **recipe), dtype, batch, None)
+    assert len(calls) <= 3
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@compiled
+def test_a_mask_is_seen(monkeypatch):
+    mask = torch.ones(12, 64, dtype=torch.bool).tril().repeat(3, 1, 1, 1)
+    mask[1, :, 4:, :4] = False
+    got = steps(packed_model(), torch.float32, 3, mask)
+    causal = steps(packed_model(), torch.float32, 3, None)
+    monkeypatch.setattr(ops, "has_layer_kernel", lambda x: False)
+    want = steps(packed_model(), torch.float32, 3, mask)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not torch.equal(got[1][1], causal[1][1]) and torch.equal(got[1][0], causal[1][0])
+
+
+@pytest.mark.parametrize("r4", ["random", "random_hadamard"])
+def test_rotations_that_it_does_not_compute(r4, monkeypatch):
+    monkeypatch.setattr(ops, "decoder_layer", None)
+    out = steps(packed_model(**{"rotation.r4": r4}), torch.float32, 1, None)[0]
+    assert torch.isfinite(out).all()
+
+
+def arguments(hidden: int = 32, ffn: int = 64, group: int = 32) -> list:
+    """Of one token into an empty cache of four: one head of 32, weights of 2 bits."""
+    generator = torch.Generator().manual_seed(2)
+
+    def linear(inputs: int, outputs: int) -> list[torch.Tensor]:
+        groups = inputs // group
+        return [
+            torch.randint(0, 256, (outputs, inputs // 4), generator=generator).to(torch.uint8),
+            torch.full((outputs, groups), 0.01, dtype=torch.float16),
+            torch.tensor([0.9]),
+            torch.tensor([-100, -30, 30, 100], dtype=torch.int8).repeat(outputs, groups, 1),
+        ]
+
+    def side() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(1, 1, 4, 16, dtype=torch.uint8), torch.zeros(1, 1, 4, 2, dtype=torch.float16)
+
+    x = torch.randn(1, 1, hidden, generator=generator)
+    cos, sin = torch.ones(1, 1, 32), torch.zeros(1, 1, 32)
+    return [
+        x, cos, sin, None, [torch.ones(hidden), torch.ones(hidden)], 1e-5,
+        linear(hidden, 3 * 32), linear(32, hidden), linear(hidden, 2 * ffn), linear(ffn, hidden),
+        [group] * 4, [-1] * 4, None, 32, None, ffn, *side(), *side(), None, None, 0, 0.95, 32**-0.5,
+    ]  # fmt: skip
+
+
+@compiled
+def test_opcheck():
+    opcheck("decoder_layer", tuple(arguments()))
+
+
+def bad_calls():
+    good = arguments()
+
+    def linear(index: int, tensors: list) -> list:
+        return replaced(good, index, tensors)
+
+    yield "decoder_layer", replaced(good, 0, good[0].double()), "x has dtype float64"
+    yield "decoder_layer", replaced(good, 0, good[0][0]), r"x has shape \[1, 32\], expected \[batch"
+    yield "decoder_layer", replaced(good, 4, good[4][:1]), "norms has 1 tensors, expected 2"
+    yield "decoder_layer", replaced(good, 10, [32] * 3), "group_sizes has 3 numbers, expected 4"
+    yield "decoder_layer", replaced(good, 11, [-1] * 5), "act_group_sizes has 5 numbers, expected 4"
+    yield "decoder_layer", linear(7, good[7][:2]), "o_proj has 2 tensors, expected weight, scale, act_clip"
+    narrow = [t[:16] if t.dim() > 1 else t for t in good[9]]
+    odd = [t[:-1] if t.dim() > 1 else t for t in good[8]]
+    yield "decoder_layer", linear(8, odd), "gate_up_proj has 127 outputs, expected as many"
+    yield "decoder_layer", linear(9, narrow), "down_proj has 16 outputs, expected 32 like x"
+
+
+@pytest.mark.parametrize("name,args,message", bad_arguments(bad_calls()))
+def test_bad_arguments(name, args, message):
+    assert_refused(name, args, message)
+
+
+def refused_by_an_op():
+    good = arguments()
+    yield replaced(good, 22, 4), "rope_append_kv4: start=4 with 1 tokens of qkv does not fit"
+    yield replaced(good, 15, 48), "silu_mul_hadamard_a4: block_size=48"
+    yield replaced(good, 10, [32, 32, 0, 32]), "linear_w2a4: group_size=0"
+
+
+def shared_with_a_cache():
+    """Arguments of which one lies where a cache is written; none of the ops it is made of sees both."""
+    good = arguments()
+    codes, params = good[16], good[17]
+    flat, one = params.view(-1), codes.view(-1)[:8].view(1, 8)
+    yield replaced(good, 4, [good[4][0], flat.as_strided((32,), (0,))]), "k_params", "norms"
+    yield replaced(good, 9, [good[9][0], flat[:2].view(1, 2), *good[9][2:]]), "k_params", "down_proj"
+    yield replaced(good, 8, [one, *good[8][1:]]), "k_codes", "gate_up_proj"
+    yield replaced(good, 20, flat.as_strided((1, 1, 1, 32), (0, 0, 0, 0))), "k_params", "k_sink"
+
+
+@compiled
+@pytest.mark.parametrize("args,written,other", list(shared_with_a_cache()))
+def test_a_cache_that_shares_memory_with_another_argument(args, written, other):
+    message = f"decoder_layer: {written} is written, but shares memory with {other}"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.w2a4.decoder_layer(*args)
+
+
+@compiled
+@pytest.mark.parametrize("args,message", list(refused_by_an_op()))
+def test_an_op_refuses_its_arguments(args, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.w2a4.decoder_layer(*args)

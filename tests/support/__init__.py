@@ -1,0 +1,1 @@
+"""What tests share: models, arguments, oracles, and programs that tests start."""
