@@ -16,11 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -44,9 +40,8 @@ from .checkpoint import (
     check_values,
 )
 from .model import PackedModelMixin, report_beside
+from .plugin import METHOD
 from .portable import check_rope
-
-METHOD = "w2a4"
 
 
 class W2A4Config(QuantizationConfigMixin):
@@ -189,11 +184,10 @@ class W2A4Quantizer(HfQuantizer):
         return True
 
 
-def register() -> None:
-    """Register quantiser, attention and mask with transformers; harmless when done before."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(W2A4Config)
-        register_quantizer(METHOD)(W2A4Quantizer)
+def _register() -> None:
+    """Enter quantiser, attention and mask into transformers' tables, instead of the stand-ins of `plugin`."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = W2A4Config
+    AUTO_QUANTIZER_MAPPING[METHOD] = W2A4Quantizer
     attention.register()
 
 
@@ -314,3 +308,6 @@ def set_attention(model: nn.Module, config: W2A4Config) -> None:
     for layer in model.model.layers:
         layer.self_attn.kv_settings = settings
     model.set_attn_implementation(attention.NAME)
+
+
+_register()
