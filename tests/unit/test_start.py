@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from support.paths import ROOT
 
 import w2a4
+from support.paths import ROOT
 
 HEAVY = ("torch", "transformers", "numpy", "accelerate", "triton")
 

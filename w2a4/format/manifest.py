@@ -137,7 +137,7 @@ class Manifest:
             recipe, rotation: those of its `quantization_config`.
         """
         recipe = _mapping("recipe", recipe)
-        kinds = _FORMAT1_ROTATION | _mapping("recipe.rotation", recipe.get("rotation"))
+        kinds = {**_FORMAT1_ROTATION, **_mapping("recipe.rotation", recipe.get("rotation"))}
         recipe = {**_FORMAT1, **recipe, "rotation": kinds}
         return cls.of_recipe(recipe, _mapping("rotation", rotation), "llama")
 

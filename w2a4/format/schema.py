@@ -48,7 +48,10 @@ class Schema:
             if prefix:
                 raise self.error(f"{prefix[:-1]}={shown(data)}: give a mapping of {known}")
             raise self.error(f"{shown(data)} is no {self.noun}: give a mapping of {known}")
-        hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+        hints, fields = (
+            typing.get_type_hints(cls),
+            {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))},
+        )
         for key in data:
             if key not in fields:
                 raise self.unknown(key if not prefix else f"{prefix}{key}", root)
@@ -60,7 +63,7 @@ class Schema:
         return cls(**values)
 
     def _value(self, hint: Any, value: Any, prefix: str, root: type) -> Any:
-        nested = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
+        nested: Any = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
         optional = type(None) in typing.get_args(hint)
         if nested is None or (optional and value is None):
             return value
@@ -72,7 +75,8 @@ class Schema:
         """A copy of a dataclass with fields replaced; nested ones as `{"rotation.r4": "none"}`."""
         data = to_dict(config)
         for key, value in changes.items():
-            target, *rest = data, *key.split(".")
+            target: Any = data
+            rest = key.split(".")
             for part in rest[:-1]:
                 target = target.get(part) if isinstance(target, dict) else None
             if not isinstance(target, dict) or rest[-1] not in target:
@@ -128,8 +132,8 @@ def keys(cls: type, prefix: str = "") -> list[str]:
     """Paths of all fields: `["name", "rotation.r1", …]`."""
     hints, out = typing.get_type_hints(cls), []
     for f in dataclasses.fields(cls):
-        nested = hints[f.name]
-        out += keys(nested, f"{prefix}{f.name}.") if dataclasses.is_dataclass(nested) else [prefix + f.name]
+        nested = isinstance(hints[f.name], type) and dataclasses.is_dataclass(hints[f.name])
+        out += keys(hints[f.name], f"{prefix}{f.name}.") if nested else [prefix + f.name]
     return out
 
 

@@ -2,7 +2,7 @@
 
 transformers looks up a checkpoint's `quant_method` in two tables of `transformers.quantizers.auto`. `install`
 enters w2a4 there, at once if that module is loaded, else as soon as it is. The entries are stand-ins, because
-`transformers.modeling_utils` loads that module while it is half loaded itself, and `hub.transformers` needs it
+`transformers.modeling_utils` loads that module while half loaded itself, and `hub.transformers` needs it
 whole. The classes are imported when a checkpoint is read, and replace their stand-ins.
 """
 

@@ -248,7 +248,7 @@ def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
 
 
 def prepare_layer(
-    layer: nn.Module, family: arch.Architecture, manifest: Manifest, r4: OnlineRotation | None,
+    layer: nn.Module, family: arch.Architecture, manifest: Manifest | Recipe, r4: OnlineRotation | None,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Swap a decoder layer's linears for empty packed ones on the meta device."""
