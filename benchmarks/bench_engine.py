@@ -103,8 +103,8 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 def place_at(sequences: Any, context: int) -> None:
     """Let the sequences go on after `context` tokens, whatever the cache holds there."""
     if isinstance(sequences, PackedSequences):
-        sequences.starts.fill_(context)
-        sequences.length = context
+        sequences.lengths.fill_(context)
+        sequences.longest = context
     elif isinstance(sequences, StaticSequences):
         sequences.position.fill_(context)
         for layer in sequences.cache.layers:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import w2a4
 from benchmarks.outliers import changed_inputs
+from w2a4 import arch
 from w2a4.evaluate.data import load_text, windows
-from w2a4.hub.transformers import decoder_linears
 
 #: Histograms reach so many times the root mean square, in so many bins.
 REACH, BINS = 8.0, 64
@@ -50,7 +50,7 @@ def _shape(model: nn.Module, ids: Tensor) -> dict[str, Any]:
     weights = sum(
         _histogram(linear.weight)
         for layer in model.model.layers
-        for linear in decoder_linears(layer).values()
+        for linear in arch.of_config(model.config).linears(layer).values()
     )
     return {
         "weights": (weights / weights.sum()).tolist(),

@@ -1,5 +1,6 @@
-// Which kernels the entry points call: the build compiles entry_a4.cpp and entry_kv4.cpp for
-// w2a4._C with those of cpu/ and, with W2A4_CUDA defined, for w2a4._cuda with those of cuda/.
+// Which kernels the entry points call: the build compiles entry_a4.cpp, entry_kv4.cpp and
+// entry_w8.cpp for w2a4._C with those of cpu/ and, with W2A4_CUDA defined, for w2a4._cuda with
+// those of cuda/.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

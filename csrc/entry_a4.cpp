@@ -5,6 +5,7 @@
 #include "backend.h"
 #include "checks.h"
 #include "ops.h"
+#include "registration.h"
 #include "tensors.h"
 
 namespace w2a4 {
@@ -227,6 +228,16 @@ Tensor linear_w4a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& w
   Check check("linear_w4a4");
   return linear_a4(check, 4, a_codes, a_scale, weight, nullptr, scale, bias, group_size, out_dtype,
                    residual);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(w2a4, W2A4_DEVICE, m) {
+  W2A4_IMPL(m, hadamard);
+  W2A4_IMPL(m, quantize_a4);
+  W2A4_IMPL(m, hadamard_a4);
+  W2A4_IMPL(m, rmsnorm_a4);
+  W2A4_IMPL(m, silu_mul_hadamard_a4);
+  W2A4_IMPL(m, linear_w2a4);
+  W2A4_IMPL(m, linear_w4a4);
 }
 
 }  // namespace w2a4

@@ -5,12 +5,14 @@
 #include "backend.h"
 #include "checks.h"
 #include "ops.h"
+#include "registration.h"
 #include "tensors.h"
 
 namespace w2a4 {
 namespace {
 
-// Packed cache: codes uint8 [batch, heads, capacity, head_dim / 2], params float16 [..., 2].
+// Packed cache: codes uint8 [batch, heads, capacity, head_dim / 2], params float16 [..., 2]. A
+// paged one has blocks in place of sequences.
 void check_cache(Check& check, const Tensor& codes, const char* codes_name, const Tensor& params,
                  const char* params_name, int64_t batch, int64_t heads, int64_t least,
                  int64_t head_dim) {
@@ -24,6 +26,22 @@ void check_cache(Check& check, const Tensor& codes, const char* codes_name, cons
                ", >= ", least, ", ", last, "] = [batch, kv_heads, capacity, ",
                last == 2 ? "2]" : "head_dim / 2]");
   }
+}
+
+// A cache that `tokens` of `x` are written into from `start` on, or, a paged one, into slots.
+void check_written_cache(Check& check, const Tensor& codes, const char* codes_name,
+                         const Tensor& params, const char* params_name, int64_t batch,
+                         int64_t heads, int64_t head_dim, int64_t start, int64_t tokens,
+                         const char* x_name, bool paged) {
+  const int64_t rows = paged && codes.dim() == 4 ? codes.size(0) : batch;
+  check_cache(check, codes, codes_name, params, params_name, rows, heads, 0, head_dim);
+  const int64_t capacity = std::min(codes.size(2), params.size(2));
+  if (paged)
+    check.that(codes.size(2) == params.size(2), params_name, " has shape ", shape_name(params),
+               ", expected blocks of ", codes.size(2), " tokens like ", codes_name);
+  else
+    check.that(start >= 0 && start <= capacity - tokens, "start=", start, " with ", tokens,
+               " tokens of ", x_name, " does not fit ", codes_name, " of capacity ", capacity);
 }
 
 // Data of `starts`, int64 [batch]: tokens that each sequence has had, `most` at most. On a CUDA
@@ -40,6 +58,58 @@ const int64_t* check_starts(Check& check, const std::optional<Tensor>& starts, i
       check.that(data[b] >= 0 && data[b] <= most, "starts[", b, "]=", data[b], ", expected 0 to ",
                  most, " of ", most_name);
   return data;
+}
+
+// Where the tokens of a call go in a paged cache, whose blocks `codes` has; of a call that has
+// neither start nor starts.
+Slots check_slots(Check& check, const std::optional<Tensor>& slots, const Tensor& codes,
+                  int64_t batch, int64_t tokens, int64_t start,
+                  const std::optional<Tensor>& starts) {
+  if (!slots) return {};
+  check.that(start == 0 && !starts, "slots say where tokens go, and so do start=", start,
+             starts ? " and starts" : "", "; pass start=0 and no starts");
+  check.dtype(*slots, "slots", {ScalarType::Long});
+  check.that((slots->dim() == 2 && slots->size(0) == batch && slots->size(1) == tokens) ||
+                 (slots->dim() == 1 && slots->size(0) == batch * tokens),
+             "slots has shape ", shape_name(*slots), ", expected [", batch, ", ", tokens,
+             "] = [batch, tokens], or both in one");
+  check.contiguous(*slots, "slots");
+  const Slots found{static_cast<const int64_t*>(slots->data_ptr()), codes.size(0), codes.size(2)};
+  if (slots->is_cpu())
+    for (int64_t i = 0; i < batch * tokens; ++i)
+      check.that(found.at[i] < found.blocks * found.block_tokens, "slots holds ", found.at[i],
+                 " for token ", i % tokens, " of sequence ", i / tokens, ", expected less than ",
+                 found.blocks * found.block_tokens, " of ", found.blocks, " blocks of ",
+                 found.block_tokens, ", or a negative number for a token that is not written");
+  return found;
+}
+
+// Where `length` keys of each sequence lie, or those that it has, in a paged cache.
+BlockTable check_block_table(Check& check, const std::optional<Tensor>& table, const Tensor& codes,
+                             int64_t batch, int64_t length) {
+  if (!table) return {};
+  check.dtype(*table, "block_table", {ScalarType::Int});
+  check.that(table->dim() == 2 && table->size(0) == batch, "block_table has shape ",
+             shape_name(*table), ", expected [", batch, ", blocks of a sequence]");
+  check.that(table->size(1) <= 1 || table->stride(1) == 1, "block_table has stride ",
+             table->stride(1), " in its last dimension, expected 1 (contiguous)");
+  check.that(length <= table->size(1) * codes.size(2), "length=", length, ", but block_table has ",
+             table->size(1), " blocks of ", codes.size(2), " tokens for each sequence");
+  return {static_cast<const int32_t*>(table->data_ptr()), table->stride(0), codes.size(0),
+          codes.size(2)};
+}
+
+// Entries of the table that kernels read; on a CUDA device they cannot be looked at here.
+void check_blocks(const Check& check, const AttentionKV4Params& p) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t keys = p.starts ? p.starts[b] + p.q_tokens : p.length;
+    for (int64_t i = 0; i * p.table.block_tokens < keys; ++i) {
+      const int32_t block = p.table.at[b * p.table.row + i];
+      check.that(block >= 0 && block < p.table.blocks, "block_table[", b, ", ", i, "]=", block,
+                 ", expected 0 to ", p.table.blocks - 1, ", the blocks of the caches; sequence ", b,
+                 " has ", keys, " keys");
+    }
+  }
 }
 
 QuantizeKV4Params kv4_params(Check& check, const Tensor& x, double clip) {
@@ -73,17 +143,17 @@ std::tuple<Tensor, Tensor> quantize_kv4(const Tensor& x, double clip) {
 }
 
 void append_kv4(const Tensor& x, const Tensor& codes, const Tensor& params, int64_t start,
-                double clip, const std::optional<Tensor>& starts) {
+                double clip, const std::optional<Tensor>& starts,
+                const std::optional<Tensor>& slots) {
   Check check("append_kv4");
   QuantizeKV4Params p = kv4_params(check, x, clip);
-  check_cache(check, codes, "codes", params, "params", p.batch, p.heads, 0, p.head_dim);
-  const int64_t capacity = std::min(codes.size(2), params.size(2));
-  check.that(start >= 0 && start <= capacity - p.tokens, "start=", start, " with ", p.tokens,
-             " tokens of x does not fit a cache of capacity ", capacity);
+  check_written_cache(check, codes, "codes", params, "params", p.batch, p.heads, p.head_dim, start,
+                      p.tokens, "x", slots.has_value());
   p.codes = check.strided(codes, "codes");
   p.params = check.strided(params, "params");
   check.written({{&codes, "codes"}, {&params, "params"}}, {{&x, "x"}});
   p.start = start;
+  p.slots = check_slots(check, slots, codes, p.batch, p.tokens, start, starts);
   p.starts = check_starts(check, starts, p.batch, "start", start);
   const OnDeviceOf device(x);
   p.device = device.index;
@@ -94,7 +164,7 @@ Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
                        const std::optional<Tensor>& had_k, int64_t block_size,
                        const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
                        const Tensor& v_params, int64_t start, double clip,
-                       const std::optional<Tensor>& starts) {
+                       const std::optional<Tensor>& starts, const std::optional<Tensor>& slots) {
   Check check("rope_append_kv4");
   RopeAppendKV4Params p{};
   check.floating(qkv, "qkv");
@@ -123,13 +193,13 @@ Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
              p.head_dim, " with at least one query head");
   for (auto [codes, codes_name, params, params_name] :
        {std::tuple{&k_codes, "k_codes", &k_params, "k_params"},
-        {&v_codes, "v_codes", &v_params, "v_params"}}) {
-    check_cache(check, *codes, codes_name, *params, params_name, p.batch, p.kv_heads, 0,
-                p.head_dim);
-    const int64_t capacity = std::min(codes->size(2), params->size(2));
-    check.that(start >= 0 && start <= capacity - p.tokens, "start=", start, " with ", p.tokens,
-               " tokens of qkv does not fit ", codes_name, " of capacity ", capacity);
-  }
+        {&v_codes, "v_codes", &v_params, "v_params"}})
+    check_written_cache(check, *codes, codes_name, *params, params_name, p.batch, p.kv_heads,
+                        p.head_dim, start, p.tokens, "qkv", slots.has_value());
+  if (slots)
+    check.that(v_codes.size(0) == k_codes.size(0) && v_codes.size(2) == k_codes.size(2),
+               "v_codes has shape ", shape_name(v_codes),
+               ", expected the blocks of k_codes, shape ", shape_name(k_codes));
   p.k_codes = check.strided(k_codes, "k_codes");
   p.k_params = check.strided(k_params, "k_params");
   p.v_codes = check.strided(v_codes, "v_codes");
@@ -151,6 +221,7 @@ Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
   p.dtype = qkv.scalar_type();
   p.rope_dtype = cos.scalar_type();
   p.start = start;
+  p.slots = check_slots(check, slots, k_codes, p.batch, p.tokens, start, starts);
   p.starts = check_starts(check, starts, p.batch, "start", start);
   p.clip = static_cast<float>(clip);
   const OnDeviceOf device(qkv);
@@ -163,7 +234,8 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
                      const Tensor& v_codes, const Tensor& v_params, int64_t length,
                      const std::optional<Tensor>& mask, bool causal, double scaling,
                      const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
-                     const std::optional<Tensor>& starts) {
+                     const std::optional<Tensor>& starts,
+                     const std::optional<Tensor>& block_table) {
   Check check("attention_kv4");
   AttentionKV4Params p{};
   check.floating(q, "q");
@@ -183,10 +255,10 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
   check.that(length >= 0, "length=", length, ", expected at least 0");
   check.that(std::isfinite(static_cast<float>(scaling)), "scaling=", scaling,
              ", expected a finite float32 number");
-  check_cache(check, k_codes, "k_codes", k_params, "k_params", p.batch, p.kv_heads, length,
-              p.head_dim);
-  check_cache(check, v_codes, "v_codes", v_params, "v_params", p.batch, p.kv_heads, length,
-              p.head_dim);
+  const int64_t rows = block_table ? k_codes.size(0) : p.batch;
+  const int64_t least = block_table ? k_codes.size(2) : length;
+  check_cache(check, k_codes, "k_codes", k_params, "k_params", rows, p.kv_heads, least, p.head_dim);
+  check_cache(check, v_codes, "v_codes", v_params, "v_params", rows, p.kv_heads, least, p.head_dim);
   p.k_codes = check.strided(k_codes, "k_codes");
   p.k_params = check.strided(k_params, "k_params");
   p.v_codes = check.strided(v_codes, "v_codes");
@@ -224,6 +296,8 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
   p.y = y.data_ptr();
   p.length = length;
   p.starts = check_starts(check, starts, p.batch, "length - q_tokens", length - p.q_tokens);
+  p.table = check_block_table(check, block_table, k_codes, p.batch, length);
+  if (p.table.at && q.is_cpu()) check_blocks(check, p);
   p.causal = causal;
   p.scaling = static_cast<float>(scaling);
   const OnDeviceOf device(q);
@@ -235,6 +309,13 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
   }
   kernels::attention_kv4(p);
   return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(w2a4, W2A4_DEVICE, m) {
+  W2A4_IMPL(m, quantize_kv4);
+  W2A4_IMPL(m, append_kv4);
+  W2A4_IMPL(m, rope_append_kv4);
+  W2A4_IMPL(m, attention_kv4);
 }
 
 }  // namespace w2a4

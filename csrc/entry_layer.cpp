@@ -7,6 +7,7 @@
 #include "backend.h"
 #include "checks.h"
 #include "ops.h"
+#include "registration.h"
 #include "tensors.h"
 
 namespace w2a4 {
@@ -133,9 +134,9 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
 
   const Tensor heads = qkv(rmsnorm_a4(x, norms[0], eps, qkv.clip, qkv.act_group_size), dtype);
   const Tensor q = rope_append_kv4(heads, cos, sin, r3, r3_block, k_codes, k_params, v_codes,
-                                   v_params, start, kv_clip, starts);
+                                   v_params, start, kv_clip, starts, std::nullopt);
   const Tensor context = attention_kv4(q, k_codes, k_params, v_codes, v_params, start + x.size(1),
-                                       mask, !mask, scaling, k_sink, v_sink, starts);
+                                       mask, !mask, scaling, k_sink, v_sink, starts, std::nullopt);
   const Tensor joined = view_of(context, {x.size(0), x.size(1), q.size(1) * q.size(3)});
   const Tensor y = o(quantize_a4(joined, o.clip, o.act_group_size), dtype);
   add(check, y, x, "o_proj");
@@ -146,6 +147,10 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
       down(silu_mul_hadamard_a4(gate, up, r4, r4_block, down.clip, down.act_group_size), dtype);
   add(check, out, y, "down_proj");
   return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(w2a4, W2A4_DEVICE, m) {
+  W2A4_IMPL(m, decoder_layer);
 }
 
 }  // namespace w2a4

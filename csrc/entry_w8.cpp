@@ -4,6 +4,7 @@
 #include "backend.h"
 #include "checks.h"
 #include "ops.h"
+#include "registration.h"
 #include "tensors.h"
 
 namespace w2a4 {
@@ -40,6 +41,10 @@ Tensor linear_w8(const Tensor& x, const Tensor& weight, const Tensor& scale,
   p.device = device.index;
   kernels::linear_w8(p);
   return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(w2a4, W2A4_DEVICE, m) {
+  W2A4_IMPL(m, linear_w8);
 }
 
 }  // namespace w2a4

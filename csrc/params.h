@@ -76,34 +76,26 @@ struct LinearW8Params {
   int device = -1;
 };
 
-// snap, and backward where grad is given: y, or grad_w and grad_soft, is written.
-struct SnapParams {
-  const float* w;       // [groups, group_size]
-  const float* levels;  // [groups, 4], ascending
-  float* y;             // [groups, group_size]
-  const float* grad;    // [groups, group_size], of y; or null
-  const float* soft;    // [groups, 4], ascending: levels before they were rounded
-  float* grad_w;        // [groups, group_size]
-  float* grad_soft;     // [groups, 4]
-  int64_t groups, group_size;
-};
-
-// fake_quant_rows, and backward where grad is given: y, or grad_x and grad_clip, is written.
-struct FakeQuantParams {
-  const float* x;     // [rows, size]
-  float* y;           // [rows, size]
-  const float* grad;  // [rows, size], of y; or null
-  float* grad_x;      // [rows, size]
-  float* grad_clip;   // [rows]: its sum is the gradient
-  int64_t rows, size;
-  float clip;
-  bool kv;  // asymmetric with a zero-point, else symmetric
-};
-
 // A tensor read through strides, all in elements; its last dimension is contiguous.
 struct Strided4 {
   void* data;
   int64_t batch, head, token;
+};
+
+// Where the tokens of a call are written in a paged cache. Its tensors are [blocks, heads,
+// block_tokens, ...], and `batch` of their strides is that of a block.
+struct Slots {
+  const int64_t* at;  // [batch, tokens]: block * block_tokens + position; negative: not written.
+                      // Null: the cache is not paged.
+  int64_t blocks, block_tokens;
+};
+
+// Where the keys of sequences lie in such a cache.
+struct BlockTable {
+  const int32_t* at;  // [batch, row]: key j of sequence b is key j % block_tokens of block
+                      // at[b * row + j / block_tokens]. Null: the cache is not paged.
+  int64_t row;
+  int64_t blocks, block_tokens;
 };
 
 struct QuantizeKV4Params {
@@ -114,6 +106,7 @@ struct QuantizeKV4Params {
   int64_t batch, heads, tokens, head_dim;
   int64_t start;          // token of codes and params that x's first token is written to
   const int64_t* starts;  // [batch]: instead of start, which is the most of them; or null
+  Slots slots;            // instead of both
   float clip;
   int device = -1;
 };
@@ -131,7 +124,8 @@ struct RopeAppendKV4Params {
   int64_t batch, tokens, q_heads, kv_heads, head_dim;
   int64_t block_size, k;  // of R3: k * 2**m, divides head_dim; 1: no R3
   int64_t start;
-  const int64_t* starts;  // as in QuantizeKV4Params
+  const int64_t* starts;  // as in QuantizeKV4Params, and
+  Slots slots;
   float clip;
   int device = -1;
 };
@@ -149,22 +143,11 @@ struct AttentionKV4Params {
   int64_t batch, q_heads, kv_heads, q_tokens, head_dim;
   int64_t length;
   const int64_t* starts;  // [batch]: a sequence has starts + q_tokens keys, length at most; or null
+  BlockTable table;       // of the caches
   int64_t sinks;          // the first keys, read from k_sink and v_sink
   bool causal;
   float scaling;
   int device = -1;
-};
-
-// Columns of a weight matrix, which are rows here, rounded one after another.
-struct RoundColumnsParams {
-  const float* work;      // [columns, out]
-  const float* coupling;  // [columns, columns]
-  const float* current;   // [columns, out], or null: work as it has become
-  const float* grid;      // [groups, points, out]: four points, ascending, or one scale
-  const int64_t* group;   // [columns]
-  int8_t* codes;          // [columns, out]
-  float* change;          // [columns, out]
-  int64_t columns, out, points;
 };
 
 // y += x.

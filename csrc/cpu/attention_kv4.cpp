@@ -43,18 +43,48 @@ W2A4_INLINE T* at(const Strided4& t, int64_t batch, int64_t head, int64_t token)
   return static_cast<T*>(t.data) + batch * t.batch + head * t.head + token * t.token;
 }
 
+// Of a cache, which may be paged.
+template <class T>
+W2A4_INLINE T* key_at(const AttentionKV4Params& p, const Strided4& t, int64_t batch, int64_t head,
+                      int64_t key) {
+  const BlockTable& table = p.table;
+  if (!table.at) return at<T>(t, batch, head, key);
+  return at<T>(t, table.at[batch * table.row + key / table.block_tokens], head,
+               key % table.block_tokens);
+}
+
+// Keys that a sequence has.
+W2A4_INLINE int64_t keys_of(const AttentionKV4Params& p, int64_t batch) {
+  return p.starts ? p.starts[batch] + p.q_tokens : p.length;
+}
+
+// Codes of keys first .. first + count as bytes [head_dim / 2, kKeys]; `gathered` [kKeys,
+// head_dim / 2] is used where they do not lie next to each other.
+W2A4_INLINE void transpose_codes(const AttentionKV4Params& p, int64_t batch, int64_t head,
+                                 int64_t first, int64_t count, uint8_t* gathered, uint8_t* bytes) {
+  const int64_t width = p.head_dim / 2;
+  if (count == 0) return transpose_bytes(gathered, width, 0, width, bytes);
+  const auto key = [&](int64_t i) {
+    return key_at<const uint8_t>(p, p.k_codes, batch, head, first + i);
+  };
+  if (!p.table.at || first / p.table.block_tokens == (first + count - 1) / p.table.block_tokens)
+    return transpose_bytes(key(0), p.k_codes.token, count, width, bytes);
+  for (int64_t i = 0; i < count; ++i) std::memcpy(gathered + i * width, key(i), width);
+  transpose_bytes(gathered, width, count, width, bytes);
+}
+
 // keys [head_dim, kKeys]: keys first .. first + count, transposed; columns from count on are 0.
+// `bytes` has room for two tiles of codes.
 W2A4_INLINE void load_keys(const AttentionKV4Params& p, int64_t batch, int64_t head, int64_t first,
                            int64_t count, uint8_t* bytes, float* keys) {
   const int64_t width = p.head_dim / 2;
   alignas(64) float scale[kKeys] = {}, zero[kKeys] = {};
   for (int64_t key = 0; key < count; ++key) {
-    const F16* params = at<const F16>(p.k_params, batch, head, first + key);
+    const F16* params = key_at<const F16>(p, p.k_params, batch, head, first + key);
     scale[key] = to_float(params[0]);
     zero[key] = to_float(params[1]);
   }
-  transpose_bytes(at<const uint8_t>(p.k_codes, batch, head, first), p.k_codes.token, count, width,
-                  bytes);
+  transpose_codes(p, batch, head, first, count, bytes + width * kKeys, bytes);
   for (int64_t j = 0; j < width; ++j) {
     const uint8_t* codes = bytes + j * kKeys;
     float *even = keys + 2 * j * kKeys, *odd = even + kKeys;
@@ -82,8 +112,8 @@ W2A4_INLINE void load_values(const AttentionKV4Params& p, int64_t batch, int64_t
            p.head_dim, row);
       continue;
     }
-    const uint8_t* codes = at<const uint8_t>(p.v_codes, batch, head, first + key);
-    const F16* params = at<const F16>(p.v_params, batch, head, first + key);
+    const uint8_t* codes = key_at<const uint8_t>(p, p.v_codes, batch, head, first + key);
+    const F16* params = key_at<const F16>(p, p.v_params, batch, head, first + key);
     const float scale = to_float(params[0]), zero = to_float(params[1]);
     for (int64_t j = 0; j < p.head_dim / 2; ++j) {
       row[2 * j] = static_cast<float>(codes[j] & 15) * scale + zero;
@@ -95,11 +125,12 @@ W2A4_INLINE void load_values(const AttentionKV4Params& p, int64_t batch, int64_t
 template <class Arch>
 W2A4_INLINE void load_shared_tiles(const Task& task, int64_t begin, int64_t end) {
   const AttentionKV4Params& p = *task.p;
-  std::vector<uint8_t> bytes(p.head_dim / 2 * kKeys);
+  std::vector<uint8_t> bytes(p.head_dim * kKeys);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t pair = task.first_head + i / task.key_tiles, first = i % task.key_tiles * kKeys;
     const int64_t batch = pair / p.kv_heads, head = pair % p.kv_heads;
-    const int64_t count = std::min<int64_t>(kKeys, p.length - first);
+    // A block table says nothing of keys that the sequence does not have.
+    const int64_t count = std::clamp<int64_t>(keys_of(p, batch) - first, 0, kKeys);
     float* tile = task.shared + i * task.tile_floats();
     load_keys(p, batch, head, first, count, bytes.data(), tile);
     load_values(p, batch, head, first, count, task.padded_dim, tile + p.head_dim * kKeys);
@@ -192,7 +223,7 @@ struct QueryTile {
   // Keys that the tile's token may see, before any mask: 0 .. seen_end.
   int64_t seen_end(int64_t token) const {
     const AttentionKV4Params& p = *task.p;
-    const int64_t length = p.starts ? p.starts[batch] + p.q_tokens : p.length;
+    const int64_t length = keys_of(p, batch);
     return p.causal ? std::max<int64_t>(0, length - p.q_tokens + first_token + token + 1) : length;
   }
 };
@@ -280,7 +311,7 @@ W2A4_INLINE void attend(const Task& task, int64_t begin, int64_t end) {
   Scratch scratch;
   if (!task.shared) {
     scratch.tile.resize(kKeys * std::max(p.head_dim, task.padded_dim));
-    scratch.bytes.resize(p.head_dim / 2 * kKeys);
+    scratch.bytes.resize(p.head_dim * kKeys);
   }
   for (int64_t i = begin; i < end; ++i) {
     const QueryTile tile(task, i);

@@ -4,11 +4,39 @@
 #include <cmath>
 #include <vector>
 
-#include "kernels.h"
+#include "../checks.h"
+#include "../registration.h"
+#include "../tensors.h"
+#include "arch.h"
 #include "numbers.h"
 
-namespace w2a4::cpu {
+namespace w2a4 {
+namespace cpu {
 namespace {
+
+// snap, and backward where grad is given: y, or grad_w and grad_soft, is written.
+struct SnapParams {
+  const float* w;       // [groups, group_size]
+  const float* levels;  // [groups, 4], ascending
+  float* y;             // [groups, group_size]
+  const float* grad;    // [groups, group_size], of y; or null
+  const float* soft;    // [groups, 4], ascending: levels before they were rounded
+  float* grad_w;        // [groups, group_size]
+  float* grad_soft;     // [groups, 4]
+  int64_t groups, group_size;
+};
+
+// fake_quant_rows, and backward where grad is given: y, or grad_x and grad_clip, is written.
+struct FakeQuantParams {
+  const float* x;     // [rows, size]
+  float* y;           // [rows, size]
+  const float* grad;  // [rows, size], of y; or null
+  float* grad_x;      // [rows, size]
+  float* grad_clip;   // [rows]: its sum is the gradient
+  int64_t rows, size;
+  float clip;
+  bool kv;  // asymmetric with a zero-point, else symmetric
+};
 
 constexpr int64_t kGrain = 1 << 14;  // elements of one thread that are worth waking another
 
@@ -197,8 +225,6 @@ int64_t grain(int64_t size) {
   return 1 + kGrain / (size > 0 ? size : 1);
 }
 
-}  // namespace
-
 // A pointer to no weights at all is null, so what is written says which of the two is meant.
 void snap(const SnapParams& p) {
   parallel(p.groups, grain(p.group_size), p,
@@ -209,4 +235,107 @@ void fake_quant_rows(const FakeQuantParams& p) {
   parallel(p.rows, grain(p.size), p, p.grad ? fake_quant_backward_dispatch : fake_quant_dispatch);
 }
 
-}  // namespace w2a4::cpu
+}  // namespace
+}  // namespace cpu
+namespace {
+
+const float* floats(Check& check, const Tensor& t, const char* name) {
+  check.dtype(t, name, {kF32});
+  check.contiguous(t, name);
+  return static_cast<const float*>(t.data_ptr());
+}
+
+float* out(const Tensor& t) {
+  return static_cast<float*>(t.data_ptr());
+}
+
+void check_grad(Check& check, const Tensor& grad, const Tensor& like, const char* name) {
+  bool same = grad.dim() == like.dim();
+  for (int64_t i = 0; same && i < like.dim(); ++i) same = grad.size(i) == like.size(i);
+  check.that(same, "grad has shape ", shape_name(grad), ", expected that of ", name, ", ",
+             shape_name(like));
+}
+
+cpu::SnapParams snap_params(Check& check, const Tensor& w, const Tensor& levels) {
+  cpu::SnapParams p{};
+  p.w = floats(check, w, "w");
+  check.that(w.dim() == 3, "w has shape ", shape_name(w), ", expected [out, groups, group_size]");
+  p.levels = floats(check, levels, "levels");
+  check.shape(levels, "levels", {w.size(0), w.size(1), 4}, "[out, groups, 4]");
+  p.groups = w.size(0) * w.size(1);
+  p.group_size = w.size(2);
+  return p;
+}
+
+cpu::FakeQuantParams fake_quant_params(Check& check, const Tensor& x, const Tensor& clip, bool kv) {
+  cpu::FakeQuantParams p{};
+  p.x = floats(check, x, "x");
+  check.at_least_1d(x, "x");
+  check.that(x.size(-1) >= 1, "x has shape ", shape_name(x), ", expected at least one feature");
+  const float* value = floats(check, clip, "clip");
+  check.shape(clip, "clip", {1}, "[1]");
+  p.rows = rows_of(x);
+  p.size = x.size(-1);
+  p.clip = *value;
+  p.kv = kv;
+  return p;
+}
+
+}  // namespace
+
+Tensor snap(const Tensor& w, const Tensor& levels) {
+  Check check("snap");
+  cpu::SnapParams p = snap_params(check, w, levels);
+  Tensor y = empty(w, with_last(w, p.group_size), kF32);
+  p.y = out(y);
+  cpu::snap(p);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> snap_backward(const Tensor& grad, const Tensor& w, const Tensor& soft,
+                                         const Tensor& levels) {
+  Check check("snap_backward");
+  cpu::SnapParams p = snap_params(check, w, levels);
+  p.grad = floats(check, grad, "grad");
+  check_grad(check, grad, w, "w");
+  p.soft = floats(check, soft, "soft");
+  check.shape(soft, "soft", {w.size(0), w.size(1), 4}, "[out, groups, 4]");
+  Tensor grad_w = empty(w, with_last(w, p.group_size), kF32);
+  Tensor grad_soft = empty(w, with_last(w, 4), kF32);
+  p.grad_w = out(grad_w);
+  p.grad_soft = out(grad_soft);
+  cpu::snap(p);
+  return {grad_w, grad_soft};
+}
+
+Tensor fake_quant_rows(const Tensor& x, const Tensor& clip, bool kv) {
+  Check check("fake_quant_rows");
+  cpu::FakeQuantParams p = fake_quant_params(check, x, clip, kv);
+  Tensor y = empty(x, with_last(x, p.size), kF32);
+  p.y = out(y);
+  cpu::fake_quant_rows(p);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> fake_quant_rows_backward(const Tensor& grad, const Tensor& x,
+                                                    const Tensor& clip, bool kv) {
+  Check check("fake_quant_rows_backward");
+  cpu::FakeQuantParams p = fake_quant_params(check, x, clip, kv);
+  p.grad = floats(check, grad, "grad");
+  check_grad(check, grad, x, "x");
+  Tensor grad_x = empty(x, with_last(x, p.size), kF32);
+  Tensor grad_clip = empty(x, {p.rows}, kF32);
+  p.grad_x = out(grad_x);
+  p.grad_clip = out(grad_clip);
+  cpu::fake_quant_rows(p);
+  return {grad_x, grad_clip};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(w2a4, W2A4_DEVICE, m) {
+  W2A4_IMPL(m, snap);
+  W2A4_IMPL(m, snap_backward);
+  W2A4_IMPL(m, fake_quant_rows);
+  W2A4_IMPL(m, fake_quant_rows_backward);
+}
+
+}  // namespace w2a4

@@ -11,13 +11,10 @@ void linear_a4(const LinearA4Params& p);
 void linear_w8(const LinearW8Params& p);
 void quantize_kv4(const QuantizeKV4Params& p);
 void rope_append_kv4(const RopeAppendKV4Params& p);
-void snap(const SnapParams& p);
-void fake_quant_rows(const FakeQuantParams& p);
 void attention_kv4(const AttentionKV4Params& p);
 inline int64_t attention_kv4_workspace(const AttentionKV4Params&) {
   return 0;
 }
-void round_columns(const RoundColumnsParams& p);
 void add(const AddParams& p);
 
 }  // namespace w2a4::cpu

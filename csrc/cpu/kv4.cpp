@@ -32,20 +32,35 @@ W2A4_INLINE void quantize_head(const float* x, int64_t n, float clip, uint8_t* c
   }
 }
 
+// Where a token of a call lies in the cache: a sequence, or a block of a paged one, and a position
+// in it; -1 if it is not to be written.
+struct Cell {
+  int64_t row, position;
+};
+
+template <class Params>
+W2A4_INLINE Cell cell_of(const Params& p, int64_t batch, int64_t token) {
+  if (!p.slots.at) return {batch, (p.starts ? p.starts[batch] : p.start) + token};
+  const int64_t slot = p.slots.at[batch * p.tokens + token];
+  if (slot < 0) return {0, -1};
+  return {slot / p.slots.block_tokens, slot % p.slots.block_tokens};
+}
+
 template <class Arch>
 W2A4_INLINE void quantize_heads(const QuantizeKV4Params& p, int64_t begin, int64_t end) {
   std::vector<float> x(p.head_dim);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t token = i % p.tokens, head = i / p.tokens % p.heads,
                   batch = i / p.tokens / p.heads;
-    const int64_t place = (p.starts ? p.starts[batch] : p.start) + token;
-    const auto offset = [&](const Strided4& t, int64_t row) {
-      return batch * t.batch + head * t.head + row * t.token;
+    const Cell cell = cell_of(p, batch, token);
+    if (cell.position < 0) continue;
+    const auto offset = [&](const Strided4& t, const Cell& at) {
+      return at.row * t.batch + head * t.head + at.position * t.token;
     };
-    load(p.x.data, p.dtype, offset(p.x, token), p.head_dim, x.data());
+    load(p.x.data, p.dtype, offset(p.x, {batch, token}), p.head_dim, x.data());
     quantize_head(x.data(), p.head_dim, p.clip,
-                  static_cast<uint8_t*>(p.codes.data) + offset(p.codes, place),
-                  static_cast<F16*>(p.params.data) + offset(p.params, place));
+                  static_cast<uint8_t*>(p.codes.data) + offset(p.codes, cell),
+                  static_cast<F16*>(p.params.data) + offset(p.params, cell));
   }
 }
 W2A4_DISPATCH(quantize_heads, QuantizeKV4Params)
@@ -87,9 +102,10 @@ W2A4_INLINE void rope_append_heads(const RopeAppendKV4Params& p, int64_t begin, 
     const Strided4& codes = head < rotated ? p.k_codes : p.v_codes;
     const Strided4& params = head < rotated ? p.k_params : p.v_params;
     const int64_t kv_head = head < rotated ? head - p.q_heads : head - rotated;
-    const int64_t place = (p.starts ? p.starts[batch] : p.start) + token;
+    const Cell cell = cell_of(p, batch, token);
+    if (cell.position < 0) continue;
     const auto offset = [&](const Strided4& t) {
-      return batch * t.batch + kv_head * t.head + place * t.token;
+      return cell.row * t.batch + kv_head * t.head + cell.position * t.token;
     };
     quantize_head(x.data(), n, p.clip, static_cast<uint8_t*>(codes.data) + offset(codes),
                   static_cast<F16*>(params.data) + offset(params));

@@ -21,8 +21,8 @@
 namespace w2a4::cuda {
 
 // kQuads: fours of query rows. kBlocks: of 32 elements, 16 bytes of codes, in a head; those behind
-// head_dim are multiplied with digits that are 0, or not stored.
-template <int kQuads, int kBlocks, bool kSplit>
+// head_dim are multiplied with digits that are 0, or not stored. kPaged: by a block table.
+template <int kQuads, int kBlocks, bool kSplit, bool kPaged>
 struct Attention {
   static constexpr int kRows = 4 * kQuads;             // query rows of a block
   static constexpr int kTiles = 2 * kQuads;            // products of eight columns
@@ -61,14 +61,14 @@ struct Attention {
     const bool there = chunk < task.chunks;
     if constexpr (kKeys) {
       if (there) {
-        copy_params(p.k_params, args.k_fours, task, chunk, shared.k_params());
-        copy_params(p.v_params, args.v_fours, task, chunk, shared.v_params());
-        copy_codes<kBlocks, kPitch>(args, p.k_codes, task, chunk, shared.keys());
+        copy_params<kPaged>(args, p.k_params, args.k_fours, task, chunk, shared.k_params());
+        copy_params<kPaged>(args, p.v_params, args.v_fours, task, chunk, shared.v_params());
+        copy_codes<kBlocks, kPitch, kPaged>(args, p.k_codes, task, chunk, shared.keys());
       }
       cp_async_commit();
     }
     if constexpr (kValues) {
-      if (there) copy_codes<kBlocks, kPitch>(args, p.v_codes, task, chunk, shared.values());
+      if (there) copy_codes<kBlocks, kPitch, kPaged>(args, p.v_codes, task, chunk, shared.values());
       cp_async_commit();
     }
   }
@@ -416,15 +416,27 @@ template <int kQuads, int kBlocks, bool kSplit>
 constexpr int kResidentBlocks = kSplit && kQuads == 1 && kBlocks <= 4 ? 4 : 2;
 
 // kSplit: a block does some chunks, else all of them.
-template <int kQuads, int kBlocks, bool kSplit>
-__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kQuads, kBlocks, kSplit>)
-    attention_kv4_kernel(const __grid_constant__ AttentionArgs args) {
+template <int kQuads, int kBlocks, bool kSplit, bool kPaged>
+W2A4_DEVICE void attend(const AttentionArgs& args) {
   wait_for_previous_kernel();
-  const Attention<kQuads, kBlocks, kSplit> attention(args);
+  const Attention<kQuads, kBlocks, kSplit, kPaged> attention(args);
   if constexpr (kSplit)
     attention.run_some();
   else
     attention.run_all();
+}
+
+template <int kQuads, int kBlocks, bool kSplit>
+__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kQuads, kBlocks, kSplit>)
+    attention_kv4_kernel(const __grid_constant__ AttentionArgs args) {
+  attend<kQuads, kBlocks, kSplit, false>(args);
+}
+
+// The same of a paged cache. A kernel of its own, so that the other has no registers for it.
+template <int kQuads, int kBlocks, bool kSplit>
+__global__ void __launch_bounds__(kAttentionThreads, kResidentBlocks<kQuads, kBlocks, kSplit>)
+    attention_kv4_paged_kernel(const __grid_constant__ AttentionArgs args) {
+  attend<kQuads, kBlocks, kSplit, true>(args);
 }
 
 // Merges the chunks of a row, 64 elements a block: a warp takes a group of chunks at a time.

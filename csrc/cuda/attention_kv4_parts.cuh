@@ -29,7 +29,8 @@ struct AttentionArgs {
   float scaling;  // of scores, to the base of 2
   Copy copy;
   bool k_fours, v_fours;  // scales and zero-points of four keys can be read at once
-  float* partial;         // results of chunks, see partial_line; or null: a block does all chunks
+  int block_shift;  // of a paged cache: the logarithm of a block's tokens, or -1: no power of 2
+  float* partial;   // results of chunks, see partial_line; or null: a block does all chunks
 };
 
 // ---- what a thread block works on
@@ -292,35 +293,52 @@ W2A4_DEVICE int row_sums(float (&v)[kSize] W2A4_SITE) {
 // ---- the cache and the queries
 
 // The token's first byte; numbers of kBytes. Strides are below 2**32 bytes, see check_attention.
-template <int kBytes>
-W2A4_DEVICE const uint8_t* token_at(const Strided4& t, const AttentionTask& task, int token) {
+// Null where the block table, which lies on the device and which nothing has checked, names no
+// block.
+template <int kBytes, bool kPaged>
+W2A4_DEVICE const uint8_t* token_at(const AttentionArgs& args, const Strided4& t,
+                                    const AttentionTask& task, int token) {
+  auto row = static_cast<uint32_t>(task.batch), position = static_cast<uint32_t>(token);
+  if constexpr (kPaged) {
+    const BlockTable& table = args.p.table;
+    const auto size = static_cast<uint32_t>(table.block_tokens);
+    const uint32_t column = args.block_shift < 0 ? position / size : position >> args.block_shift;
+    row = static_cast<uint32_t>(table.at[task.batch * table.row + column]);
+    if (row >= table.blocks) return nullptr;
+    position -= column * size;
+  }
   const auto* at = static_cast<const uint8_t*>(t.data);
-  at = row_of(at, task.batch, kBytes * static_cast<uint32_t>(t.batch));
+  at = row_of(at, row, kBytes * static_cast<uint32_t>(t.batch));
   at = row_of(at, task.head, kBytes * static_cast<uint32_t>(t.head));
-  return row_of(at, token, kBytes * static_cast<uint32_t>(t.token));
+  return row_of(at, position, kBytes * static_cast<uint32_t>(t.token));
 }
 
 // A warp copies scales and zero-points of its own 32 keys, a word each; there is nothing in those
-// behind the last key. `fours`: see AttentionArgs.
-W2A4_DEVICE void copy_params(const Strided4& params, bool fours, const AttentionTask& task,
-                             int chunk, uint32_t* to) {
+// behind the last key, and NaN in those that lie in no block. `fours`: see AttentionArgs.
+template <bool kPaged>
+W2A4_DEVICE void copy_params(const AttentionArgs& args, const Strided4& params, bool fours,
+                             const AttentionTask& task, int chunk, uint32_t* to) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int key = static_cast<int>(threadIdx.x) - lane + 4 * lane;
   const int first = chunk * kChunkKeys, count = keys_in_chunk(task, chunk);
   if (lane >= 8 || key >= count) return;
   if (fours && key + 4 <= count) {
-    cp_async_16(to + key, token_at<2>(params, task, first + key), 16);
-    return;
+    const uint8_t* at = token_at<2, kPaged>(args, params, task, first + key);
+    if (!kPaged || at) {
+      cp_async_16(to + key, at, 16);
+      return;
+    }
   }
   W2A4_NO_UNROLL
   for (int i = key; i < key + 4 && i < count; ++i) {
-    const uint8_t* at = token_at<2>(params, task, first + i);
-    to[i] = load_u16(at) | static_cast<uint32_t>(load_u16(at + 2)) << 16;
+    const uint8_t* at = token_at<2, kPaged>(args, params, task, first + i);
+    to[i] =
+        kPaged && !at ? 0x7e007e00 : load_u16(at) | static_cast<uint32_t>(load_u16(at + 2)) << 16;
   }
 }
 
-// A warp copies the codes of its own 32 keys.
-template <int kBlocks, int kPitch>
+// A warp copies the codes of its own 32 keys; any codes will do for those that lie in no block.
+template <int kBlocks, int kPitch, bool kPaged>
 W2A4_DEVICE void copy_codes(const AttentionArgs& args, const Strided4& codes,
                             const AttentionTask& task, int chunk, unsigned char* to) {
   const int lane = static_cast<int>(threadIdx.x % 32), mine = static_cast<int>(threadIdx.x) - lane;
@@ -333,19 +351,32 @@ W2A4_DEVICE void copy_codes(const AttentionArgs& args, const Strided4& codes,
     constexpr int kStep = 32 / kBlocks;
     const int key = lane / kBlocks, at = lane % kBlocks * 16;
     if (at >= half) return;
-    const uint8_t* from = token_at<1>(codes, task, first + key) + at;
-    W2A4_UNROLL
-    for (int i = 0; i < kBlocks; ++i)
-      cp_async_16(to + slot_of_key(key + i * kStep) * kPitch + at,
-                  row_of(from, i * kStep, static_cast<uint32_t>(codes.token)),
-                  key + i * kStep < count ? 16 : 0);
+    if constexpr (kPaged) {
+      W2A4_UNROLL
+      for (int i = 0; i < kBlocks; ++i) {
+        const int mine_too = key + i * kStep;
+        const uint8_t* from = nullptr;
+        if (mine_too < count) from = token_at<1, true>(args, codes, task, first + mine_too);
+        cp_async_16(to + slot_of_key(mine_too) * kPitch + at,
+                    from ? from + at : static_cast<const uint8_t*>(codes.data), from ? 16 : 0);
+      }
+    } else {
+      const uint8_t* from = token_at<1, false>(args, codes, task, first + key) + at;
+      W2A4_UNROLL
+      for (int i = 0; i < kBlocks; ++i)
+        cp_async_16(to + slot_of_key(key + i * kStep) * kPitch + at,
+                    row_of(from, i * kStep, static_cast<uint32_t>(codes.token)),
+                    key + i * kStep < count ? 16 : 0);
+    }
   } else {
     const int bytes = args.copy == Copy::kPieces8 ? 8 : 1, pieces = half / bytes;
     W2A4_NO_UNROLL
     for (int i = lane; i < (count < 32 ? count : 32) * pieces; i += 32) {
       const int key = i / pieces, at = (i - key * pieces) * bytes;
       unsigned char* target = to + slot_of_key(key) * kPitch + at;
-      const uint8_t* source = token_at<1>(codes, task, first + key) + at;
+      const uint8_t* source = token_at<1, kPaged>(args, codes, task, first + key);
+      if (kPaged && !source) continue;
+      source += at;
       if (args.copy == Copy::kPieces8)
         cp_async_8(target, source);
       else

@@ -29,6 +29,10 @@ inline void check_attention(const AttentionKV4Params& p, size_t shared, size_t m
   if (p.head_dim > 256)
     throw std::runtime_error(op + "head_dim=" + std::to_string(p.head_dim) +
                              "; the CUDA kernels take up to 256");
+  if (p.table.blocks >= int64_t{1} << 31 || p.table.block_tokens >= int64_t{1} << 31)
+    throw std::runtime_error(op + std::to_string(p.table.blocks) + " blocks of " +
+                             std::to_string(p.table.block_tokens) +
+                             " tokens; the CUDA kernels take fewer than 2**31 of either");
   if (p.length >= int64_t{1} << 30 || p.batch * p.q_tokens * p.q_heads >= int64_t{1} << 30)
     throw std::runtime_error(
         op + "length=" + std::to_string(p.length) + " with " + std::to_string(p.q_tokens) +
@@ -60,32 +64,44 @@ inline bool reads_fours(const Strided4& params) {
          reinterpret_cast<uintptr_t>(params.data) % 16 == 0;
 }
 
+inline int block_shift_of(int64_t block_tokens) {
+  int shift = 0;
+  while (shift < 30 && int64_t{1} << shift < block_tokens) ++shift;
+  return int64_t{1} << shift == block_tokens ? shift : -1;
+}
+
 using AttentionKernel = void (*)(AttentionArgs);
-template <int kQuads, int kBlocks, bool kSplit>
+template <int kQuads, int kBlocks, bool kSplit, bool kPaged>
 struct AttentionKernelOf
-    : std::integral_constant<AttentionKernel, attention_kv4_kernel<kQuads, kBlocks, kSplit>> {
+    : std::integral_constant<AttentionKernel,
+                             kPaged ? attention_kv4_paged_kernel<kQuads, kBlocks, kSplit>
+                                    : attention_kv4_kernel<kQuads, kBlocks, kSplit>> {
   static constexpr int kResident = kResidentBlocks<kQuads, kBlocks, kSplit>;
   static constexpr size_t kShared =
       AttentionShared<4 * kQuads, kBlocks>::kParts +
-      Attention<kQuads, kBlocks, kSplit>::kSharedParts * kAttentionThreads * sizeof(Part);
+      Attention<kQuads, kBlocks, kSplit, kPaged>::kSharedParts * kAttentionThreads * sizeof(Part);
 };
 
 // Calls run(kernel), kernel an AttentionKernelOf.
 template <class Run>
 void with_attention_kernel(const AttentionPlan& plan, Run&& run) {
-  const auto with_blocks = [&](auto split) {
-    constexpr bool kSplit = decltype(split)::value;
-    if (plan.blocks == 8) return run(AttentionKernelOf<1, 8, kSplit>{});
+  const auto with_blocks = [&](auto split, auto paged) {
+    constexpr bool kSplit = decltype(split)::value, kPaged = decltype(paged)::value;
+    if (plan.blocks == 8) return run(AttentionKernelOf<1, 8, kSplit, kPaged>{});
     if constexpr (kSplit) {
       if (plan.quads == 1)
-        return plan.blocks == 2 ? run(AttentionKernelOf<1, 2, kSplit>{})
-                                : run(AttentionKernelOf<1, 4, kSplit>{});
+        return plan.blocks == 2 ? run(AttentionKernelOf<1, 2, kSplit, kPaged>{})
+                                : run(AttentionKernelOf<1, 4, kSplit, kPaged>{});
     }
-    return plan.blocks == 2 ? run(AttentionKernelOf<2, 2, kSplit>{})
-                            : run(AttentionKernelOf<2, 4, kSplit>{});
+    return plan.blocks == 2 ? run(AttentionKernelOf<2, 2, kSplit, kPaged>{})
+                            : run(AttentionKernelOf<2, 4, kSplit, kPaged>{});
   };
-  if (plan.args.partial) return with_blocks(std::true_type{});
-  return with_blocks(std::false_type{});
+  const auto with_split = [&](auto split) {
+    if (plan.args.p.table.at) return with_blocks(split, std::true_type{});
+    return with_blocks(split, std::false_type{});
+  };
+  if (plan.args.partial) return with_split(std::true_type{});
+  return with_split(std::false_type{});
 }
 
 // With p.workspace null, blocks do all chunks whatever plan.workspace says would be better.
@@ -108,7 +124,9 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
   args.chunks = static_cast<int>((p.length + kChunkKeys - 1) / kChunkKeys);
   args.scaling = p.scaling * 1.44269504f;
   args.copy = std::max(copy_of(p.k_codes, p.head_dim), copy_of(p.v_codes, p.head_dim));
-  args.k_fours = reads_fours(p.k_params), args.v_fours = reads_fours(p.v_params);
+  const bool fours = !p.table.at || p.table.block_tokens % 4 == 0;
+  args.k_fours = fours && reads_fours(p.k_params), args.v_fours = fours && reads_fours(p.v_params);
+  args.block_shift = block_shift_of(p.table.block_tokens);
   // One token: chunks always are what there is to divide. Several: only if rows are too few.
   const int64_t floats = pairs * args.rows * args.chunks * (p.head_dim + 2);
   const bool few = args.row_tiles == 1 || pairs * args.row_tiles < 4 * processors;

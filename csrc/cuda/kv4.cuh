@@ -52,12 +52,22 @@ W2A4_DEVICE void load_pair(const void* x, int64_t at, bool whole, float (&v)[2])
   v[1] = load_one<T>(x, at + 1);
 }
 
-// The place in the cache of a token of this call, or -1 where it must not be written: starts lie on
-// the device, and nothing has checked them.
+// Where a token of this call lies in the cache: a sequence, or a block of a paged one, and a
+// position in it; -1 where it must not be written.
+struct Cell {
+  int64_t row, position;
+};
+
+// starts and slots lie on the device, and nothing has checked them.
 template <class Params>
-W2A4_DEVICE int64_t place_of(const Params& p, int64_t batch, int64_t token) {
-  const int64_t place = (p.starts ? p.starts[batch] : p.start) + token;
-  return place >= 0 && place < p.start + p.tokens ? place : -1;
+W2A4_DEVICE Cell cell_of(const Params& p, int64_t batch, int64_t token) {
+  if (p.slots.at) {
+    const int64_t slot = p.slots.at[batch * p.tokens + token], size = p.slots.block_tokens;
+    if (slot < 0 || slot >= p.slots.blocks * size) return {0, -1};
+    return {slot / size, slot % size};
+  }
+  const int64_t position = (p.starts ? p.starts[batch] : p.start) + token;
+  return {batch, position >= 0 && position < p.start + p.tokens ? position : -1};
 }
 
 // ---- quantisation
@@ -106,13 +116,13 @@ W2A4_DEVICE void quantize_head(const Head<kRounds>& x, int head_dim, float clip,
 }
 
 template <int kRounds>
-W2A4_DEVICE void write_head(const Strided4& codes, const Strided4& params, int64_t batch,
-                            int64_t head, int64_t place, const Head<kRounds>& x, int head_dim,
-                            float clip) {
-  if (place < 0) return;
+W2A4_DEVICE void write_head(const Strided4& codes, const Strided4& params, const Cell& cell,
+                            int64_t head, const Head<kRounds>& x, int head_dim, float clip) {
+  if (cell.position < 0) return;
   quantize_head<kRounds>(
-      x, head_dim, clip, static_cast<uint8_t*>(codes.data) + offset_of(codes, batch, head, place),
-      static_cast<uint16_t*>(params.data) + offset_of(params, batch, head, place));
+      x, head_dim, clip,
+      static_cast<uint8_t*>(codes.data) + offset_of(codes, cell.row, head, cell.position),
+      static_cast<uint16_t*>(params.data) + offset_of(params, cell.row, head, cell.position));
 }
 
 // The row of this warp: rows are divided among warps in order.
@@ -135,8 +145,7 @@ __global__ void __launch_bounds__(kHeadWarps * 32)
   for_each_pair<kRounds>(head_dim, [&](int r, int pair) {
     load_pair<T>(p.x.data, first + 2 * pair, args.pairs, x[r]);
   });
-  write_head<kRounds>(p.codes, p.params, batch, head, place_of(p, batch, token), x, head_dim,
-                      p.clip);
+  write_head<kRounds>(p.codes, p.params, cell_of(p, batch, token), head, x, head_dim, p.clip);
 }
 
 // ---- RoPE and R3
@@ -264,11 +273,11 @@ __global__ void __launch_bounds__(kHeadWarps * 32)
                            [&](int r, int pair) { store_run<T>(p.q, to + 2 * pair, x[r]); });
     return;
   }
-  const int64_t place = place_of(p, batch, token);
+  const Cell cell = cell_of(p, batch, token);
   if (head < q_heads + kv_heads)
-    write_head<kRounds>(p.k_codes, p.k_params, batch, head - q_heads, place, x, head_dim, p.clip);
+    write_head<kRounds>(p.k_codes, p.k_params, cell, head - q_heads, x, head_dim, p.clip);
   else
-    write_head<kRounds>(p.v_codes, p.v_params, batch, head - q_heads - kv_heads, place, x, head_dim,
+    write_head<kRounds>(p.v_codes, p.v_params, cell, head - q_heads - kv_heads, x, head_dim,
                         p.clip);
 }
 

@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kHeadWarps * 32)
   LaneHead cos, sin;
   load_angles(p.cos, p.rope_dtype, angles, kDim / 2, cos);
   load_angles(p.sin, p.rope_dtype, angles, kDim / 2, sin);
-  const int64_t place = place_of(p, batch, token);
+  const Cell cell = cell_of(p, batch, token);
   W2A4_NO_UNROLL
   for (;;) {
     LaneHead x;
@@ -239,9 +239,10 @@ __global__ void __launch_bounds__(kHeadWarps * 32)
       const Strided4& codes = now.kind == 1 ? p.k_codes : p.v_codes;
       const Strided4& params = now.kind == 1 ? p.k_params : p.v_params;
       quantize_lanes<kLanes>(
-          x, now.head < kv_heads && place >= 0, p.clip,
-          static_cast<uint8_t*>(codes.data) + offset_of(codes, batch, now.head, place),
-          static_cast<uint16_t*>(params.data) + offset_of(params, batch, now.head, place));
+          x, now.head < kv_heads && cell.position >= 0, p.clip,
+          static_cast<uint8_t*>(codes.data) + offset_of(codes, cell.row, now.head, cell.position),
+          static_cast<uint16_t*>(params.data) +
+              offset_of(params, cell.row, now.head, cell.position));
     }
     if (group >= args.groups) return;
   }

@@ -1,15 +1,9 @@
-// The Python module w2a4._cuda: importing it registers the CUDA kernels of the ops that w2a4._C
-// defines.
+// The Python module w2a4._cuda: importing it registers the CUDA kernels of the ops that Python
+// has defined.
 #include <Python.h>
 #include <torch/headeronly/version.h>
 
-#include "../ops.h"
-
-STABLE_TORCH_LIBRARY_IMPL(w2a4, CUDA, m) {
-  w2a4::register_a4(m);
-  w2a4::register_w8(m);
-  w2a4::register_kv4(m);
-}
+#include "../registration.h"
 
 extern "C" PyMODINIT_FUNC PyInit__cuda(void) {
   static PyModuleDef definition = {
@@ -19,6 +13,7 @@ extern "C" PyMODINIT_FUNC PyInit__cuda(void) {
     PyModule_AddStringConstant(module, "build_info",
                                "w2a4._cuda: CUDA kernels, abi3, built with torch " TORCH_VERSION
                                " headers, nvcc " W2A4_NVCC " for " W2A4_ARCHS);
+    PyModule_AddStringConstant(module, "signatures", w2a4::signatures().c_str());
   }
   return module;
 }

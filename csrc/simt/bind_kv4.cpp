@@ -17,9 +17,20 @@ using namespace w2a4;
 namespace {
 
 using Starts = std::optional<py::array_t<int64_t, py::array::c_style>>;
+using Table = std::optional<py::array_t<int32_t, py::array::c_style>>;
 
 const int64_t* data_of(const Starts& starts) {
   return starts ? starts->data() : nullptr;
+}
+
+Slots slots_of(const Starts& slots, const py::array& codes) {
+  if (!slots) return {};
+  return {slots->data(), codes.shape(0), codes.shape(2)};
+}
+
+BlockTable table_of(const Table& table, const py::array& codes) {
+  if (!table) return {};
+  return {table->data(), table->shape(1), codes.shape(0), codes.shape(2)};
 }
 
 Strided4 strided(const py::array& a) {
@@ -39,12 +50,12 @@ void run_heads(const cuda::HeadsPlan<Args>& plan, unsigned seed) {
 // x [batch, heads, tokens, head_dim], codes and params as in QuantizeKV4Params.
 void quantize_kv4(const py::array& x, const py::array& codes, const py::array& params,
                   const std::string& dtype, int64_t start, const Starts& starts, float clip,
-                  unsigned seed) {
+                  unsigned seed, const Starts& slots) {
   QuantizeKV4Params p{};
   p.x = strided(x), p.codes = strided(codes), p.params = strided(params);
   p.dtype = dtype_of(dtype);
   p.batch = x.shape(0), p.heads = x.shape(1), p.tokens = x.shape(2), p.head_dim = x.shape(3);
-  p.start = start, p.starts = data_of(starts), p.clip = clip;
+  p.start = start, p.starts = data_of(starts), p.clip = clip, p.slots = slots_of(slots, codes);
   run_heads(cuda::plan_quantize_kv4(p), seed);
 }
 
@@ -55,7 +66,7 @@ bool rope_append_kv4(const py::array& qkv, const std::string& dtype, const py::a
                      int64_t block_size, const py::array& k_codes, const py::array& k_params,
                      const py::array& v_codes, const py::array& v_params, int64_t start,
                      const Starts& starts, float clip, py::array& q, unsigned seed,
-                     uint32_t wide_rows) {
+                     uint32_t wide_rows, const Starts& slots) {
   RopeAppendKV4Params p{};
   p.qkv = qkv.data(), p.cos = cos.data(), p.sin = sin.data(), p.q = q.mutable_data();
   p.k_codes = strided(k_codes), p.k_params = strided(k_params);
@@ -66,7 +77,7 @@ bool rope_append_kv4(const py::array& qkv, const std::string& dtype, const py::a
   p.batch = qkv.shape(0), p.tokens = qkv.shape(1), p.head_dim = cos.shape(2);
   p.rope_batch = cos.shape(0) == 1 ? 0 : p.tokens * p.head_dim;
   p.q_heads = q.shape(1), p.kv_heads = k_codes.shape(1);
-  p.start = start, p.starts = data_of(starts), p.clip = clip;
+  p.start = start, p.starts = data_of(starts), p.clip = clip, p.slots = slots_of(slots, k_codes);
   const auto plan = cuda::plan_rope_append_kv4(p, wide_rows);
   run_heads(plan, seed);
   return plan.args.lanes != 0;
@@ -89,7 +100,7 @@ bool attention_kv4(const py::array& q, const std::string& dtype, const py::array
                    const std::optional<py::array>& v_sink, const std::string& sink_dtype,
                    const Starts& starts, py::array& y,
                    std::optional<py::array_t<float, py::array::c_style>> workspace, int processors,
-                   size_t most_shared, unsigned seed) {
+                   size_t most_shared, unsigned seed, const Table& block_table) {
   AttentionKV4Params p{};
   p.q = strided(q), p.y = y.mutable_data(), p.dtype = dtype_of(dtype);
   p.batch = q.shape(0), p.q_heads = q.shape(1), p.q_tokens = q.shape(2), p.head_dim = q.shape(3);
@@ -97,6 +108,7 @@ bool attention_kv4(const py::array& q, const std::string& dtype, const py::array
   p.v_codes = strided(v_codes), p.v_params = strided(v_params);
   p.kv_heads = k_codes.shape(1);
   p.length = length, p.causal = causal, p.scaling = scaling, p.starts = data_of(starts);
+  p.table = table_of(block_table, k_codes);
   fill_mask(p, mask);
   p.k_sink_dtype = p.v_sink_dtype = dtype_of(sink_dtype);
   if (k_sink) p.k_sink = strided(*k_sink), p.v_sink = strided(*v_sink);

@@ -215,13 +215,16 @@ def wrap_triton(kernel):
 
 
 def triton_op(name: str):
-    """`torch.library.triton_op`; under the interpreter an opaque op, since no compiler sees into that."""
+    """`torch.library.triton_op`; under the interpreter an opaque op, since no compiler sees into that.
+
+    The schema that torch infers from the function is the one of the op in `w2a4.ops.table`.
+    """
     register = torch.library.custom_op if INTERPRET.value else torch.library.triton_op
     return register(name, mutates_args=())
 
 
 def row_op(name: str):
-    """Register a function as the CUDA kernel of an op that w2a4._C defines; interpreted, for the CPU too."""
+    """Register the CUDA kernel of an op that `w2a4.ops.table` defines; interpreted, the CPU's too."""
 
     def register(function):
         _library.impl(name, function, "CUDA")

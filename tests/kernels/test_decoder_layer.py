@@ -36,7 +36,7 @@ def steps(model: torch.nn.Module, dtype: torch.dtype, batch: int, mask: torch.Te
             seen = None if mask is None else mask[:, :, start - tokens : start, :]
             found.append(fused.decoder_layer(part, hidden, rotary, seen, cache))
     layer = cache.layers[0]
-    assert layer.length == layer.keys.length == layer.values.length == 12
+    assert [layer.store.bound, *(side.bound for side in layer.store.view())] == [12] * 3
     sides = [(side.codes[:, :, :12], side.params[:, :, :12]) for side in (layer.keys, layer.values)]
     return [*found, *(t for side in sides for t in side)]
 

@@ -74,6 +74,10 @@ KERNELS = {
         dict(repeat=4, tokens=1, head_dim=128, length=600, split=True, sinks=sinks, heads=2, processors=1)
         for sinks in (0, 600)
     ]),
+    "attention_kv4_paged": (kernels.attention, [
+        dict(repeat=repeat, tokens=1, head_dim=head_dim, length=300, split=split, heads=1, size=size)
+        for repeat, head_dim, split, size in [(1, 64, True, 16), (4, 128, False, 1), (1, 30, True, 6)]
+    ]),
     # More chunks than a block merges at a time.
     "merge_kv4": (kernels.attention, [
         dict(repeat=1, tokens=1, head_dim=2, length=128 * 256 + 1, split=True, batch=1, heads=1)

@@ -129,9 +129,9 @@ def test_a_padded_prompt_on_a_device_that_is_not_there(batch, tokens, cuda_kerne
         rows = [torch.empty(9, dtype=torch.long, device=DEVICE)] * batch
         steps = sequences.PackedSequences(model, rows, 96, parts)
         ids = torch.empty(batch, tokens, dtype=torch.long, device=DEVICE)
-        steps._padded(ids, steps.starts[:1])
+        steps._padded(ids, steps.lengths[:1])
         with CaptureLint() as lint:
-            logits = steps._padded(ids, steps.starts[:1])
+            logits = steps._padded(ids, steps.lengths[:1])
     assert lint.found == [] and "decoder_layer" not in lint.ran
     assert logits.device == DEVICE and logits.shape == steps.logits.shape
 

@@ -238,6 +238,6 @@ def test_a_row_without_any_token_is_refused_where_sinks_need_its_first():
     cache = w2a4.KV4Cache.for_model(packed_model(sink_tokens=6))
     with torch.no_grad():
         packed_model(sink_tokens=6)(prompt(2, 3), **{CACHE: cache})
-        with pytest.raises(w2a4.W2A4Error, match="other places"):
+        with pytest.raises(w2a4.W2A4Error, match="other positions"):
             mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
             packed_model(sink_tokens=6)(prompt(2, 1), attention_mask=mask, **{CACHE: cache})

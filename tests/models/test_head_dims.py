@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 import w2a4
 from support.packed import calibration, prompt
 from support.tiny_models import tiny_llama
+from w2a4 import arch
 from w2a4.errors import RecipeError
-from w2a4.hub.transformers import act_group_size
 from w2a4.recipe import Recipe
 
 #: Size of a head and heads, so that o_proj has as many inputs as `auto` has groups of 128, 64 or 32 for.
@@ -54,6 +54,11 @@ def test_train(head_dim, heads):
     want = model.eval()(ids).logits.detach()
     got = w2a4.convert(model)(ids).logits.detach()
     assert float((got - want).abs().max()) < 1e-3 * float(want.abs().max())
+
+
+def act_group_size(recipe, name, head_dim, in_features):
+    family = arch.of_model_type("llama")
+    return family.act_group_size(recipe, family.site_of(name), head_dim, in_features)
 
 
 @pytest.mark.parametrize(

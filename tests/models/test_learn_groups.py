@@ -8,10 +8,9 @@ import torch
 
 from support.learning import learn, rotations
 from support.packed import SHAPE, calibration
-from support.tiny_models import tiny_llama
+from support.tiny_models import decoder_linears, tiny_llama
 from w2a4.errors import RecipeError
 from w2a4.format.fake_quant import fake_quant_a4
-from w2a4.hub.transformers import decoder_linears
 from w2a4.quantization.rotation import descent
 from w2a4.quantization.rotation import fold as fuse
 from w2a4.quantization.rotation import learn as lr

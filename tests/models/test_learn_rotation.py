@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 import w2a4
 from support.learning import learn, rotations
 from support.packed import SHAPE, calibration
-from support.tiny_models import MODELS, tiny_llama, tokens
+from support.tiny_models import MODELS, decoder_linears, tiny_llama, tokens
 from w2a4.errors import CalibrationError, RotationError
 from w2a4.format.online import OnlineRotation
-from w2a4.hub.transformers import decoder_linears
 from w2a4.quantization.rotation import descent
 from w2a4.quantization.rotation import fold as fuse
 from w2a4.quantization.rotation import learn as lr

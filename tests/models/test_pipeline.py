@@ -8,6 +8,7 @@ import torch
 import w2a4
 from support.packed import SHAPE, calibration, packed_model, prompt
 from support.tiny_models import LLAMA3_ROPE, tiny_llama
+from w2a4 import arch
 from w2a4.errors import CalibrationError, RecipeError, RotationError, W2A4Error
 from w2a4.format.linear import W8Embedding, W8Linear, _PackedLinear
 from w2a4.ops import reference
@@ -223,7 +224,7 @@ def streams_behind(model, layer, ids, recipe):
     x = model.model.embed_tokens(ids)
     streams = Streams([x], [x])
     cos_sin = model.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
-    LayerQuantizer(layer, recipe, KVSettings(4), cos_sin).run(streams)
+    LayerQuantizer(layer, recipe, KVSettings(4), cos_sin, arch.of_config(model.config)).run(streams)
     return streams.full[0], streams.quantized[0]
 
 

@@ -9,8 +9,7 @@ import torch
 
 import w2a4
 from support.packed import SHAPE, calibration, prompt
-from support.tiny_models import tiny_llama
-from w2a4.hub.transformers import decoder_linears
+from support.tiny_models import decoder_linears, tiny_llama
 from w2a4.runtime.layer import fused_parts
 from w2a4.train.linear import FakeQuantLinear, fake_quant_linears
 from w2a4.train.prepare import convert, prepare

@@ -83,12 +83,12 @@ def test_padded_prompts_have_the_bits_of_others(tokens, batch, fused, monkeypatc
         padded = packed_sequences(model, ids_of(batch, 90))
         for _ in range(3):  # once as ever, once captured, once replayed
             padded.begin(list(ids))
-            assert padded.length == tokens and padded.starts.tolist() == [tokens] * batch
+            assert padded.longest == tokens and padded.lengths.tolist() == [tokens] * batch
             assert torch.equal(padded.logits, eager.logits)
-            for layer, other in zip(padded.cache.layers, eager.cache.layers, strict=True):
-                assert layer.length == other.length == tokens and layer.starts is padded.starts
-                for side, wanted in ((layer.keys, other.keys), (layer.values, other.values)):
-                    assert side.length == tokens and side.starts is padded.starts and side.sink is None
+            for store, other in zip(padded.cache.stores, eager.cache.stores, strict=True):
+                assert store.bound == other.bound == tokens and store.lengths is padded.lengths
+                for side, wanted in zip(store.view(store.lengths), other.view(other.lengths), strict=True):
+                    assert side.bound == tokens and side.earlier is padded.lengths and side.sink is None
                     assert torch.equal(side.codes[:, :, :tokens], wanted.codes[:, :, :tokens])
                     assert torch.equal(side.params[:, :, :tokens], wanted.params[:, :, :tokens])
             for _ in range(min(3, CAPACITY - tokens)):

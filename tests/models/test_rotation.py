@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from support.tiny_models import MODELS, tiny_llama, tokens
 from w2a4.errors import RotationError
@@ -316,12 +316,9 @@ class TestFailsLoudly:
         assert_fails_untouched(model, "rotated already.*original weights")
 
     def test_other_architectures(self):
-        config = MistralConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1,
-        )  # fmt: skip
-        assert_fails_untouched(MistralForCausalLM(config), "'mistral'.*only LLaMA")
-        assert_fails_untouched(nn.Linear(2, 2), "type None")
+        config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+        assert_fails_untouched(GPT2LMHeadModel(config), "'gpt2'.*LayerNorms.*reads llama, mistral")
+        assert_fails_untouched(nn.Linear(2, 2), "type 'None'")
 
     def test_bare_decoder(self):
         assert_fails_untouched(tiny_llama().model, "LlamaModel is not shaped like LlamaForCausalLM")
@@ -354,7 +351,7 @@ class TestFailsLoudly:
     def test_extra_consumer_of_the_residual_stream(self):
         model = tiny_llama()
         model.value_head = nn.Linear(32, 1)
-        assert_fails_untouched(model, "value_head.weight is not part of a plain LLaMA")
+        assert_fails_untouched(model, "value_head.weight is not part of a plain LlamaForCausalLM")
         model = tiny_llama()
         model.model.layers[0].register_buffer("steering", torch.zeros(32))
         assert_fails_untouched(model, "layers.0.steering is not part")
@@ -379,7 +376,7 @@ class TestFailsLoudly:
     def test_head_dim_that_does_not_fit(self):
         model = tiny_llama()
         model.config.head_dim = 5
-        assert_fails_untouched(model, "v_proj is 16 wide, not a multiple of head_dim=5")
+        assert_fails_untouched(model, r"q_proj has the shape \(32, 32\).*\(20, 32\); correct config.head_dim")
 
     @pytest.mark.parametrize(
         "change, message",

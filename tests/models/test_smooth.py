@@ -9,11 +9,12 @@ import w2a4
 from benchmarks.outliers import four_bit_inputs, plant_outliers
 from support.packed import SHAPE, calibration, prompt
 from support.tiny_models import MODELS, tiny_llama, tokens
+from w2a4 import arch
 from w2a4.errors import CalibrationError, RotationError
 from w2a4.evaluate.data import builtin_text
 from w2a4.quantization.rotation import fold as fuse
 from w2a4.quantization.rotation.learn import learn_rotation
-from w2a4.quantization.smooth import MOVES, SCALES, input_maxima, smooth
+from w2a4.quantization.smooth import SCALES, input_maxima, smooth
 from w2a4.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,10 +46,11 @@ def maxima(model, ids):
     """By layer and first reader: max|x| and max|W| of the channels that get one scale each."""
     found = []
     for layer, seen in zip(model.model.layers, input_maxima(model, ids), strict=True):
-        for readers, source in MOVES:
+        for site in reversed(arch.of_config(model.config).sites):
+            readers = site.paths
             weights = torch.stack([layer.get_submodule(name).weight.abs().amax(0) for name in readers])
             pair = seen[readers[0]], weights.amax(0).detach()
-            if source == "self_attn.v_proj":  # the heads of a KV head together
+            if readers == ("self_attn.o_proj",):  # the heads of a KV head together
                 heads = layer.self_attn.v_proj.out_features // layer.self_attn.head_dim
                 pair = tuple(x.view(heads, -1, layer.self_attn.head_dim).amax(1).flatten() for x in pair)
             found.append(pair)

@@ -72,6 +72,30 @@ def packed(batch, kv_heads, length, head_dim, capacity=None, spread=1.0):
     return out
 
 
+def paged(kv, keys, size, spare=3):
+    """Caches as blocks of `size` tokens in a random order, `[blocks, kv_heads, size, …]`, and the block table.
+
+    Args:
+        kv: `[batch, kv_heads, capacity, …]` each.
+        keys: tokens of each sequence. All else is poison: positions, blocks, and entries of the table.
+    """
+    counts = [-(-n // size) for n in keys]
+    blocks = torch.randperm(sum(counts) + spare)
+    table = torch.randint(-(2**31), 0, (len(keys), max(counts, default=0) + 1), dtype=torch.int32)
+    pages = [
+        torch.full((len(blocks), t.shape[1], size, t.shape[3]), 255 if t.dtype == torch.uint8 else NAN).to(t)
+        for t in kv
+    ]
+    free = iter(blocks.tolist())
+    for b, count in enumerate(counts):
+        for column in range(count):
+            table[b, column] = block = next(free)
+            first, last = column * size, min(keys[b], (column + 1) * size)
+            for page, t in zip(pages, kv, strict=True):
+                page[block, :, : last - first] = t[b, :, first:last]
+    return pages, table
+
+
 def exact_attention(q, kv, length, mask=None, causal=True, scaling=0.125, sinks=None, starts=None):
     """Attention in float64 `[batch, q_tokens, q_heads, head_dim]`, and what the kernels may be off by.
 

@@ -69,35 +69,44 @@ def linear_w8(module, tokens, out, features):
     assert np.isfinite(y).all()
 
 
-def rope_append(module, head_dim, k, block, dtype, start, starts=None, wide=2**31):
+def rope_append(module, head_dim, k, block, dtype, start, starts=None, wide=2**31, paged=False):
+    """`paged`: into blocks of two tokens, some of which are named out of bounds and some not at all."""
     qkv = random.standard_normal((2, 3, 5 * head_dim)).astype(dtype)
     angles = np.ones((2, 3, head_dim), np.float32)
     codes = [np.zeros((2, 1, start + 3, head_dim // 2), np.uint8) for _ in "kv"]
     params = [np.zeros((2, 1, start + 3, 2), np.uint16) for _ in "kv"]
     q = np.empty((2, 3, 3, head_dim), dtype)
+    slots = np.array([[3, -1, 2**62], [0, -(2**62), 2 * start + 6]]) if paged else None
+    if paged:
+        codes, params = ([x.reshape(start + 3, 1, 2, -1) for x in both] for both in (codes, params))
+        start = 0
     module.rope_append_kv4(
         qkv, np.dtype(dtype).name, angles, angles, "float32", signs(k), block, codes[0], params[0], codes[1],
-        params[1], start, starts, 0.9, q, 0, wide,
+        params[1], start, starts, 0.9, q, 0, wide, slots,
     )  # fmt: skip
     assert np.isfinite(q).all()
     module.quantize_kv4(
         q, np.zeros((2, 3, 3, head_dim // 2), np.uint8), np.zeros((2, 3, 3, 2), np.uint16),
-        np.dtype(dtype).name, 0, None, 0.9, 0,
+        np.dtype(dtype).name, 0, None, 0.9, 0, None,
     )  # fmt: skip
 
 
 def attention(module, repeat, tokens, head_dim, length, split, sinks=0, starts=None, batch=2, heads=2,
-              processors=132):  # fmt: skip
+              processors=132, size=0):  # fmt: skip
+    """`size`: tokens of a block of a paged cache, in a random order; 0: not paged."""
     q = random.standard_normal((batch, heads * repeat, tokens, head_dim)).astype(np.float16)
-    codes = [random.integers(0, 256, (batch, heads, length, head_dim // 2), np.uint8) for _ in "kv"]
-    params = [np.full((batch, heads, length, 2), 0x3000, np.uint16) for _ in "kv"]
+    columns = -(-length // size) if size else 0
+    shape = (batch * columns, heads, size) if size else (batch, heads, length)
+    codes = [random.integers(0, 256, (*shape, head_dim // 2), np.uint8) for _ in "kv"]
+    params = [np.full((*shape, 2), 0x3000, np.uint16) for _ in "kv"]
+    table = random.permutation(batch * columns).astype(np.int32).reshape(batch, columns) if size else None
     sink = [random.standard_normal((batch, heads, sinks, head_dim)).astype(np.float32) for _ in "kv"]
     mask = np.ones((1, 1, tokens, length), bool)
     y = np.full((batch, tokens, heads * repeat, head_dim), np.nan, np.float16)
     room = np.empty(q.size // head_dim * -(-length // 256) * (head_dim + 2), np.float32) if split else None
     module.attention_kv4(
         q, "float16", codes[0], params[0], codes[1], params[1], length, mask, True, 0.1,
-        *(sink if sinks else (None, None)), "float32", starts, y, room, processors, SMALL, 0,
+        *(sink if sinks else (None, None)), "float32", starts, y, room, processors, SMALL, 0, table,
     )  # fmt: skip
     assert np.isfinite(y).all()
 
@@ -119,12 +128,17 @@ if __name__ == "__main__":
     for head_dim in (64, 128, 256):
         for dtype in (np.float32, np.float16):
             rope_append(module, head_dim, 1, head_dim, dtype, 4, outside, wide=0)
+            for wide in (0, 2**31):
+                rope_append(module, head_dim, 1, head_dim, dtype, 4, wide=wide, paged=True)
     for head_dim in (2, 30, 64, 80, 96, 128, 256):
         for repeat, tokens, length in [(1, 1, 1), (4, 1, 256), (3, 2, 257), (1, 1, 600)]:
             for split in (True, False):
                 attention(module, repeat, tokens, head_dim, length, split)
         attention(module, 8, 2, head_dim, 300, True, sinks=3)
         attention(module, 1, 1, head_dim, 300, False, sinks=300, starts=outside)
+        for size in (1, 6, 16):
+            attention(module, 3, 2, head_dim, 301, True, sinks=3, size=size)
+            attention(module, 1, 1, head_dim, 301, False, starts=outside, size=size)
     for tokens in (1, 2, 3, 9):
         for features, group in [(128, 128), (640, 128), (4736, 128), (1024, 256), (640, 640)]:
             gemv(module, 2, 34, features, group, tokens, "bmma")

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from w2a4 import arch
 from w2a4.evaluate import data
 
 LLAMA3_ROPE = {
@@ -123,3 +124,9 @@ def tiny_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
 def tiny_model(**changes):
     """A random float32 LLaMA over the tokens of `tiny_tokenizer`."""
     return tiny_llama(dtype=torch.float32, vocab_size=300, bos_token_id=0, eos_token_id=1, **changes)
+
+
+def decoder_linears(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The linears of a LLaMA's decoder layer, by the last part of their names."""
+    linears = arch.of_model_type("llama").linears(layer)
+    return {path.rpartition(".")[2]: linear for path, linear in linears.items()}

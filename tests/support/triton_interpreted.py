@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import click
 import pytest
 import torch
+from w2a4.triton_kernels import gemm, gemm_int8, language, tiles
 
 from benchmarks import bench_gemm
 from benchmarks.shapes import LinearShape
@@ -15,7 +16,6 @@ from support.op_arguments import linear_inputs, replaced
 from w2a4 import ops
 from w2a4.errors import BackendError
 from w2a4.ops import dispatch, reference
-from w2a4.triton_kernels import gemm, gemm_int8, language, tiles
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from w2a4.triton_kernels import attention, language  # noqa: F401  (registers its op)
 
 from support.kv4 import NAN, ROUNDING, exact_attention, packed, parts
 from support.numerics import UNIT, assert_close
@@ -9,7 +10,6 @@ from support.op_arguments import replaced
 from support.triton_interpreted import run_asm, words
 from w2a4 import ops
 from w2a4.ops import dispatch, reference
-from w2a4.triton_kernels import attention, language  # noqa: F401  (registers its op)
 
 HALF, BF16 = torch.float16, torch.bfloat16
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from w2a4.triton_kernels import distill
 
 from support.capture_lint import CaptureLint
 from support.distillation import assert_as_defined, assert_within, definition, with_gradient
 from support.numerics import UNIT, assert_close
 from w2a4.ops import dispatch
 from w2a4.train.losses import distillation_loss
-from w2a4.triton_kernels import distill
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 INF = float("inf")

@@ -6,12 +6,12 @@ CPU, and `quantizers` calls them.
 
 import pytest
 import torch
+from w2a4.triton_kernels import fake_quant, ldp  # noqa: F401  (registers their ops)
 
 from support.numerics import UNIT, assert_close
 from w2a4 import ops
 from w2a4.format import fake_quant as quantizers
 from w2a4.ops import dispatch
-from w2a4.triton_kernels import fake_quant, ldp  # noqa: F401  (registers their ops)
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 

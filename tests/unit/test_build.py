@@ -100,21 +100,21 @@ def test_a_source_tree_that_is_not_installed_is_usable(tmp_path):
 
 
 def test_a_slow_path_warns_once(monkeypatch):
-    from w2a4 import ops
+    from w2a4.ops import library
 
-    monkeypatch.setattr(ops, "_warned", set())
-    monkeypatch.setattr(ops, "_cuda", None)
+    monkeypatch.setattr(library, "_warned", set())
+    monkeypatch.setattr(library, "cuda_module", None)
     with pytest.warns(UserWarning, match="CUDA kernels are not loaded .*W2A4_BUILD_CUDA=1 pip install"):
-        ops._warn_slow("hadamard", "cuda")
+        library._warn_slow("hadamard", "cuda")
     with pytest.warns(UserWarning, match="no kernels for 'mps'"):
-        ops._warn_slow("hadamard", "mps")
-    monkeypatch.setattr(ops, "_cuda", object())
+        library._warn_slow("hadamard", "mps")
+    monkeypatch.setattr(library, "cuda_module", object())
     with pytest.warns(UserWarning, match="w2a4.round_columns has no cuda kernel"):
-        ops._warn_slow("round_columns", "cuda")
+        library._warn_slow("round_columns", "cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops._warn_slow("round_columns", "cuda")
-        ops._warn_slow("quantize_a4", "mps")
+        library._warn_slow("round_columns", "cuda")
+        library._warn_slow("quantize_a4", "mps")
 
 
 @pytest.fixture

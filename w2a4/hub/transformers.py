@@ -215,8 +215,8 @@ def check_language_model(model: nn.Module) -> None:
     bias = getattr(model.lm_head, "bias", None)
     if bias is not None:
         raise RotationError(
-            f"lm_head has a bias of shape {[*bias.shape]}, which the checkpoint of a {type(model).__name__} does "
-            "not hold; give a model without"
+            f"lm_head has a bias of shape {[*bias.shape]}, which the checkpoint of a {type(model).__name__} "
+            "does not hold; give a model without"
         )
 
 

@@ -1,132 +1,22 @@
 """The only door to the kernels: one function an op, its gradient, the choice of back end.
 
 `torch.ops.w2a4.<op>` runs compiled kernels on the CPU where `w2a4._C` is built, on CUDA where `w2a4._cuda`
-is, and `w2a4.ops.reference` everywhere else (slowly, with one warning). Functions here are what other modules
-call; they make activations contiguous and check nothing, since the ops check everything. Where there are
-Triton kernels too, `dispatch` chooses.
+is, and `w2a4.ops.reference` everywhere else (slowly, with one warning). `table` says what an op is, `library`
+registers it. Functions here are what other modules call; they make activations contiguous and check nothing,
+since the ops check everything. Where there are Triton kernels too, `dispatch` chooses.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
-from . import dispatch, fakes, reference
-
-_SCHEMAS = {
-    "hadamard": "(Tensor x, Tensor? had_k, int block_size, bool transpose=False) -> Tensor",
-    "quantize_a4": "(Tensor x, Tensor clip, int group_size=-1) -> (Tensor, Tensor)",
-    "hadamard_a4": "(Tensor x, Tensor? had_k, int block_size, Tensor clip, int group_size=-1) "
-    "-> (Tensor, Tensor)",
-    "rmsnorm_a4": "(Tensor x, Tensor? weight, float eps, Tensor clip, int group_size=-1) -> (Tensor, Tensor)",
-    "silu_mul_hadamard_a4": "(Tensor gate, Tensor up, Tensor? had_k, int block_size, Tensor clip, "
-    "int group_size=-1) -> (Tensor, Tensor)",
-    "linear_w2a4": "(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor levels, Tensor scale, "
-    "Tensor? bias, int group_size, ScalarType out_dtype, Tensor? residual=None) -> Tensor",
-    "linear_w4a4": "(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor scale, Tensor? bias, "
-    "int group_size, ScalarType out_dtype, Tensor? residual=None) -> Tensor",
-    "linear_w8": "(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
-    "quantize_kv4": "(Tensor x, float clip) -> (Tensor, Tensor)",
-    "append_kv4": "(Tensor x, Tensor(a!) codes, Tensor(b!) params, SymInt start, float clip, "
-    "Tensor? starts=None) -> ()",
-    "rope_append_kv4": "(Tensor qkv, Tensor cos, Tensor sin, Tensor? had_k, int block_size, "
-    "Tensor(a!) k_codes, Tensor(b!) k_params, Tensor(c!) v_codes, Tensor(d!) v_params, SymInt start, "
-    "float clip, Tensor? starts=None) -> Tensor",
-    "attention_kv4": "(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, "
-    "SymInt length, Tensor? mask, bool causal, float scaling, Tensor? k_sink=None, "
-    "Tensor? v_sink=None, Tensor? starts=None) -> Tensor",
-    "round_columns": "(Tensor work, Tensor coupling, Tensor? current, Tensor grid, Tensor group) "
-    "-> (Tensor, Tensor)",
-}
-
-_HOW_TO_BUILD = "build it with `pip install .` or `python setup.py build_ext --inplace`"
-
-try:
-    from .. import _C
-except ImportError as error:
-    _C = None
-    _library = torch.library.Library("w2a4", "DEF")
-    for _name, _schema in _SCHEMAS.items():
-        _library.define(_name + _schema)
-    warnings.warn(
-        f"w2a4._C is missing ({error}): ops run on their slow PyTorch reference; {_HOW_TO_BUILD}",
-        stacklevel=2,
-    )
-else:
-    _library = torch.library.Library("w2a4", "FRAGMENT")
-    if fakes.missing():
-        raise ImportError(f"w2a4._C is of another version: it lacks {fakes.missing()}; {_HOW_TO_BUILD}")
-
-_ops = torch.ops.w2a4
-if dispatch.backend == "reference":
-    _ops = SimpleNamespace(**{name: SimpleNamespace(default=getattr(reference, name)) for name in _SCHEMAS})
-
-
-def _load_cuda():
-    """The module that registers the CUDA kernels, or None and why it is not there."""
-    if _C is None:
-        return None, "w2a4._C is missing"
-    if torch.version.cuda is None:
-        return None, _C.no_cuda or "this torch is built without CUDA"
-    try:
-        from .. import _cuda
-    except ImportError as error:
-        return None, _C.no_cuda or str(error)
-    return _cuda, ""
-
-
-_cuda, _no_cuda = _load_cuda()
-
-
-def build_info() -> str:
-    """One line: which kernels were built, with what, and why others were not."""
-    if _C is None:
-        return f"w2a4._C: not built; {_HOW_TO_BUILD}"
-    return f"{_C.build_info}; {_cuda.build_info if _cuda else f'w2a4._cuda: not loaded ({_no_cuda})'}"
-
-
-# Fallback: a device without compiled kernels runs the reference.
-_warned: set[str] = set()
-
-
-def _warn_slow(name: str, device: str) -> None:
-    """Once a device, or once an op where the device has kernels for others."""
-    has_kernels = device == "cpu" or (device == "cuda" and _cuda is not None)
-    key = f"{device} {name}" if has_kernels else device
-    if _C is None or key in _warned:
-        return
-    _warned.add(key)
-    if has_kernels:
-        message = f"w2a4.{name} has no {device} kernel: it runs on its slow PyTorch reference"
-    elif device == "cuda":
-        message = (
-            f"w2a4's CUDA kernels are not loaded ({_no_cuda}): ops run on their slow PyTorch reference; "
-            "to build them, put nvcc on PATH and run W2A4_BUILD_CUDA=1 pip install ."
-        )
-    else:
-        message = f"w2a4 has no kernels for {device!r}: ops run on their slow PyTorch reference there"
-    warnings.warn(message, stacklevel=3)
-
-
-def _fallback(name: str) -> Callable:
-    function = getattr(reference, name)
-
-    def run(*args, **kwargs):
-        _warn_slow(name, args[0].device.type)
-        return function(*args, **kwargs)
-
-    return run
-
-
-for _name in _SCHEMAS:
-    _library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
-
-fakes.register()
-
+from . import dispatch
+from .activations import hadamard_by_doublings
+from .library import build_info  # noqa: F401
+from .library import cpu_module as _C
+from .library import cuda_module as _cuda
+from .library import registered as _ops
 
 # Gradient of the one op that has one by itself; those of the last four are in `quantizers`.
 
@@ -160,7 +50,7 @@ def hadamard(x: Tensor, had_k: Tensor | None, block_size: int, transpose: bool =
     Equivalent: `(x.unflatten(-1, (-1, block_size)) @ H).flatten(-2)`.
     """
     if x.dtype == torch.float64 and has_cuda_kernels(x.device):  # they hold 32 bits
-        return reference.hadamard_by_doublings(x, had_k, block_size, transpose)
+        return hadamard_by_doublings(x, had_k, block_size, transpose)
     return _ops.hadamard.default(x.contiguous(), had_k, block_size, transpose)
 
 
@@ -325,8 +215,9 @@ def quantize_kv4(x: Tensor, clip: float) -> tuple[Tensor, Tensor]:
 
 
 def append_kv4(
-    x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float, starts: Tensor | None = None
-) -> None:
+    x: Tensor, codes: Tensor, params: Tensor, start: int, clip: float, starts: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> None:  # fmt: skip
     """Quantise x as `quantize_kv4` and write it into a cache at token `start`, in place.
 
     Args:
@@ -336,16 +227,21 @@ def append_kv4(
         start: `start + tokens <= capacity`.
         clip: see `quantize_kv4`.
         starts: int64 `[batch]`, instead of `start`, which is the most of them; or None.
+        slots: int64 `[batch, tokens]` or `[batch * tokens]`, all different. The cache is then paged, codes
+            uint8 `[blocks, heads, block_size, head_dim / 2]` and params float16
+            `[blocks, heads, block_size, 2]`, and a token goes to position `slot % block_size` of block
+            `slot // block_size`; one whose slot is negative is not written. start is 0 and starts None. On a
+            CUDA device a slot that is too large is not written either; on a CPU it is an error.
 
     Equivalent: `codes[:, :, start:stop], params[:, :, start:stop] = quantize_kv4(x, clip)`.
     """
-    _ops.append_kv4.default(x, codes, params, start, clip, starts)
+    _ops.append_kv4.default(x, codes, params, start, clip, starts, slots)
 
 
 def rope_append_kv4(
     qkv: Tensor, cos: Tensor, sin: Tensor, had_k: Tensor | None, block_size: int,
     k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, start: int, clip: float,
-    starts: Tensor | None = None,
+    starts: Tensor | None = None, slots: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """RoPE on queries and keys, R3 on both, and the new keys and values into their caches, in one pass.
 
@@ -358,7 +254,7 @@ def rope_append_kv4(
         k_params, v_params: float16 `[batch, kv_heads, capacity, 2]`, written, as by `append_kv4`.
         start: token of the caches written first; `start + tokens <= capacity`.
         clip: see `quantize_kv4`.
-        starts: see `append_kv4`.
+        starts, slots: see `append_kv4`; keys and values of a token have one slot.
 
     Returns:
         queries `[batch, q_heads, tokens, head_dim]` in qkv's dtype, contiguous; float32 in between.
@@ -367,7 +263,7 @@ def rope_append_kv4(
     """
     return _ops.rope_append_kv4.default(
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), had_k, block_size,
-        k_codes, k_params, v_codes, v_params, start, clip, starts,
+        k_codes, k_params, v_codes, v_params, start, clip, starts, slots,
     )  # fmt: skip
 
 
@@ -375,6 +271,7 @@ def attention_kv4(
     q: Tensor, k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, length: int,
     mask: Tensor | None, causal: bool, scaling: float,
     k_sink: Tensor | None = None, v_sink: Tensor | None = None, starts: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Softmax attention over a packed 4-bit cache, with grouped query heads.
 
@@ -390,6 +287,10 @@ def attention_kv4(
         starts: int64 `[batch]`: sequence b has `starts[b] + q_tokens` keys, and `length` is the most of
             these; or None. On a CUDA device nothing waits for the numbers, so a graph can be replayed with
             others in them.
+        block_table: int32 `[batch, most blocks]`. The caches are then paged, `[blocks, kv_heads, block_size,
+            …]`, and key j of sequence b is at position `j % block_size` of block
+            `block_table[b, j // block_size]`. What stands behind the blocks of a sequence's keys is not read.
+            On a CUDA device a key in a block that does not exist makes NaN; on a CPU it is an error.
 
     Returns:
         `[batch, q_tokens, q_heads, head_dim]` in q's dtype, contiguous; zeros where no key is seen. A
@@ -398,13 +299,13 @@ def attention_kv4(
 
     Equivalent: `softmax(q @ k.mT * scaling + mask) @ v` with k and v from `dequantize_kv4`.
     """
+    args = q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink, starts
+    if block_table is not None:  # Triton's kernel takes no paged cache
+        return _ops.attention_kv4.default(*args, block_table)
     triton = (dispatch.backend != "auto" or not q.is_cpu) and "triton" == dispatch.attention_kernel(
         q.device, q.shape[2], q.shape[3], q.dtype, (_C if q.is_cpu else _cuda) is not None
     )
-    op = torch.ops.w2a4.attention_kv4_prefill if triton else _ops.attention_kv4
-    return op.default(
-        q, k_codes, k_params, v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink, starts
-    )
+    return (torch.ops.w2a4.attention_kv4_prefill if triton else _ops.attention_kv4).default(*args)
 
 
 def round_columns(

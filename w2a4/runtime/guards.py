@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..errors import W2A4Error
 from .arguments import CACHE, CACHE_NAMES, NO_WEIGHTS, cache_of
-from .attention import NAME, KVSettings
+from .attention import NAME
 from .kv_cache import KV4Cache, KV4StaticCache
+from .kv_store import KVSettings
 
 
 @functools.cache

@@ -24,11 +24,12 @@ from ..format.linear import NO_GRADIENT, _PackedLinear
 from ..format.online import OnlineRotation
 from ..ops import dispatch, gradients
 from .arguments import cache_of, check_arguments
-from .attention import NAME, as_bool, packed_attention, w2a4_attention
+from .attention import NAME, packed_attention, w2a4_attention
 from .capturing import has_foreign_forward, is_capturing, is_watched
 from .classes import Derived, derived
 from .guards import check_attention
 from .kv_cache import KV4Cache, KV4Layer, KV4StaticCache
+from .kv_store import as_bool
 
 #: Activations of these are computed in float32 by the fused ops.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -306,7 +307,7 @@ def decoder_layer(
     """
     own_cache = _own_cache(parts.attn, hidden_states, cache)
     if own_cache is not None:
-        own_cache.note_padding(attention_mask)
+        own_cache.store.note_padding(attention_mask)
     if type(own_cache) is KV4Layer:
         call = layer_op(parts, own_cache, hidden_states)
         if call is not None:
@@ -340,25 +341,26 @@ def layer_op(parts: Parts, own_cache: KV4Layer, hidden_states: Tensor) -> LayerO
     r4 = OnlineRotation.for_ops(parts.down_proj.rotation, hidden_states.device)
     if r4 is None or parts.o_proj.rotation is not None or not ops.has_layer_kernel(hidden_states):
         return None
-    r3 = own_cache.reserve(hidden_states, parts.heads[1], attn.head_dim)
+    store = own_cache.store
+    r3 = store.reserve(hidden_states, parts.heads[1], attn.head_dim)
     if r3 is None:
         return None
     linears = parts.joint_qkv.current(), parts.o_proj, parts.joint_gate_up.current(), parts.down_proj
-    keys, values = own_cache.keys, own_cache.values
+    keys, values = store.keys, store.values
     fixed = (
         [norm._parameters["weight"] for norm in parts.norms], parts.norms[0].variance_epsilon,
         *map(_tensors, linears), [linear.group_size for linear in linears],
         [linear.act_group_size for linear in linears], r3, r4, keys.codes, keys.params, values.codes,
         values.params, keys.sink, values.sink,
     )  # fmt: skip
-    settings = own_cache.settings.kv_clip, attn.scaling
+    settings = store.settings.kv_clip, attn.scaling
 
     def call(hidden_states: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        start = own_cache.length
+        start = store.bound
         stop = start + hidden_states.shape[1]
         mask = None if mask is None else mask[..., :stop]
-        out = ops.decoder_layer(hidden_states, *rotary, mask, *fixed, start, *settings, own_cache.starts)
-        own_cache.fill(stop)
+        out = ops.decoder_layer(hidden_states, *rotary, mask, *fixed, start, *settings, store.lengths)
+        store.fill(stop)
         return out
 
     return call

@@ -22,44 +22,46 @@ DYNAMIC_ROPE = ("dynamic", "longrope")
 
 
 class PackedSequences:
-    """Sequences of a packed LLaMA in one cache, each from its first place on.
+    """Sequences of a packed LLaMA in one cache, each from its first position on.
 
     What a step does depends on nothing that the host knows but a bound on the lengths, so a graph of it
     can be replayed.
 
     Attributes:
+        lengths: int64 `[batch]` on the device, tokens of each sequence in the cache.
+        longest: the most of them, on the host.
         logits: float `[batch, vocabulary]`, of the token that comes next.
     """
 
     def __init__(self, model: Any, rows: list[Tensor], capacity: int, parts: list[Any], graphs: bool = False):
         self.decoder, self.head, self.parts = model.model, model.lm_head, parts
-        self.places, self.batch = _places(model), len(rows)
+        self.addresses, self.batch = _addresses(model), len(rows)
         self.cache = KV4Cache.for_model(model, capacity)
-        for layer, part in zip(self.cache.layers, parts, strict=True):
-            layer.allocate(self.decoder.norm.weight, len(rows), part.heads[1], part.attn.head_dim)
-        self.starts = torch.zeros(len(rows), dtype=torch.long, device=rows[0].device)
+        for store, part in zip(self.cache.stores, parts, strict=True):
+            store.allocate(self.decoder.norm.weight, len(rows), part.heads[1], part.attn.head_dim)
+        self.lengths = torch.zeros(len(rows), dtype=torch.long, device=rows[0].device)
         self.rotary: tuple[Tensor, Tensor] | None = None
         self.calls: list[LayerOp] | None = None
         self.graphs: StepGraphs | None = None
         self.prompts: PromptGraphs | None = None
         captures, graphs = Captures(), graphs and not self._dynamic_rope()
         if graphs and not sink_tokens_of(model):
-            self.prompts = PromptGraphs(self._padded, len(rows), capacity, self.starts.device, captures)
+            self.prompts = PromptGraphs(self._padded, len(rows), capacity, self.lengths.device, captures)
         self.begin(rows)
-        if graphs and self.length >= sink_tokens_of(model):
-            self.graphs = StepGraphs(self._step, [self.starts], len(rows), capacity, captures)
+        if graphs and self.longest >= sink_tokens_of(model):
+            self.graphs = StepGraphs(self._step, [self.lengths], len(rows), capacity, captures)
             self.tables = _rotation_tables(parts, self.decoder.norm.weight)
 
     def fits(self, model: Any, rows: list[Tensor]) -> bool:
         """Whether `begin` will do for these rows: nothing lies elsewhere than when graphs were captured."""
-        same = fused_parts(model) == self.parts and self.places == _places(model)
+        same = fused_parts(model) == self.parts and self.addresses == _addresses(model)
         return same and len(rows) == self.batch and not sink_tokens_of(model)
 
     def begin(self, rows: list[Tensor]) -> None:
         """Read prompts, in place of what was there before."""
         self.cache.clear()
         lengths = [len(row) for row in rows]
-        self.length = max(lengths)
+        self.longest = max(lengths)
         if len(set(lengths)) == 1:
             ids = torch.stack(rows)
             logits = None if self.prompts is None else self.prompts.run(ids)
@@ -68,29 +70,29 @@ class PackedSequences:
                 logits = self._prefill(ids, self.cache)
             self.logits = logits
         else:  # one after another, so that no padding is computed
-            views = [self.cache.row(i) for i in range(len(rows))]
-            logits = [self._prefill(row[None], view) for row, view in zip(rows, views, strict=True)]
+            slots = [self.cache.slot(i) for i in range(len(rows))]
+            logits = [self._prefill(row[None], slot) for row, slot in zip(rows, slots, strict=True)]
             self.logits = torch.cat(logits)
-            self.cache.join(views)
-        self.starts.copy_(torch.tensor(lengths))
+            self.cache.join(slots)
+        self.lengths.copy_(torch.tensor(lengths))
         # A replay runs nothing of Python's, and what ran padded counted more tokens.
-        self.cache.go_on(self.starts, self.length)
+        self.cache.share(self.lengths, self.longest)
 
     def advance(self, tokens: Tensor) -> None:
         """Append a token `[batch]` to each sequence."""
-        self.length += 1
+        self.longest += 1
         if self.graphs is not None:
-            self.logits = self.graphs.run(tokens, self.length)
+            self.logits = self.graphs.run(tokens, self.longest)
         else:
-            self.logits = self._step(tokens, self.length)
+            self.logits = self._step(tokens, self.longest)
 
     def _step(self, tokens: Tensor, bound: int) -> Tensor:
         """Logits after another token `[batch]` of each sequence, none of which is then longer than bound."""
         self.cache.fill(bound - 1)
         hidden = self.decoder.embed_tokens(tokens[:, None])
-        rotary = self._rotary(hidden, self.starts[:, None])
+        rotary = self._rotary(hidden, self.lengths[:, None])
         if self.calls is None:
-            # Every step from here on has the same arguments, but for its token and its place.
+            # Every step from here on has the same arguments, but for its token and its position.
             pairs = zip(self.parts, self.cache.layers, strict=True)
             calls = [layer_op(part, layer, hidden) for part, layer in pairs]
             self.calls = calls if all(calls) else None
@@ -100,7 +102,7 @@ class PackedSequences:
         else:
             for part in self.parts:
                 hidden = decoder_layer(part, hidden, rotary, None, self.cache)
-        self.starts += 1
+        self.lengths += 1
         return self._logits(hidden)
 
     def _padded(self, ids: Tensor, last: Tensor) -> Tensor:
@@ -119,9 +121,9 @@ class PackedSequences:
         """Hidden states of the last chunk."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         size = max(1, CUDA_PREFILL_CHUNK // len(ids)) if ids.is_cuda else PREFILL_CHUNK
-        for chunk, places in zip(ids.split(size, 1), positions.split(size, 1), strict=True):
+        for chunk, own in zip(ids.split(size, 1), positions.split(size, 1), strict=True):
             hidden = self.decoder.embed_tokens(chunk)
-            rotary = self._rotary(hidden, places)
+            rotary = self._rotary(hidden, own)
             for part in self.parts:
                 hidden = decoder_layer(part, hidden, rotary, None, cache)
         return hidden
@@ -138,9 +140,9 @@ class PackedSequences:
         if self._dynamic_rope():
             return self.decoder.rotary_emb(hidden, positions)
         if self.rotary is None:
-            capacity = self.cache.layers[0].capacity
-            places = torch.arange(capacity, device=positions.device)[None]
-            self.rotary = self.decoder.rotary_emb(hidden, places)
+            capacity = self.cache.layers[0].store.capacity
+            every = torch.arange(capacity, device=positions.device)[None]
+            self.rotary = self.decoder.rotary_emb(hidden, every)
         cos, sin = self.rotary
         return cos[0, positions], sin[0, positions]
 
@@ -156,15 +158,15 @@ def _rotation_tables(parts: list[Any], like: Tensor) -> list[tuple[Tensor | None
     return [rotation.tables(like.device, like.dtype) for rotation in rotations]
 
 
-def _places(model: Any) -> list[int]:
+def _addresses(model: Any) -> list[int]:
     """Where the parameters lie. Every request asks, and `model.parameters()` takes milliseconds."""
-    places, rest = [], [model]
+    addresses, rest = [], [model]
     while rest:
         module = rest.pop()
         if module is not None:
             rest.extend(module._modules.values())
-            places += [each.data_ptr() for each in module._parameters.values() if each is not None]
-    return places
+            addresses += [each.data_ptr() for each in module._parameters.values() if each is not None]
+    return addresses
 
 
 class StaticSequences:
@@ -174,7 +176,7 @@ class StaticSequences:
     """
 
     def __init__(self, model: Any, rows: list[Tensor], capacity: int):
-        self.model, self.places, self.batch = model, _places(model), len(rows)
+        self.model, self.addresses, self.batch = model, _addresses(model), len(rows)
         self.cache = StaticCache(model.config, max_cache_len=capacity)
         self.position = torch.zeros(1, 1, dtype=torch.long, device=rows[0].device)
         self.begin(rows)
@@ -194,7 +196,7 @@ class StaticSequences:
 
     def fits(self, model: Any, rows: list[Tensor]) -> bool:
         """See `PackedSequences`."""
-        return self.places == _places(model) and len(rows) == self.batch
+        return self.addresses == _addresses(model) and len(rows) == self.batch
 
     def begin(self, rows: list[Tensor]) -> None:
         """See `PackedSequences`."""
@@ -251,12 +253,9 @@ class PlainSequences:
 
 def overflowing_layer(sequences: Any) -> str:
     """What to say of the first layer whose packed keys or values are beyond float16, if there is one."""
-    for index, layer in enumerate(getattr(sequences.cache, "layers", [])):
-        for name in ("keys", "values"):
-            side = getattr(layer, name, None)
-            params = getattr(side, "params", None)  # of a packed cache
-            if params is not None and not bool(params[:, :, : side.length].isfinite().all()):
-                return f" (model.layers.{index}: {name} beyond 65504 are more than the 4-bit cache holds)"
+    for index, store in enumerate(getattr(sequences.cache, "stores", [])):  # of a packed cache
+        if name := store.overflowing():
+            return f" (model.layers.{index}: {name} beyond 65504 are more than the 4-bit cache holds)"
     return ""
 
 

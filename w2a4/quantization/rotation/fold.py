@@ -37,8 +37,8 @@ def rotate(model: nn.Module, config: RotationConfig) -> nn.Module:
     Norm weights are always folded (and become 1) and tied embeddings untied, whichever rotations are on.
     Each tensor is computed in float64 and cast once. With R4, every linear that reads the inner activations
     of an MLP becomes a `RotatedLinear`. R3 changes no weight: attention applies it to queries and keys, or
-    leaves it out, with the same scores. `model.config.w2a4_rotation` records all of it: the fields of `config` and
-    `online` = {"r3": ..., "r4": ...}, each for `OnlineRotation.from_dict`.
+    leaves it out, with the same scores. `model.config.w2a4_rotation` records all of it: the fields of
+    `config` and `online` = {"r3": ..., "r4": ...}, each for `OnlineRotation.from_dict`.
 
     Args:
         model: a causal language model of a family in `arch`, in floating point, its weights loaded (not on
