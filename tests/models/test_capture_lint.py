@@ -14,7 +14,7 @@ from w2a4 import ops
 from w2a4.format import hadamard, online
 from w2a4.ops import dispatch
 from w2a4.runtime import engine, sequences
-from w2a4.runtime.layer import Parts, fused_parts
+from w2a4.runtime.layer import packed_layers
 
 ROWS = [prompt(tokens=n, seed=n)[0] for n in (9, 5, 12)]
 NEXT = torch.tensor([3, 4, 5])
@@ -83,7 +83,7 @@ def assert_replays(steps, tokens: torch.Tensor, bound: int = BOUND) -> None:
 def test_a_step_of_a_packed_model(recipe, batch, one_by_one):
     model = packed_model(**recipe)
     with engine.inference(model):
-        steps = sequences.PackedSequences(model, ROWS[:batch], 48, fused_parts(model), graphs=True)
+        steps = sequences.PackedSequences(model, ROWS[:batch], 48, packed_layers(model), graphs=True)
         assert steps.graphs is not None and linted(steps, NEXT[:batch]) == []
         assert_replays(steps, NEXT[:batch])
 
@@ -93,7 +93,7 @@ def test_a_step_of_a_packed_model(recipe, batch, one_by_one):
 def test_the_same_on_a_device_that_is_not_there(recipe, batch, cuda_kernels):
     """Copies between host and device show, and so does every choice that is made by the device."""
     model = packed_model(**recipe)
-    parts = fused_parts(model)
+    parts = packed_layers(model)
     with fake_cuda(model), engine.inference(model):
         rows = [torch.empty(len(row), dtype=torch.long, device=DEVICE) for row in ROWS[:batch]]
         steps = sequences.PackedSequences(model, rows, 48, parts)
@@ -105,7 +105,7 @@ def test_the_same_on_a_device_that_is_not_there(recipe, batch, cuda_kernels):
 def test_a_padded_prompt(recipe, batch, one_by_one):
     model, ids, last = packed_model(**RECIPES[recipe]), prompt(batch, 32), torch.tensor([20])
     with engine.inference(model):
-        steps = sequences.PackedSequences(model, [*ids], 48, fused_parts(model), graphs=True)
+        steps = sequences.PackedSequences(model, [*ids], 48, packed_layers(model), graphs=True)
         steps._padded(ids, last)
         with CaptureLint() as lint:
             steps._padded(ids, last)
@@ -124,7 +124,7 @@ def test_a_padded_prompt(recipe, batch, one_by_one):
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 16), (1, 64), (2, 80)])
 def test_a_padded_prompt_on_a_device_that_is_not_there(batch, tokens, cuda_kernels):
     model = packed_model()
-    parts = fused_parts(model)
+    parts = packed_layers(model)
     with fake_cuda(model), engine.inference(model):
         rows = [torch.empty(9, dtype=torch.long, device=DEVICE)] * batch
         steps = sequences.PackedSequences(model, rows, 96, parts)
@@ -156,10 +156,7 @@ def test_the_float_model_on_a_device_that_is_not_there(cuda_kernels):
 def test_the_engine_brings_prompts_to_the_device(kind, cuda_kernels, monkeypatch):
     """The benches' prompts lie on the CPU."""
     model = packed_model() if kind == "packed" else float_model()
-    fused_parts(model)
-    monkeypatch.setattr(
-        Parts, "fit", True
-    )  # clips without data cannot be compared, as they are when they move
+    packed_layers(model)
     with fake_cuda(model), engine.inference(model):
         steps = engine.Engine(model, 48).sequences([torch.empty(9, dtype=torch.long)], 8)
         assert steps.graphs is not None and steps.logits.device == DEVICE
@@ -171,7 +168,7 @@ def test_what_a_graph_reads_is_kept(recipe, one_by_one):
     """Other models may push tables of rotations out of their cache while graphs still read them."""
     model = packed_model(**RECIPES[recipe])
     with engine.inference(model):
-        steps = sequences.PackedSequences(model, ROWS, 48, fused_parts(model), graphs=True)
+        steps = sequences.PackedSequences(model, ROWS, 48, packed_layers(model), graphs=True)
         steps._step(NEXT, BOUND)
         captured = trace(lambda: steps._step(NEXT, BOUND))
     captured.forget()

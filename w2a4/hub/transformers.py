@@ -30,7 +30,7 @@ from ..recipe import Recipe
 from ..runtime import attention
 from ..runtime.classes import derived
 from ..runtime.guards import before_forward
-from ..runtime.layer import fuse
+from ..runtime.layer import PackedDecoderLayer
 from ..version import VERSION
 from .checkpoint import (
     check_config,
@@ -239,6 +239,8 @@ def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
     model.config.tie_word_embeddings = False
     for layer in model.model.layers:
         prepare_layer(layer, family, manifest, r4, dtype)
+    if manifest.weight_bits < 16:
+        pack_layers(model, family)
     with torch.device("meta"):
         if manifest.embed_bits == 8:
             old = model.model.embed_tokens
@@ -276,6 +278,14 @@ def _empty_linear(
     )  # fmt: skip
 
 
+def pack_layers(model: nn.Module, family: arch.Architecture) -> None:
+    """Put a `PackedDecoderLayer` in place of every layer of transformers, whose modules it takes over."""
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, PackedDecoderLayer):
+            layers[index] = PackedDecoderLayer.of(layer, family)
+
+
 def _activation_dtype(model: nn.Module) -> torch.dtype | None:
     """That of the final norm; None for a model that is no language model with one."""
     return getattr(
@@ -293,7 +303,9 @@ def install(model: nn.Module, config: W2A4Config, report: Report | None = None) 
     set_attention(model, config)
     if config.manifest.weight_bits < 16:
         model.is_quantized = True
-        fuse(model.model.layers)
+        pack_layers(model, arch.of_config(model.config))
+        for layer in model.model.layers:
+            layer.join()
     if not isinstance(model, PackedModelMixin):
         model.__class__ = derived(PackedModelMixin, type(model))
         model.register_forward_pre_hook(before_forward, with_kwargs=True)

@@ -5,19 +5,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from numerics import UNIT, assert_close
 
+from support.numerics import UNIT, assert_close
+from support.paths import ROOT, TESTS
 from w2a4 import ops
 from w2a4.format import fake_quant as quantizers
 from w2a4.ops import dispatch, layer, library, reference
 from w2a4.ops.table import KERNELS, OPS, Op
 from w2a4.train.losses import distillation_loss
 
-ROOT = Path(__file__).parents[1]
 DEFINED = [name for name, op in OPS.items() if not op.is_triton_only]
 TRITON_ONLY = [name for name, op in OPS.items() if op.is_triton_only]
 
@@ -108,7 +107,7 @@ print(json.dumps([schemas, test_op_table.registered()]))
 def test_ops_of_triton_are_those_of_the_table():
     pytest.importorskip("triton", reason="needs triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(TESTS), str(TESTS / "kernels")])
     run = subprocess.run(
         [sys.executable, "-c", INTERPRETED], cwd=ROOT, env=environment, capture_output=True, text=True
     )
