@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import arch
-from ..errors import CheckpointError, RotationError
+from ..errors import CheckpointError, RotationError, shown
 from ..evaluate.report import Report
 from ..format.linear import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
 from ..format.manifest import FORMAT_VERSION, NEEDS_W2A4, Manifest, read_manifest
@@ -76,6 +76,11 @@ class W2A4Config(QuantizationConfigMixin):
         kwargs.pop("quant_method", None)
         if kwargs:
             raise CheckpointError(f"quantization_config has unknown keys {sorted(kwargs)}")
+        for name, part in (("recipe", recipe), ("provenance", provenance)):
+            if part is not None and not isinstance(part, dict):
+                raise CheckpointError(
+                    f"quantization_config says {name}={shown(part)}, which is not a mapping"
+                )
         self.quant_method = METHOD
         self.manifest = manifest
         self.w2a4_version = w2a4_version if w2a4_version and format_version == FORMAT_VERSION else VERSION
@@ -100,7 +105,8 @@ class W2A4Config(QuantizationConfigMixin):
         """What the rotation of this model settles of a recipe, for `Recipe.override`."""
         rotation = dataclasses.asdict(self.manifest.rotation)
         if "learned" in (rotation["r1"], rotation["r2"]):
-            rotation["learned"] = (self.recipe.get("rotation") or {}).get("learned")
+            recorded = self.recipe.get("rotation")
+            rotation["learned"] = recorded.get("learned") if isinstance(recorded, dict) else None
         return {"rotation": rotation, "smooth": self.recipe.get("smooth", 0.0)}
 
     def online(self, name: str) -> OnlineRotation | None:
