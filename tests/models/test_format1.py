@@ -153,3 +153,30 @@ def test_a_manifest_is_plain_data():
     again = W2A4Config.from_dict(json.loads(W2A4Config.from_dict(config).to_json_string()))
     assert again.manifest == manifest and dict(again) == again.to_dict()
     assert pickle.loads(pickle.dumps(again)).to_dict() == again.to_dict()
+
+
+VALUES = ("zz", 7, -1, 10**40, 1.5, float("nan"), True, None, [1], {"a": 1}, "\ud800", "x" * 5000)
+
+
+def places(data):
+    for key, value in data.items():
+        yield data, key
+        if isinstance(value, dict):
+            yield from places(value)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_any_value_anywhere_loads_or_is_refused_in_a_few_words(version):
+    config = json.loads((FORMAT1 / "config.json").read_text())["quantization_config"]
+    if version == 2:
+        config = W2A4Config.from_dict(config).to_dict()
+    text = json.dumps(config)
+    for i in range(len(list(places(config)))):
+        for value in VALUES:
+            changed = json.loads(text)
+            part, key = list(places(changed))[i]
+            part[key] = value
+            try:
+                W2A4Config.from_dict(changed).to_json_string()
+            except CheckpointError as error:
+                assert len(str(error)) < 1000

@@ -168,8 +168,8 @@ def read_manifest(quantization: Mapping[str, Any]) -> Manifest:
         return _SCHEMA.from_dict(Manifest, quantization.get("manifest"))
     except (CheckpointError, RotationError) as error:
         raise CheckpointError(
-            f"quantization_config of format {version}: {error!s:.600}; config.json was changed or is damaged, "
-            "copy or download it again"
+            f"quantization_config of format {version}: {error!s:.600}; config.json was changed or is "
+            "damaged, copy or download it again"
         ) from None
 
 
