@@ -190,7 +190,7 @@ def damaged(plain, directory, how):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "w3a4"], "unknown recipe 'w3a4'; named recipes: w4a4kv4, w2a4kv4"),
+        (["--recipe", "w3a4"], "unknown recipe 'w3a4'; named recipes: w2a4kv4, w2a4kv4-rcp"),
         (["--recipe", "no.yaml"], "recipe file 'no.yaml' does not exist"),
         (["--set", "bits=3"], "unknown recipe key 'bits'; known keys: name"),
         (["--set", "weight_bits=3"], "weight_bits=3: give one of 2, 4, 16"),

@@ -175,7 +175,6 @@ def test_where_the_wheel_does_not_serve_the_sources_are_built(
         did.append(name)
         assert name != "build" or {
             "setup.py",
-            "w2a4_command.py",
             "LICENSE",
             "pyproject.toml",
             "csrc",

@@ -470,7 +470,7 @@ class TestQuantize:
     def test_learns_first(self):
         model = self.model()
         w2a4.quantize(model, None, self.recipe, calibration(), progress=False)
-        rotation = model.config.quantization_config.parsed_recipe.rotation
+        rotation = Recipe.from_dict(model.config.quantization_config.recipe).rotation
         assert (rotation.r1, rotation.r2, rotation.learned) == ("learned", "learned", "rotation.safetensors")
         with torch.inference_mode():
             logits = model(calibration(2, 9)).logits

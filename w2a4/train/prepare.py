@@ -66,8 +66,7 @@ def prepare(
         make_trainable(layer, fit.linears(), layer, family, recipe.training)
     _freeze(model, packed, recipe.training)
     before: W2A4Config = packed.config.quantization_config
-    recipe = recipe.override(rotation=before.recipe["rotation"], smooth=before.recipe["smooth"])
-    set_attention(model, W2A4Config(recipe.to_dict(), before.rotation, before.provenance))
+    set_attention(model, before.quantized_by(recipe.override(**before.rotated_by)))
     model.w2a4_report = report
     return model.train()
 
@@ -115,13 +114,12 @@ def convert(model: nn.Module, facts: dict[str, Any] | None = None) -> nn.Module:
             if not bool(torch.isfinite(value).all()):
                 raise W2A4Error(f"{name}.{key} holds NaN or infinity; load an earlier checkpoint")
     config: W2A4Config = model.config.quantization_config
-    recipe = config.parsed_recipe
     report: Report = model.w2a4_report
     for name, linear in linears.items():
         model.set_submodule(name, linear.to_packed())
-    if recipe.head_bits == 8:
+    if config.manifest.head_bits == 8:
         model.lm_head = W8Linear.from_linear(model.lm_head)
-    report.recipe = recipe.to_dict()
+    report.recipe = config.recipe
     report.training = facts
     install(model, config, report)
     return model.eval()
