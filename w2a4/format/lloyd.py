@@ -1,6 +1,6 @@
 """Lloyd-Max: the four levels of each group that minimise its weighted squared error.
 
-For a unit Gaussian the optimum is +-0.453, +-1.510 with thresholds 0, +-0.982 (METHOD, quantisers).
+For a unit Gaussian the optimum is +-0.453, +-1.510 with thresholds 0, +-0.982 (`docs/method.md`).
 """
 
 from __future__ import annotations
