@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from . import runtime as runtime
     from . import train as train
     from .evaluate.report import Report
-    from .format.linear import W2A4Linear, W4A4Linear, W8Embedding, W8Linear, replace_linears
+    from .format.linear import W2A4Linear, W3A4Linear, W4A4Linear, W8Embedding, W8Linear, replace_linears
     from .hub.transformers import W2A4Config
     from .hub.verification import verify
     from .quantization.job import load_model, quantize, rotate, save
@@ -57,6 +57,7 @@ _NAMES = {
     "Training": "recipe",
     "W2A4Config": "hub.transformers",
     "W2A4Linear": "format.linear",
+    "W3A4Linear": "format.linear",
     "W4A4Linear": "format.linear",
     "W8Embedding": "format.linear",
     "W8Linear": "format.linear",
@@ -89,6 +90,7 @@ __all__ = [
     "W2A4Config",
     "W2A4Error",
     "W2A4Linear",
+    "W3A4Linear",
     "W4A4Linear",
     "W8Embedding",
     "W8Linear",
