@@ -40,7 +40,6 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
                      const Tensor& v_codes, const Tensor& v_params, int64_t length,
                      const std::optional<Tensor>& mask, bool causal, double scaling,
                      const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
-                     const std::optional<Tensor>& starts,
-                     const std::optional<Tensor>& block_table);
+                     const std::optional<Tensor>& starts, const std::optional<Tensor>& block_table);
 
 }  // namespace w2a4
