@@ -18,7 +18,7 @@ import click
 from tabulate import tabulate
 
 from benchmarks.files import ROOT, append_line, commit, now, write_json
-from benchmarks.sass_gate import need_tool, parse_archs
+from benchmarks.gates.sass_gate import need_tool, parse_archs
 
 SOURCE = Path(__file__).with_suffix(".cu")
 BINARY = ROOT / "build/mma_rate"

@@ -16,7 +16,7 @@ from typing import Any
 import click
 from tabulate import tabulate
 
-from benchmarks.accuracy_plots import check_matplotlib, draw_all
+from benchmarks.experiments.accuracy_plots import check_matplotlib, draw_all
 from benchmarks.files import read_lines
 from benchmarks.gpu.summary import rows_of
 

@@ -49,7 +49,7 @@ def packed_llama(
     chosen = w2a4.Recipe.load(recipe)
     rotations = (("r3", chosen.rotation.r3, shape.head_dim), ("r4", chosen.rotation.r4, shape.intermediate))
     online = {name: OnlineRotation(kind, size, 0, name).to_dict() for name, kind, size in rotations}
-    config = w2a4.W2A4Config(chosen.to_dict(), {"online": online})
+    config = w2a4.W2A4Config.of_recipe(chosen, {"online": online}, {}, "llama")
     hf.prepare_skeleton(model, config)
     model.to_empty(device=device)
     rotary = model.model.rotary_emb

@@ -199,11 +199,11 @@ def small_model(out: Path, text: tuple[Path, ...], seed: int) -> None:
     """A trained byte-level LLaMA in 16 bits, and text for it: `train.txt`, and other text to evaluate on."""
     import torch
 
-    from benchmarks import tiny_llama
+    from benchmarks.experiments import testbed
     from w2a4.evaluate import data
 
     click.echo("a small trained model (a minute or two, if it is not in the cache)")
-    model, tokenizer = tiny_llama.load(seed)
+    model, tokenizer = testbed.load(seed)
     model.to(torch.float16).save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     given = [data.read_text(path) for path in text]

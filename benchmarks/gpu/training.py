@@ -26,9 +26,10 @@ from benchmarks.gpu import small
 from w2a4.evaluate import data
 from w2a4.evaluate.perplexity import generation_speed, perplexity
 from w2a4.ops.devices import peak_memory_mb
+from w2a4.train.data import Windows
 from w2a4.train.generations import write_generations
 from w2a4.train.prepare import convert, prepare
-from w2a4.train.trainer import QATTrainer, Windows, training_arguments
+from w2a4.train.trainer import QATTrainer, training_arguments
 
 #: Files of a carried folder.
 TOKENS, HELD_OUT = "tokens.safetensors", "held_out.json"

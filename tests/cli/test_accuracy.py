@@ -1,4 +1,4 @@
-"""benchmarks.accuracy: grids are read, cells measured once, claims judged."""
+"""benchmarks.experiments.accuracy: grids are read, cells measured once, claims judged."""
 
 import json
 
@@ -7,10 +7,10 @@ import torch
 from click.testing import CliRunner
 
 import w2a4
-from benchmarks import accuracy
-from benchmarks.grid import FULL_PRECISION, GRIDS, Claim, Grid
-from benchmarks.shape_report import BINS, shapes
-from benchmarks.tiny_llama import byte_tokenizer
+from benchmarks.experiments import accuracy
+from benchmarks.experiments.grid import FULL_PRECISION, GRIDS, Claim, Grid
+from benchmarks.experiments.shape_report import BINS, shapes
+from benchmarks.experiments.testbed import byte_tokenizer
 from support.tiny_models import tiny_llama
 
 ROWS = """
@@ -156,7 +156,7 @@ def test_shapes_are_relative_to_the_root_mean_square():
 
 def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
-    from benchmarks.accuracy_plots import plot
+    from benchmarks.experiments.accuracy_plots import plot
 
     cells = [{"row": "a", "seed": s, "losses": [3.0, 2.0, 1.0]} for s in (0, 1)]
     summary = [{"row": "a", "mean": 1.5, "ratio": [1.4, 1.6]}]

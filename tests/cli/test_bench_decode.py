@@ -1,5 +1,6 @@
 """benchmarks.bench_decode: tokens checked before the clock, sides by turns, and what it writes."""
 
+import functools
 import json
 import sys
 
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 
 from benchmarks import bench_decode, bench_engine, random_llama, shapes, targets, timeline
 from benchmarks.shapes import Model
+from support import bench
 from support.tiny_models import tiny_model, tiny_tokenizer
 from w2a4.cli import demo
 from w2a4.runtime.engine import Engine, inference
@@ -34,11 +36,7 @@ def packed(plain, tmp_path_factory):
     return bench_decode.pack(str(plain), tmp_path_factory.mktemp("packed") / "tiny-w2")
 
 
-def answer(*arguments):
-    """Exit code and output, in this process."""
-    result = CliRunner().invoke(bench_decode.main, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
+answer = functools.partial(bench.answer, bench_decode.main)
 
 
 def test_it_packs_checks_and_measures(plain, tmp_path, monkeypatch):

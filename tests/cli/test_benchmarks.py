@@ -19,12 +19,11 @@ from benchmarks import (
     harness,
     mma_rate,
     peers,
-    sass,
-    sass_gate,
     shapes,
     targets,
     timing,
 )
+from benchmarks.gates import sass, sass_gate
 from support.bench import answer, row
 from support.paths import ROOT
 from w2a4 import ops

@@ -190,7 +190,7 @@ def damaged(plain, directory, how):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "w3a4"], "unknown recipe 'w3a4'; named recipes: w4a4kv4, w2a4kv4"),
+        (["--recipe", "w3a4"], "unknown recipe 'w3a4'; named recipes: w2a4kv4, w2a4kv4-rcp"),
         (["--recipe", "no.yaml"], "recipe file 'no.yaml' does not exist"),
         (["--set", "bits=3"], "unknown recipe key 'bits'; known keys: name"),
         (["--set", "weight_bits=3"], "weight_bits=3: give one of 2, 4, 16"),
@@ -447,7 +447,8 @@ def test_a_demo_into_the_working_directory(plain, tmp_path, here, monkeypatch):
     recipe = json.loads((tmp_path / "beside" / "w4a4kv4" / "report.json").read_text())
     assert recipe["source"] == "float16"
     monkeypatch.chdir(tmp_path / "out" / "w4a4kv4")
-    assert "shell is in it" in fail("demo", "--model", plain, "--out", "..", "--overwrite")
+    refused = fail("demo", "--model", plain, "--out", "..", "--overwrite")
+    assert "w4a4kv4' is to be replaced and is the working directory; leave it first" in refused
     assert os.listdir(".")
 
 

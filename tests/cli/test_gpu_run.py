@@ -15,11 +15,11 @@ from click.testing import CliRunner
 
 import w2a4
 from benchmarks import files, gpu_run, timeline
+from benchmarks.experiments.testbed import byte_tokenizer
 from benchmarks.gpu import again, headline, install, pack, payload, plan, small, summary
 from benchmarks.gpu.install import GPU, Carried
 from benchmarks.gpu.session import Session, Stage, python
 from benchmarks.targets import targets
-from benchmarks.tiny_llama import byte_tokenizer
 from support.bench import row
 from support.gpu_session import session
 from support.paths import ROOT, TESTS
@@ -175,7 +175,6 @@ def test_where_the_wheel_does_not_serve_the_sources_are_built(
         did.append(name)
         assert name != "build" or {
             "setup.py",
-            "w2a4_command.py",
             "LICENSE",
             "pyproject.toml",
             "csrc",

@@ -18,7 +18,7 @@ from w2a4.errors import RecipeError
 from w2a4.quantization import job as pipeline
 from w2a4.recipe import Recipe
 
-COMMAND = [sys.executable, "-c", "from w2a4_command import main; main()"]
+COMMAND = [sys.executable, "-c", "from w2a4.cli import run; run()"]
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 

@@ -1,5 +1,6 @@
 """benchmarks.smoke, rehearsed on the CPU: its cases, its lines, what becomes of wrong and of broken ones."""
 
+import functools
 import inspect
 import json
 import os
@@ -8,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from benchmarks import faults, isolate, smoke, smoke_cases
+from support import bench
 from support.paths import ROOT
 from w2a4.ops.table import OPS
 
@@ -40,10 +41,7 @@ smoke.main()
 """
 
 
-def answer(*arguments):
-    done = CliRunner().invoke(smoke.main, [str(argument) for argument in arguments])
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, done.output
+answer = functools.partial(bench.answer, smoke.main)
 
 
 def read(path):

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 import w2a4
-from benchmarks import tiny_llama as testbed
-from benchmarks.outliers import four_bit_inputs, input_shape, plant_outliers, principal_directions
+from benchmarks.experiments import testbed
+from benchmarks.experiments.outliers import four_bit_inputs, input_shape, plant_outliers, principal_directions
 from support.tiny_models import tiny_llama
 from w2a4.evaluate.data import builtin_text
 from w2a4.evaluate.perplexity import perplexity

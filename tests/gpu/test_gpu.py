@@ -11,21 +11,15 @@ import torch.nn.functional as F
 from benchmarks.checks import reference_hadamard
 from support.gemv import SHAPES, assert_rounding, cuda, expected, linear, matrix, simulate
 from support.numerics import UNIT, assert_close
+from support.op_arguments import FLOATS
 from support.watch import SLOW
 from w2a4 import ops
 from w2a4.format.hadamard import had_k_matrix, hadamard_spec
 from w2a4.ops import reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_kernels")]
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [1, 2, 16, 64, 128, 576, 1536, 4096, 5632, 8192, 8960, 11008, 13824, 14336, 27648, 28672]
-
-
-@pytest.fixture(autouse=True)
-def _needs_the_extension():
-    if ops.build_info().find("w2a4._cuda:") < 0:
-        pytest.fail(f"w2a4._cuda is not loaded: {ops.build_info()}")
 
 
 def had_k_of(size):

@@ -14,22 +14,15 @@ from benchmarks.random_llama import packed_llama
 from benchmarks.shapes import MODELS
 from support.packed import packed_model, prompt
 from support.watch import LONG, SLOW
-from w2a4 import ops
 from w2a4.ops import dispatch
 from w2a4.runtime.engine import Engine, Sampling, inference
 from w2a4.runtime.graphs import padded_length
-from w2a4.runtime.layer import fused_parts
+from w2a4.runtime.layer import packed_layers
 from w2a4.runtime.sequences import PackedSequences
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_kernels")]
 
 RECIPES = {"w2": {}, "w4": {"weight_bits": 4, "group_size": -1}, "sinks": {"sink_tokens": 2}}
-
-
-@pytest.fixture(autouse=True)
-def _needs_the_extension():
-    if not ops.has_cuda_kernels(torch.device("cuda")):
-        pytest.fail(f"w2a4._cuda is not loaded: {ops.build_info()}")
 
 
 def tokens_of(outputs) -> list[list[int]]:
@@ -164,7 +157,7 @@ def test_prompts_as_graphs_have_the_bits_of_eager_ones(name, batch):
     model = packed_llama(shape, 1100, "cuda", torch.float16)
     lengths = [1, 2, 3, *LENGTHS, 130, 333, 900, 1023, 1024]
     lengths = [n for n in lengths if padded_length(batch, n, 1100)]
-    parts = fused_parts(model)
+    parts = packed_layers(model)
     with inference(model):
         kept = PackedSequences(model, random_prompts(shape.vocabulary, batch, 1030), 1100, parts, graphs=True)
         for n in (*lengths, *lengths[::-1]):

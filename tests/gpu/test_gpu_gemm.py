@@ -10,8 +10,9 @@ import torch
 from support import gemm_oracle
 from support.distillation import assert_as_defined, with_gradient
 from support.gemv import assert_rounding, cuda, expected, linear, matrix
+from support.gradients import with_gradients
 from support.numerics import UNIT, assert_close
-from support.op_arguments import linear_inputs
+from support.op_arguments import FLOATS, linear_inputs
 from support.watch import LONG, SLOW
 from w2a4 import ops
 from w2a4.errors import BackendError
@@ -21,7 +22,6 @@ from w2a4.train import losses
 
 pytestmark = pytest.mark.gpu
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 MANY = dispatch.GEMV_TOKENS + 1
 
 
@@ -184,13 +184,6 @@ def test_in_a_cuda_graph(tokens):
 
 
 # fake quantisation
-
-
-def with_gradients(function, inputs, grad):
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    result = function(*leaves)
-    result.backward(grad)
-    return [result.detach(), *(leaf.grad for leaf in leaves)]
 
 
 QUANTIZERS = {

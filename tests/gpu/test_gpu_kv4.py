@@ -23,7 +23,7 @@ from support.watch import SLOW
 from w2a4 import ops
 from w2a4.ops import dispatch, reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_kernels")]
 
 
 def on_gpu(*tensors):

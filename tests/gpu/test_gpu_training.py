@@ -14,8 +14,9 @@ from support.training_runs import TRAINING, Letters, Writer, llama, small_recipe
 from support.watch import LONG, SLOW
 from w2a4.format import fake_quant as quantizers
 from w2a4.train import generations, run
+from w2a4.train.data import Windows
 from w2a4.train.prepare import prepare
-from w2a4.train.trainer import QATTrainer, Windows, training_arguments
+from w2a4.train.trainer import QATTrainer, training_arguments
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,6 @@ import w2a4
 from support.op_arguments import FLOATS, assert_refused, bad_arguments, opcheck, replaced
 from support.packed import packed_model
 from w2a4 import ops
-from w2a4.runtime import layer as fused
 
 compiled = pytest.mark.skipif(not ops.has_layer_kernel(torch.zeros(1)), reason="no compiled kernels")
 
@@ -24,7 +23,7 @@ MODELS = {
 def steps(model: torch.nn.Module, dtype: torch.dtype, batch: int, mask: torch.Tensor | None):
     """A prompt of nine tokens, one token, and two more through layer 0: results and what is in the cache."""
     model.to(dtype)
-    part, decoder = fused._parts(model.model.layers[0]), model.model
+    part, decoder = model.model.layers[0], model.model
     cache = w2a4.KV4Cache.for_model(model)
     generator = torch.Generator().manual_seed(1)
     found, start = [], 0
@@ -34,7 +33,8 @@ def steps(model: torch.nn.Module, dtype: torch.dtype, batch: int, mask: torch.Te
             rotary = decoder.rotary_emb(hidden, torch.arange(start, start + tokens)[None])
             start += tokens
             seen = None if mask is None else mask[:, :, start - tokens : start, :]
-            found.append(fused.decoder_layer(part, hidden, rotary, seen, cache))
+            out = part.forward(hidden, seen, position_embeddings=rotary, past_key_values=cache)
+            found.append(out)
     layer = cache.layers[0]
     assert [layer.store.bound, *(side.bound for side in layer.store.view())] == [12] * 3
     sides = [(side.codes[:, :, :12], side.params[:, :, :12]) for side in (layer.keys, layer.values)]

@@ -274,7 +274,8 @@ REFERENCE = """
 import torch, warnings
 warnings.simplefilter("error")
 from torch.utils._python_dispatch import TorchDispatchMode
-from w2a4 import ops, quantizers
+from w2a4 import ops
+from w2a4.format import fake_quant as quantizers
 assert not any("triton_kernels" in name for name in sys.modules)
 class NoKernels(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):

@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import residency, sass, sass_gate
+from benchmarks.gates import residency, sass, sass_gate
 from benchmarks.shapes import MODELS
 
 H100, A100 = residency.DEVICES[90], residency.DEVICES[80]

@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from w2a4.triton_kernels import attention, distill, fake_quant, gemm, gemm_int8, language, ldp
 from w2a4.triton_kernels.tiles import INT8_TILES, TILES
 
-from benchmarks import sass, triton_loops
-from benchmarks.triton_loops import ARCHS
+from benchmarks.gates import sass, triton_loops
+from benchmarks.gates.triton_loops import ARCHS
 from w2a4 import ops
 from w2a4.format import fake_quant as quantizers
 from w2a4.ops import dispatch

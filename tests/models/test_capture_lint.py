@@ -1,7 +1,6 @@
 """A step of decoding can be captured as a CUDA graph: what there is to see of that without a GPU."""
 
 import gc
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from w2a4 import ops
 from w2a4.format import hadamard, online
 from w2a4.ops import dispatch
 from w2a4.runtime import engine, sequences
-from w2a4.runtime.layer import Parts, fused_parts
+from w2a4.runtime.layer import packed_layers
 
 ROWS = [prompt(tokens=n, seed=n)[0] for n in (9, 5, 12)]
 NEXT = torch.tensor([3, 4, 5])
@@ -83,7 +82,7 @@ def assert_replays(steps, tokens: torch.Tensor, bound: int = BOUND) -> None:
 def test_a_step_of_a_packed_model(recipe, batch, one_by_one):
     model = packed_model(**recipe)
     with engine.inference(model):
-        steps = sequences.PackedSequences(model, ROWS[:batch], 48, fused_parts(model), graphs=True)
+        steps = sequences.PackedSequences(model, ROWS[:batch], 48, packed_layers(model), graphs=True)
         assert steps.graphs is not None and linted(steps, NEXT[:batch]) == []
         assert_replays(steps, NEXT[:batch])
 
@@ -93,7 +92,7 @@ def test_a_step_of_a_packed_model(recipe, batch, one_by_one):
 def test_the_same_on_a_device_that_is_not_there(recipe, batch, cuda_kernels):
     """Copies between host and device show, and so does every choice that is made by the device."""
     model = packed_model(**recipe)
-    parts = fused_parts(model)
+    parts = packed_layers(model)
     with fake_cuda(model), engine.inference(model):
         rows = [torch.empty(len(row), dtype=torch.long, device=DEVICE) for row in ROWS[:batch]]
         steps = sequences.PackedSequences(model, rows, 48, parts)
@@ -105,7 +104,7 @@ def test_the_same_on_a_device_that_is_not_there(recipe, batch, cuda_kernels):
 def test_a_padded_prompt(recipe, batch, one_by_one):
     model, ids, last = packed_model(**RECIPES[recipe]), prompt(batch, 32), torch.tensor([20])
     with engine.inference(model):
-        steps = sequences.PackedSequences(model, [*ids], 48, fused_parts(model), graphs=True)
+        steps = sequences.PackedSequences(model, [*ids], 48, packed_layers(model), graphs=True)
         steps._padded(ids, last)
         with CaptureLint() as lint:
             steps._padded(ids, last)
@@ -124,7 +123,7 @@ def test_a_padded_prompt(recipe, batch, one_by_one):
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 16), (1, 64), (2, 80)])
 def test_a_padded_prompt_on_a_device_that_is_not_there(batch, tokens, cuda_kernels):
     model = packed_model()
-    parts = fused_parts(model)
+    parts = packed_layers(model)
     with fake_cuda(model), engine.inference(model):
         rows = [torch.empty(9, dtype=torch.long, device=DEVICE)] * batch
         steps = sequences.PackedSequences(model, rows, 96, parts)
@@ -156,10 +155,7 @@ def test_the_float_model_on_a_device_that_is_not_there(cuda_kernels):
 def test_the_engine_brings_prompts_to_the_device(kind, cuda_kernels, monkeypatch):
     """The benches' prompts lie on the CPU."""
     model = packed_model() if kind == "packed" else float_model()
-    fused_parts(model)
-    monkeypatch.setattr(
-        Parts, "fit", True
-    )  # clips without data cannot be compared, as they are when they move
+    packed_layers(model)
     with fake_cuda(model), engine.inference(model):
         steps = engine.Engine(model, 48).sequences([torch.empty(9, dtype=torch.long)], 8)
         assert steps.graphs is not None and steps.logits.device == DEVICE
@@ -171,7 +167,7 @@ def test_what_a_graph_reads_is_kept(recipe, one_by_one):
     """Other models may push tables of rotations out of their cache while graphs still read them."""
     model = packed_model(**RECIPES[recipe])
     with engine.inference(model):
-        steps = sequences.PackedSequences(model, ROWS, 48, fused_parts(model), graphs=True)
+        steps = sequences.PackedSequences(model, ROWS, 48, packed_layers(model), graphs=True)
         steps._step(NEXT, BOUND)
         captured = trace(lambda: steps._step(NEXT, BOUND))
     captured.forget()
@@ -181,11 +177,12 @@ def test_what_a_graph_reads_is_kept(recipe, one_by_one):
 
 
 def test_rotations_that_do_nothing_have_no_tables():
-    linears = [SimpleNamespace(rotation=rotation) for rotation in (None, online.OnlineRotation("none", 32))]
-    attn = SimpleNamespace(kv_settings=SimpleNamespace(rotation=online.OnlineRotation("random", 4)))
-    part = SimpleNamespace(attn=attn, o_proj=linears[0], down_proj=linears[1])
-    ((matrix, had_k),) = sequences._rotation_tables([part, part], torch.zeros(2))
-    assert matrix.shape == (4, 4) and had_k is None
+    model = packed_model(**{"rotation.r3": "random", "rotation.r4": "none"})
+    layers = list(model.model.layers)
+    r3 = layers[0].self_attn.kv_settings.rotation
+    layers[0].mlp.down_proj.rotation = online.OnlineRotation("none", layers[0].mlp.down_proj.in_features)
+    ((matrix, had_k),) = sequences._rotation_tables(layers, torch.zeros(2))
+    assert matrix.shape == (r3.size, r3.size) and had_k is None
 
 
 X, MASK = torch.arange(4.0), torch.tensor([True, False, True, False])

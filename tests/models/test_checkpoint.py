@@ -1,5 +1,6 @@
 """Saving and loading through transformers: bit for bit, whole or not at all, and loud when damaged."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from support.tiny_models import tiny_llama
 from w2a4.errors import CheckpointError, W2A4Error
 from w2a4.format.directories import atomic_directory
 from w2a4.format.online import OnlineRotation
-from w2a4.hub.checkpoint import FORMAT_VERSION
+from w2a4.format.manifest import FORMAT_VERSION
 from w2a4.hub.transformers import install, prepare_skeleton
 
 
@@ -118,7 +119,7 @@ def test_what_is_on_disk(tmp_path):
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] is False
     quantization = config["quantization_config"]
     assert quantization["quant_method"] == "w2a4" and quantization["format_version"] == FORMAT_VERSION
-    assert quantization["rotation"]["online"]["r4"]["size"] == 176
+    assert quantization["manifest"]["r4"]["size"] == 176
     recipe = w2a4.Recipe.from_yaml(tmp_path / "recipe.yaml")
     assert recipe.to_dict() == quantization["recipe"] and recipe.weight_bits == 2
     report = w2a4.Report.from_json(tmp_path / "report.json")
@@ -305,8 +306,8 @@ def random_checkpoint(path):
         vocab_size=32000, num_hidden_layers=4,
     )  # fmt: skip
     quantization = packed_model().config.quantization_config
-    quantization.rotation["online"]["r3"] = OnlineRotation("hadamard", 64, name="r3").to_dict()
-    quantization.rotation["online"]["r4"] = OnlineRotation("hadamard", 4096).to_dict()
+    r3, r4 = OnlineRotation("hadamard", 64, name="r3"), OnlineRotation("hadamard", 4096)
+    quantization.manifest = dataclasses.replace(quantization.manifest, r3=r3, r4=r4)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     prepare_skeleton(model, quantization)
@@ -336,7 +337,7 @@ def test_loading_needs_little_more_memory_than_the_checkpoint(tmp_path):
 @pytest.mark.parametrize("seed", [2**32, -(2**40), 2**63 + 5])
 def test_a_checkpoint_of_a_seed_that_is_too_large_by_now(tmp_path, monkeypatch, kind, seed):
     """Recipes once took any; R3 and R4 are drawn from it whenever the model is loaded."""
-    monkeypatch.setattr("w2a4.recipe.LARGEST", 2**70)
+    monkeypatch.setattr("w2a4.recipe.limits.SCHEMA.largest", 2**70)
     chosen = {"rotation.r3": kind, "rotation.r4": kind, "rotation.seed": seed}
     made = packed_model(**chosen, calib_samples=2, calib_seqlen=16)
     w2a4.save(made, None, tmp_path / "old")
@@ -348,10 +349,9 @@ def test_a_checkpoint_of_a_seed_that_is_too_large_by_now(tmp_path, monkeypatch, 
     with torch.inference_mode():
         want = made(prompt()).logits
         assert all(torch.equal(model(prompt()).logits, want) for model in (loaded, again))
-    recipe = again.config.quantization_config.parsed_recipe
-    assert recipe.rotation.seed == seed
+    assert again.config.quantization_config.manifest.rotation.seed == seed
     with pytest.raises(w2a4.errors.RecipeError, match="seed is"):
-        recipe.override(name="new")
+        w2a4.Recipe.from_dict(again.config.quantization_config.recipe)
     if kind != "hadamard":  # another seed is another model
         other = packed_model(**chosen | {"rotation.seed": 1}, calib_samples=2, calib_seqlen=16)
         assert again.config.quantization_config.online("r4") != other.config.quantization_config.online("r4")

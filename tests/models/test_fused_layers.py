@@ -1,23 +1,21 @@
-"""Decoder layers in few ops: what `fuse` changes is speed, not results, parameters or files."""
+"""Packed decoder layers: few ops change speed, not results, names in a state dict, or files."""
 
 import copy
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import w2a4
-from support.packed import packed_model, prompt
-from w2a4.runtime import layer as fused
-
-
-def logits(model, ids):
-    with torch.inference_mode():
-        return model(ids, use_cache=False).logits
+from support.packed import logits, packed_model, prompt
+from w2a4.runtime.layer import PackedDecoderLayer, packed_layers
 
 
 def is_fused(layer):
-    return isinstance(layer, fused.FusedLayer) and fused._parts(layer).fit
+    joint = "qkv_proj" in layer.self_attn._modules and "gate_up_proj" in layer.mlp._modules
+    return isinstance(layer, PackedDecoderLayer) and joint and layer.untouched()
 
 
 def plain(model):
@@ -63,31 +61,32 @@ def test_hooks_see_every_module():
         if not list(module.children()):
             module.register_forward_hook(lambda module, args, out: seen.append(type(module).__name__))
     logits(model, prompt())
-    assert seen.count("W2A4Linear") == 7 and seen.count("LlamaRMSNorm") == 2
+    assert seen.count("W2A4Linear") == 4 and seen.count("LlamaRMSNorm") == 2
 
 
 def test_the_class_keeps_its_name():
     layer = packed_model().model.layers[0]
-    assert type(layer).__name__ == "LlamaDecoderLayer" and isinstance(layer, fused.FusedLayer)
+    assert type(layer).__name__ == "LlamaDecoderLayer" and isinstance(layer, PackedDecoderLayer)
 
 
-def test_parameters_share_the_memory_of_the_joint():
-    layer = packed_model().model.layers[0]
-    qkv = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
-    want = [linear.weight.clone() for linear in qkv]
-    joint = fused._parts(layer).joint_qkv.current()
-    assert torch.equal(joint.weight, torch.cat(want))
-    storages = {linear.weight.untyped_storage().data_ptr() for linear in (*qkv, joint)}
-    assert len(storages) == 1
-    assert not {name for name, _ in layer.named_parameters() if "joint" in name}
+def test_a_state_dict_has_the_names_of_a_checkpoint():
+    model = packed_model()
+    layer, state = model.model.layers[0], model.state_dict()
+    names = {name for name, _ in layer.named_parameters()}
+    assert "self_attn.qkv_proj.weight" in names and not any("q_proj" in name for name in names)
+    parts = [state[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"]
+    assert torch.equal(torch.cat(parts), layer.self_attn.qkv_proj.weight)
+    assert not any("qkv_proj" in name or "gate_up_proj" in name for name in state)
+    clips = [state[f"model.layers.0.mlp.{name}_proj.act_clip"] for name in ("gate", "up")]
+    assert torch.equal(*clips) and clips[0].data_ptr() != clips[1].data_ptr()
 
 
 def test_new_weights_are_seen():
     model, other, ids = packed_model(), packed_model(), prompt()
     before = logits(model, ids)
     with torch.no_grad():
-        other.model.layers[0].self_attn.v_proj.weight.zero_()
-        other.model.layers[1].mlp.up_proj.scale.mul_(2)
+        other.model.layers[0].self_attn.qkv_proj.weight[-3:].zero_()
+        other.model.layers[1].mlp.gate_up_proj.scale.mul_(2)
     want = logits(other, ids)
     assert not torch.equal(want, before)
     for assign in (False, True):
@@ -97,38 +96,39 @@ def test_new_weights_are_seen():
     assert torch.equal(logits(model, ids), before)
 
 
-def other_scale(model):
-    linear = model.model.layers[0].self_attn.k_proj
-    linear.scale = torch.nn.Parameter(2 * linear.scale, requires_grad=False)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_part_alone_can_be_loaded(assign):
+    """Rows of the other parts stay."""
+    model, ids = packed_model(), prompt()
+    before, name = logits(model, ids), "model.layers.1.mlp.up_proj.scale"
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict({name: 3 * state[name]}, strict=False, assign=assign)
+    assert not torch.equal(logits(model, ids), before)
+    whole = packed_model()
+    whole.load_state_dict(state | {name: 3 * state[name]})
+    assert torch.equal(logits(model, ids), logits(whole, ids))
 
 
-def other_levels(model):
-    levels = model.model.layers[0].mlp.gate_proj.levels
-    levels.data = levels.flip(-1).contiguous()
-
-
-def other_clips(model):
+def test_parts_with_clips_of_their_own(tmp_path):
+    """A joint linear has one clip: such a state dict is refused, and such a checkpoint is not joined."""
+    model, ids = packed_model(), prompt()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     state["model.layers.0.self_attn.k_proj.act_clip"] *= 0.5
-    model.load_state_dict(state)
-
-
-def some_scales(model):
-    name = "model.layers.1.mlp.up_proj.scale"
-    model.load_state_dict({name: 3 * model.get_parameter(name)}, strict=False, assign=True)
-
-
-@pytest.mark.parametrize("change", [other_scale, other_levels, other_clips, some_scales])
-def test_parts_of_a_joint_that_change_are_seen(change):
-    """A copy that was never run has made no joint yet."""
-    model, ids = packed_model(), prompt()
-    before = logits(model, ids)
-    fresh = copy.deepcopy(model)
-    change(model)
-    change(fresh)
-    want = logits(fresh, ids)
-    assert not torch.equal(want, before)
-    assert torch.equal(logits(model, ids), want)
+    with pytest.raises(RuntimeError, match="k_proj.act_clip.* differ.*from_pretrained"):
+        model.load_state_dict(state)
+    packed_model().save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    attention = loaded.model.layers[0].self_attn
+    assert set(attention._modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "qkv_proj" in loaded.model.layers[1].self_attn._modules
+    got = logits(loaded, ids)
+    attention.k_proj.act_clip.mul_(2)
+    assert torch.equal(logits(loaded, ids), logits(packed_model(), ids))
+    assert not torch.equal(got, logits(loaded, ids))
+    assert packed_layers(loaded) is not None
+    tokens = w2a4.Engine(loaded).generate([ids[0]], 4)[0]
+    assert torch.equal(tokens, loaded.generate(ids[:1], max_new_tokens=4, do_sample=False)[0, ids.shape[1] :])
 
 
 def test_a_replaced_module_is_seen():
@@ -136,8 +136,9 @@ def test_a_replaced_module_is_seen():
     logits(model, ids)
     mlp = model.model.layers[0].mlp
     mlp.down_proj = torch.nn.Linear(mlp.down_proj.in_features, mlp.down_proj.out_features)
-    assert not is_fused(model.model.layers[0])
-    assert torch.isfinite(logits(model, ids)).all()
+    got = logits(model, ids)
+    mlp.down_proj.weight.data.mul_(2)
+    assert torch.isfinite(got).all() and not torch.equal(logits(model, ids), got)
 
 
 def test_a_checkpoint_after_use_is_the_same_file(tmp_path):

@@ -12,7 +12,7 @@ import w2a4
 from support.packed import packed_model, prompt
 from support.tiny_models import tiny_llama
 from w2a4.runtime.capturing import is_capturing
-from w2a4.runtime.layer import fused_parts
+from w2a4.runtime.layer import packed_layers
 
 pytestmark = [pytest.mark.doors, pytest.mark.usefixtures("one_thread")]
 
@@ -45,7 +45,7 @@ def test_pickle_torch_save_and_deepcopy(make, used):
         pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False), copy.deepcopy(model), model
     ):  # fmt: skip
         assert type(again) is type(model) and torch.equal(logits(again, ids), want)
-        assert (fused_parts(again) is None) == (fused_parts(model) is None)
+        assert (packed_layers(again) is None) == (packed_layers(model) is None)
         out = again.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
         assert isinstance(out.past_key_values, w2a4.KV4Cache) == (make is not rotated)
 
@@ -245,7 +245,7 @@ def test_attention_weights_are_refused_or_there():
             run(prompt(2, 8), output_attentions=True)
     with pytest.raises(w2a4.W2A4Error, match="output_attentions=True"):
         model.generate(prompt(), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
-    assert torch.equal(logits(model), want) and fused_parts(model) is not None
+    assert torch.equal(logits(model), want) and packed_layers(model) is not None
     other = packed_model(kv_bits=16)
     other.set_attn_implementation("eager")
     with torch.no_grad():
@@ -260,9 +260,9 @@ def test_hidden_states_once_leave_the_model_as_it_was():
         out = model(prompt(2, 8), output_hidden_states=True)
     assert len(out.hidden_states) == 3 and torch.equal(out.logits, want)
     assert torch.equal(model.lm_head(out.hidden_states[-1]), want)
-    assert torch.equal(logits(model), want) and fused_parts(model) is not None
+    assert torch.equal(logits(model), want) and packed_layers(model) is not None
     model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert fused_parts(model) is None  # somebody else's does count
+    assert packed_layers(model) is None  # somebody else's does count
     hook = next(iter(model.model.layers[0].mlp._forward_hooks.values()))
     assert not is_capturing(hook)
 

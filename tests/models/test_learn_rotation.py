@@ -335,9 +335,9 @@ class TestFiles:
             learn(model, out, ids, chosen)
         monkeypatch.setattr(descent.Descent, "_step", step)
         assert {p.name for p in tmp_path.iterdir()} >= {".r.safetensors.partial"} and not out.exists()
-        with pytest.raises(RotationError, match=r"\.r\.safetensors\.partial' holds the progress"):
+        with pytest.raises(RotationError, match=r"\.r\.safetensors\.partial' holds .*; remove it"):
             learn(model, out, ids, recipe(steps=9, batch_size=2))
-        with pytest.raises(RotationError, match="holds the progress of learning other"):
+        with pytest.raises(RotationError, match="learning other rotations .*remove it"):
             learn(tiny_llama(1, dtype=torch.float32, **WIDE), out, ids, chosen)
         report = learn(model, out, ids, chosen)
         assert report.resumed_at == 5 and not (tmp_path / ".r.safetensors.partial").exists()
@@ -399,11 +399,11 @@ class TestDivergence:
         count = iter(range(100))
         monkeypatch.setattr(descent, "orthogonality_error", lambda r: real(r) + (next(count) == 5) * 0.5)
         message, _ = self.run(tmp_path, None, start=9)
-        assert "failed at step 2: R2.0 is no rotation any more: max |RᵀR - I| = 5.0e-01" in message
+        assert "failed at step 2: R2.0 is not orthogonal any more: max |RᵀR - I| = 5.0e-01" in message
 
     def test_at_once(self, tmp_path):
         message, _ = self.run(tmp_path, lambda step, rotations: rotations["R1"].sum() * float("nan"))
-        assert "failed at step 0: the loss is nan" in message and "none from before to keep" in message
+        assert "failed at step 0: the loss is nan" in message and "no earlier rotations to keep" in message
         assert not list(tmp_path.iterdir())
 
 
@@ -470,7 +470,7 @@ class TestQuantize:
     def test_learns_first(self):
         model = self.model()
         w2a4.quantize(model, None, self.recipe, calibration(), progress=False)
-        rotation = model.config.quantization_config.parsed_recipe.rotation
+        rotation = Recipe.from_dict(model.config.quantization_config.recipe).rotation
         assert (rotation.r1, rotation.r2, rotation.learned) == ("learned", "learned", "rotation.safetensors")
         with torch.inference_mode():
             logits = model(calibration(2, 9)).logits

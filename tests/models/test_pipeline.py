@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import w2a4
-from support.packed import SHAPE, calibration, packed_model, prompt
+from support.packed import SHAPE, calibration, logits, packed_model, prompt
 from support.tiny_models import LLAMA3_ROPE, tiny_llama
 from w2a4 import arch
 from w2a4.errors import CalibrationError, RecipeError, RotationError, W2A4Error
@@ -24,11 +24,6 @@ UNUSUAL = {
     "ffn 12 * 4": dict(intermediate_size=48),
     "odd groups": dict(hidden_size=90, head_dim=30),
 }
-
-
-def logits(model, ids):
-    with torch.inference_mode():
-        return model(ids, use_cache=False).logits
 
 
 class FakeLinear(torch.nn.Module):

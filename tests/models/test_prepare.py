@@ -10,7 +10,7 @@ import torch
 import w2a4
 from support.packed import SHAPE, calibration, prompt
 from support.tiny_models import decoder_linears, tiny_llama
-from w2a4.runtime.layer import fused_parts
+from w2a4.runtime.layer import packed_layers
 from w2a4.train.linear import FakeQuantLinear, fake_quant_linears
 from w2a4.train.prepare import convert, prepare
 
@@ -212,7 +212,7 @@ def test_linears_of_one_input_share_their_clip():
     with torch.no_grad():
         clips["q_proj"].mul_(0.9)
     packed = w2a4.convert(model)
-    assert fused_parts(packed) is not None
+    assert packed_layers(packed) is not None
 
 
 def test_latent_weights_begin_with_the_codes_or_at_their_values():

@@ -14,7 +14,7 @@ from w2a4.ops.dispatch import DECODE_TOKENS, GEMV_TOKENS
 from w2a4.runtime import engine, graphs, sequences
 from w2a4.runtime.engine import Engine
 from w2a4.runtime.graphs import LAST_OF_ATTENTION, LAST_OF_KERNELS, MOST_PROMPT_TOKENS, padded_length
-from w2a4.runtime.layer import fused_parts
+from w2a4.runtime.layer import packed_layers
 
 CAPACITY = 96
 
@@ -29,7 +29,7 @@ def ids_of(batch: int, tokens: int) -> torch.Tensor:
 
 
 def packed_sequences(model, ids: torch.Tensor, capacity: int = CAPACITY, graphs: bool = True):
-    return sequences.PackedSequences(model, list(ids), capacity, fused_parts(model), graphs=graphs)
+    return sequences.PackedSequences(model, list(ids), capacity, packed_layers(model), graphs=graphs)
 
 
 def test_ends_are_those_of_the_kernels():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import w2a4
-from benchmarks.outliers import four_bit_inputs, plant_outliers
+from benchmarks.experiments.outliers import four_bit_inputs, plant_outliers
 from support.packed import SHAPE, calibration, prompt
 from support.tiny_models import MODELS, tiny_llama, tokens
 from w2a4 import arch

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import TrainerCallback
 
 import w2a4
 from support.capture_lint import CaptureLint
@@ -19,13 +20,14 @@ from support.tiny_models import tiny_llama
 from support.training_runs import TRAINING, Letters, Writer, llama, small_recipe, stream
 from w2a4.errors import CalibrationError, TrainingError
 from w2a4.recipe import Training
-from w2a4.train import checkpoints, generations, graphs, run, trainer
+from w2a4.train import budget, checkpoints, generations, graphs, run, trainer
 from w2a4.train.block import BlockTrainer
+from w2a4.train.data import Windows
 from w2a4.train.losses import distillation_loss
 from w2a4.train.optimizer import parameter_groups, rate
 from w2a4.train.prepare import prepare, start_recipe
-from w2a4.train.teacher import write_tops
-from w2a4.train.trainer import QATTrainer, Windows, training_arguments
+from w2a4.train.teacher import write_top_k
+from w2a4.train.trainer import QATTrainer, training_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,7 +182,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     part = make_trainer(folder)
     part.args.save_steps = part.state.save_steps = 3
 
-    class Stop(trainer.TrainerCallback):
+    class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
@@ -189,7 +191,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert checkpoints.last_checkpoint(folder).name == "checkpoint-3"
     again = make_trainer(folder)
     again.train(resume_from_checkpoint=str(checkpoints.last_checkpoint(folder)))
-    assert again.state.global_step == 6 and again.spent > 0
+    assert again.state.global_step == 6 and again.budget.before > 0
     for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -199,31 +201,31 @@ def test_a_budget_of_time_ends_the_run(tmp_path):
     timed = make_trainer(tmp_path, training)
     timed.train()
     assert 0 < timed.state.global_step < 10_000
-    assert 0.05 <= timed.minutes() < 0.5
+    assert 0.05 <= timed.budget.minutes < 0.5
     assert timed.state.log_history[-2]["learning_rate"] < 0.5e-4  # the schedule follows the clock
 
 
 @pytest.mark.parametrize("limit, interval", [(5, 1), (30, 3), (600, 10)])
 def test_checkpoints_follow_the_clock(limit, interval, tmp_path):
     """Steps of half a minute: what a kill costs is never more than an interval and a step."""
-    assert trainer.save_interval(limit) == interval
+    assert budget.save_interval(limit) == interval
     timed = make_trainer(tmp_path, dataclasses.replace(TRAINING, steps=1000, batch_size=2, minutes=limit))
     saved = []
 
-    class HalfMinutes(trainer.TrainerCallback):
+    class HalfMinutes(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            timed.started -= 30
+            timed.budget.started -= 30
             control.should_training_stop |= state.global_step == 2 * 2 * interval + 2
 
         def on_save(self, args, state, control, **kwargs):
-            saved.append(timed.minutes())
+            saved.append(timed.budget.minutes)
 
     timed.add_callback(HalfMinutes())
     timed.train()
     gaps = [after - before for before, after in zip([0.0, *saved], saved, strict=False)]
     assert saved and all(interval <= gap < interval + 0.6 for gap in gaps[:2]), saved
     newest = checkpoints.last_checkpoint(tmp_path)
-    assert trainer._minutes(newest) == pytest.approx(saved[-1], abs=1e-3)
+    assert checkpoints.spent_minutes(newest) == pytest.approx(saved[-1], abs=1e-3)
 
 
 def full_disk(monkeypatch, step):
@@ -235,7 +237,7 @@ def full_disk(monkeypatch, step):
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(trainer, "save_file", save)
+    monkeypatch.setattr(checkpoints, "save_file", save)
 
 
 def test_a_full_disk_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
@@ -278,7 +280,7 @@ def test_a_checkpoint_that_is_cut_off_is_passed_over(name, tmp_path):
     assert checkpoints.last_checkpoint(tmp_path).name == "checkpoint-1"
     file.unlink()
     assert checkpoints.last_checkpoint(tmp_path).name == "checkpoint-1"
-    checkpoints.drop_parts(tmp_path)
+    checkpoints.remove_partial(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -296,7 +298,7 @@ def test_explosion_stops_and_keeps_the_checkpoint(tmp_path):
     run_ = make_trainer(tmp_path)
     run_.args.save_steps = run_.state.save_steps = 2
 
-    class Poison(trainer.TrainerCallback):
+    class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 3:
                 model.model.layers[1].mlp.up_proj.beta.data[0, 0] = float("nan")
@@ -316,7 +318,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     recipe = w2a4.Recipe.load("w2a4kv4").override(**{"training.init": "lloyd"})
     other = prepare(shorter, None, recipe, calibration(), progress=False)
     with pytest.raises(TrainingError, match="is of another model or recipe: 'model.layers.1"):
-        trainer.load_trained(other, tmp_path / "checkpoint-1")
+        checkpoints.load_trained(other, tmp_path / "checkpoint-1")
 
 
 def test_batches_must_divide():
@@ -432,7 +434,7 @@ def test_pieces_are_those_that_windows_give():
 
 def test_a_cached_teacher_says_what_the_live_one_does(tmp_path):
     model, windows = llama().eval(), Windows(stream(), 24, 8, recut=False)
-    teacher = write_tops(model, windows.pieces(), SHAPE["vocab_size"] + 9, tmp_path, progress=False)
+    teacher = write_top_k(model, windows.pieces(), SHAPE["vocab_size"] + 9, tmp_path, progress=False)
     ids, piece = windows[3]["input_ids"], windows[3]["piece"]
     with torch.no_grad():
         logits = model(ids[None]).logits

@@ -109,11 +109,19 @@ def quantization(*path, **values):
 
 
 CONFIGS = {
-    "rotation gone": (lambda c: c["quantization_config"].pop("rotation"), "rotation.r3='hadamard'"),
-    "r3 gone": (lambda c: c["quantization_config"]["rotation"]["online"].pop("r3"), "rotation.r3='hadamard'"),
-    "r3 of blocks": (quantization("rotation", "online", "r3", block_size=1, k=1), "rebuilds r3 from"),
-    "r4 of another size": (quantization("rotation", "online", "r4", size=44, block_size=44), "rebuilds r4"),
-    "rotation no mapping": (quantization(rotation=[1]), "rotation"),
+    "rotation gone": (lambda c: c["quantization_config"]["manifest"].pop("rotation"), "rotation is missing"),
+    "r3 gone": (quantization("manifest", r3=None), "rotation.r3='hadamard'"),
+    "r3 of blocks": (quantization("manifest", "r3", block_size=1, k=1), "rebuilds r3 from"),
+    "r4 of another size": (quantization("manifest", "r4", size=44, block_size=44), "rebuilds r4"),
+    "r4 of another seed": (quantization("manifest", "r4", seed=9), "rebuilds r4"),
+    "rotation no mapping": (quantization("manifest", rotation=[1]), "rotation"),
+    "r3 no mapping": (quantization("manifest", r3=[1]), "rotation .* is not a mapping"),
+    "manifest gone": (lambda c: c["quantization_config"].pop("manifest"), "None is no manifest"),
+    "another family": (quantization("manifest", family="mistral"), "family='mistral'"),
+    "three bits": (quantization("manifest", weight_bits=3), "weight_bits=3: give one of 2, 4, 16"),
+    "another grid": (quantization("manifest", grid="uniform"), "grid='uniform' with weight_bits=2"),
+    "a clip above 1": (quantization("manifest", kv_clip=1.5), "kv_clip=1.5"),
+    "an unknown fact": (quantization("manifest", kv_bit=4), "unknown manifest key 'kv_bit'.*'kv_bits'"),
     "fewer layers": (lambda c: c.update(num_hidden_layers=1), "num_hidden_layers=1.*holds 2 layers"),
     "a thousand times the layers": (lambda c: c.update(num_hidden_layers=2000), "num_hidden_layers=2000"),
     "layers by name": (lambda c: c.update(num_hidden_layers="2"), "num_hidden_layers=2"),
@@ -143,7 +151,7 @@ def test_a_config_that_contradicts_tensors_or_itself(tmp_path, change, match, di
 @pytest.mark.parametrize(
     "change, match",
     [
-        (quantization("recipe", kv_clip=0.5), "recipe.kv_clip = 0.5.*recipe.kv_clip = 0.95"),
+        (quantization("manifest", kv_clip=0.5), "manifest.kv_clip = 0.5.*manifest.kv_clip = 0.95"),
         (lambda c: c.update(rms_norm_eps=0.1), "rms_norm_eps = 0.1"),
     ],
 )

@@ -11,15 +11,15 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from support.training_runs import Letters, llama, small_recipe
-from w2a4.train import processes, run
+from w2a4.train import distributed, run
 from w2a4.train.trainer import QATTrainer
 
 
 class Watched(QATTrainer):
     def training_step(self, *args, **kwargs):
         sharded = [isinstance(p, DTensor) for p in self.model.parameters() if p.requires_grad]
-        assert all(sharded) == any(sharded) == (processes.world() > 1)
-        last = self.args.process_index == processes.world() - 1
+        assert all(sharded) == any(sharded) == (distributed.world() > 1)
+        last = self.args.process_index == distributed.world() - 1
         if last and self.state.global_step + 1 == int(os.environ.get("POISON", 0)):
             self.teacher.lm_head.weight.data.fill_(float("nan"))
         return super().training_step(*args, **kwargs)
@@ -30,9 +30,9 @@ def main(folder: Path) -> None:
     run.QATTrainer = Watched
     recipe = small_recipe(steps=4, batch_size=4, micro_batch=2)
     model = run.train(llama(), Letters(), recipe, folder / "work", progress=False)
-    if processes.is_main():
+    if distributed.is_main():
         model.save_pretrained(folder / "packed")
-    processes.leave()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -46,3 +46,9 @@ def _packed(overrides: str):
 def packed_model(shape: dict | None = None, **recipe):
     """A fresh copy of a quantised tiny LLaMA; keywords override the recipe `w2a4kv4`."""
     return copy.deepcopy(_packed(json.dumps([shape or {}, recipe], sort_keys=True)))
+
+
+def logits(model, ids):
+    """Logits `[batch, tokens, vocabulary]` of a pass without a cache."""
+    with torch.inference_mode():
+        return model(ids, use_cache=False).logits

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from w2a4 import arch
 from w2a4.evaluate import data
+from w2a4.runtime.layer import PackedDecoderLayer
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -128,5 +129,6 @@ def tiny_model(**changes):
 
 def decoder_linears(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The linears of a LLaMA's decoder layer, by the last part of their names."""
-    linears = arch.of_model_type("llama").linears(layer)
+    packed = isinstance(layer, PackedDecoderLayer)
+    linears = layer.linears() if packed else arch.of_model_type("llama").linears(layer)
     return {path.rpartition(".")[2]: linear for path, linear in linears.items()}

@@ -12,17 +12,12 @@ from benchmarks import bench_gemm
 from benchmarks.shapes import LinearShape
 from support import gemm_oracle
 from support.numerics import UNIT, assert_close
-from support.op_arguments import linear_inputs, replaced
+from support.op_arguments import FLOATS, linear_inputs, replaced
 from w2a4 import ops
 from w2a4.errors import BackendError
 from w2a4.ops import dispatch, reference
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def _on_triton(monkeypatch):
-    monkeypatch.setattr(dispatch, "backend", "triton")
+pytestmark = pytest.mark.usefixtures("on_triton")
 
 
 def both(bits, args, dtype=torch.float32):

@@ -7,16 +7,13 @@ from w2a4.triton_kernels import distill
 from support.capture_lint import CaptureLint
 from support.distillation import assert_as_defined, assert_within, definition, with_gradient
 from support.numerics import UNIT, assert_close
-from w2a4.ops import dispatch
+from support.op_arguments import FLOATS
 from w2a4.train.losses import distillation_loss
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 INF = float("inf")
 
 
-@pytest.fixture(autouse=True)
-def _on_triton(monkeypatch):
-    monkeypatch.setattr(dispatch, "backend", "triton")
+pytestmark = pytest.mark.usefixtures("on_triton")
 
 
 @pytest.fixture(autouse=True)

@@ -8,25 +8,14 @@ import pytest
 import torch
 from w2a4.triton_kernels import fake_quant, ldp  # noqa: F401  (registers their ops)
 
+from support.gradients import with_gradients
 from support.numerics import UNIT, assert_close
+from support.op_arguments import FLOATS
 from w2a4 import ops
 from w2a4.format import fake_quant as quantizers
 from w2a4.ops import dispatch
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def _on_triton(monkeypatch):
-    monkeypatch.setattr(dispatch, "backend", "triton")
-
-
-def with_gradients(function, inputs, grad):
-    """The result and the gradients of all floating inputs."""
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    result = function(*leaves)
-    result.backward(grad)
-    return result.detach(), [leaf.grad for leaf in leaves]
+pytestmark = pytest.mark.usefixtures("on_triton")
 
 
 def in_pytorch(function, inputs, grad):
@@ -34,7 +23,7 @@ def in_pytorch(function, inputs, grad):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "backend", "reference")
         exact = function(inputs[0].float(), *inputs[1:])
-        return exact, with_gradients(function, inputs, grad)[1]
+        return exact, with_gradients(function, inputs, grad)[1:]
 
 
 def assert_same_gradients(got, want, sizes):
@@ -72,7 +61,7 @@ def in_dtype(result, dtype):
 def test_fake_quant_a4(features, group, dtype, clip):
     x, grad = activations(features, dtype), torch.randn(3, 5, features).to(dtype)
     call = (lambda *t: quantizers.fake_quant_a4(*t, group)), (x, torch.tensor([clip])), grad
-    got, gradients = with_gradients(*call)
+    got, *gradients = with_gradients(*call)
     exact, wanted = in_pytorch(*call)
     assert_close(got, in_dtype(exact, dtype))
     assert_same_gradients(gradients, wanted, sizes(grad, x))
@@ -84,7 +73,7 @@ def test_fake_quant_a4(features, group, dtype, clip):
 def test_fake_quant_kv4(head_dim, dtype, clip):
     x, grad = activations(head_dim, dtype), torch.randn(3, 5, head_dim).to(dtype)
     call = quantizers.fake_quant_kv4, (x, torch.tensor([clip])), grad
-    got, gradients = with_gradients(*call)
+    got, *gradients = with_gradients(*call)
     exact, wanted = in_pytorch(*call)
     assert_close(got, in_dtype(exact, dtype))
     assert_close(quantizers.fake_quant_kv4(x, clip), got)
@@ -118,7 +107,7 @@ def test_ldp(out, features, group, dtype):
     parameters = [torch.randn(out, features // group) for _ in range(4)]
     grad = torch.randn(out, features).to(dtype)
     call = (lambda *t: quantizers.ldp_fake_quant(*t, group)), (w, *parameters), grad
-    got, gradients = with_gradients(*call)
+    got, *gradients = with_gradients(*call)
     exact, wanted = in_pytorch(*call)
     assert_close(got, in_dtype(exact, dtype))
     assert_close(gradients[0], wanted[0])

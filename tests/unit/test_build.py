@@ -237,7 +237,8 @@ sys.modules["w2a4._C"] = None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch
-    from w2a4 import ops, reference
+    from w2a4 import ops
+    from w2a4.ops import reference
 messages = [str(w.message) for w in caught if "w2a4._C" in str(w.message)]
 assert len(messages) == 1 and "build" in messages[0], messages
 x = torch.randn(3, 64)

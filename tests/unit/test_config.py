@@ -1,6 +1,7 @@
 """Recipes: defaults, overrides, YAML, and errors that quote the key and the value."""
 
 import dataclasses
+import importlib.resources
 import os
 import time
 
@@ -141,10 +142,61 @@ def test_wrong_recipe_files(tmp_path, text, message):
 
 
 def test_unknown_recipe_and_missing_file(tmp_path):
-    with pytest.raises(RecipeError, match="unknown recipe 'w3'; named recipes: w4a4kv4, w2a4kv4"):
+    with pytest.raises(
+        RecipeError, match="unknown recipe 'w3'; named recipes: w2a4kv4, .*, w4a4kv4; or give"
+    ):
         Recipe.load("w3")
     with pytest.raises(RecipeError, match="does not exist"):
         Recipe.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("weight_bit", "'weight_bits'"),
+        ("training.stpes", "'training.steps'"),
+        ("rotation.r5", "'rotation.r4'"),
+        ("steps", "'rotation_learning.steps' or 'training.steps'"),
+    ],
+)
+def test_unknown_keys_name_those_that_are_spelled_nearly_so(tmp_path, key, near):
+    section, _, leaf = key.rpartition(".")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({section: {leaf: 3}} if section else {leaf: 3}))
+    for way in (
+        lambda: Recipe().override(**{key: 3}),
+        lambda: Recipe().override(**parse_settings([f"{key}=3"])),
+        lambda: Recipe.load(tmp_path / "r.yaml"),
+    ):
+        with pytest.raises(RecipeError, match=f"unknown recipe key '{key}'.*; did you mean {near}\\?$"):
+            way()
+
+
+def test_unknown_sections_name_the_nearest():
+    with pytest.raises(RecipeError, match="unknown recipe key 'trainig.lr'.*did you mean 'training.lr'"):
+        Recipe().override(**{"trainig.lr": 1})
+    with pytest.raises(RecipeError, match="unknown recipe key 'trainig'.*did you mean 'training'"):
+        Recipe.from_dict({"trainig": {"lr": 1}})
+
+
+def test_keys_that_are_near_none_get_no_proposal():
+    with pytest.raises(RecipeError, match="unknown recipe key 'zzz'.*training.minutes$"):
+        Recipe().override(zzz=1)
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(RecipeError, match=r"did you mean 'w2a4kv4-rcp'\?$"):
+        Recipe.load("w2a4kv4-rpc")
+    with pytest.raises(RecipeError, match="yaml file$"):
+        Recipe.load("zzz")
+
+
+def test_named_recipes_are_files_that_say_what_they_are_for():
+    folder = importlib.resources.files("w2a4.recipe")
+    names = {file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")}
+    assert names == set(RECIPES) and list(RECIPES) == sorted(RECIPES)
+    for name, recipe in RECIPES.items():
+        text = folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        assert text.startswith("# ") and recipe == Recipe.from_dict(yaml.safe_load(text))
 
 
 def test_recipe_yaml_may_name_only_what_differs(tmp_path):

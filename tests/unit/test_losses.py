@@ -5,7 +5,7 @@ import torch
 
 from support.numerics import assert_close
 from w2a4.train import losses
-from w2a4.train.losses import Tops, distillation_loss
+from w2a4.train.losses import TopK, distillation_loss
 
 
 def definition(student, teacher, mask, kind):
@@ -37,7 +37,7 @@ def test_value_and_gradient(kind, masked, chunk, monkeypatch):
 def test_of_the_most_probable_tokens_and_the_rest(kind, k, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", 4)
     student = (3 * torch.randn(2, 5, 11)).requires_grad_()
-    tops = Tops.of(3 * torch.randn(2, 5, 11), k)
+    tops = TopK.of(3 * torch.randn(2, 5, 11), k)
     assert tops.indices.shape == tops.log_probs.shape == (2, 5, k) and tops.rest.shape == (2, 5)
     probabilities = student.softmax(-1)
     chosen = probabilities.gather(-1, tops.indices.long())
@@ -56,7 +56,7 @@ def test_of_the_most_probable_tokens_and_the_rest(kind, k, monkeypatch):
 
 def test_all_tokens_kept_are_the_whole_distribution():
     student, teacher = 3 * torch.randn(6, 11), 3 * torch.randn(6, 11)
-    kept = distillation_loss(student, Tops.of(teacher, 11))
+    kept = distillation_loss(student, TopK.of(teacher, 11))
     # The rest has LEAST_REST at least, and log-probabilities are float16.
     assert_close(kept, distillation_loss(student, teacher), atol=2e-3)
 

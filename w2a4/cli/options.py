@@ -19,21 +19,23 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
-    """A result file must be writable before hours of work, not after."""
+    """Check that a result file can be written, before hours of work and not after."""
     if path is not None and not path.absolute().parent.is_dir():
-        raise click.BadParameter(f"directory {str(path.parent)!r} does not exist")
+        raise click.BadParameter(
+            f"directory {str(path.parent)!r} does not exist; create it, or give another path"
+        )
     if path is not None:
         try_file(path)
     return path
 
 
 def new_directory(_: click.Context, __: click.Parameter, path: Path) -> Path:
-    """`.` and `..` by their names, since files that lie beside them are named after them."""
+    """`.` and `..` as full paths, since files beside the directory are named after it."""
     return path if path.name not in ("", "..") else Path(os.path.realpath(path))
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: bytes that are not come as half a surrogate pair each."""
+    """Whether a text can be encoded as UTF-8: Python decodes other bytes to lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -42,7 +44,7 @@ def printable(text: str) -> str:
 
 
 def count(least: int) -> click.IntRange:
-    """A number of things that a tensor can hold."""
+    """Numbers from `least` to the largest size of a tensor's dimension."""
     return click.IntRange(min=least, max=2**31 - 1)
 
 
@@ -54,9 +56,11 @@ json_file = click.option(
     metavar="FILE",
     help="Also write the result as JSON.",
 )
-dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Of activations and unquantised tensors.")
+dtype = click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Dtype of activations and unquantised tensors."
+)
 device = click.option(
-    "--device", metavar="cpu|cuda|cuda:N", help="Where to compute: a GPU if there is one, else the CPU."
+    "--device", metavar="cpu|cuda|cuda:N", help="Device to compute on; by default a GPU if there is one."
 )
 new_tokens = click.option(
     "--max-new-tokens",
@@ -64,7 +68,7 @@ new_tokens = click.option(
     default=128,
     show_default=True,
     metavar="N",
-    help="Tokens to generate at most.",
+    help="Generate at most N tokens.",
 )
 
 
@@ -94,7 +98,9 @@ calib = click.option(
 
 _EVALUATION = (
     click.option("--eval", "eval_text", metavar="FILE|builtin", help="Measure perplexity before and after."),
-    click.option("--eval-windows", type=count(1), metavar="N", help="At most so many windows of 2048."),
+    click.option(
+        "--eval-windows", type=count(1), metavar="N", help="Evaluate at most N windows of 2048 tokens."
+    ),
 )
 
 
@@ -125,12 +131,12 @@ _SAMPLING = (
         "--top-p", type=float, metavar="P",
         help="Draw from the most probable tokens that make up P together.",
     ),
-    click.option("--seed", type=int, metavar="N", help="Of the draws."),
+    click.option("--seed", type=int, metavar="N", help="Seed of the draws."),
 )  # fmt: skip
 
 
 def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that reach the command as `sampling`, arguments of `engine.Sampling`, those that are given."""
+    """Options that reach the command as `sampling`: the given ones, as arguments of `engine.Sampling`."""
 
     @functools.wraps(command)
     def run(temperature: float, top_k: int, top_p: float, seed: int | None, **arguments: Any) -> Any:
@@ -148,7 +154,11 @@ def parse_recipe(name: str, settings: Sequence[str]) -> Recipe:
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """Recipe fields of `key=value`."""
+    """Recipe fields by name, from settings `key=value`.
+
+    Raises:
+        RecipeError: a setting without `=` or name, or a value that is not YAML.
+    """
     changes = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -161,8 +171,10 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 def _scalar(setting: str, text: str) -> Any:
     try:
         value = parse_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, too many digits, too deep
-        raise RecipeError(f"--set {setting!r}: {text!r} is not a YAML value") from None
+    except (yaml.YAMLError, ValueError, RecursionError):  # an impossible date, too many digits, too deep
+        raise RecipeError(
+            f"--set {setting!r}: {text!r} is not a YAML value; give one, e.g. 64, none or 'text'"
+        ) from None
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-2 as a string

@@ -199,7 +199,7 @@ def checkpoint_summary(directory: str | Path) -> dict[str, Any]:
     """What a checkpoint directory holds, packed or plain, read from headers only.
 
     Returns:
-        quantized, architecture, source, recipe, rotation, provenance, format_version, w2a4_version,
+        quantized, architecture, source, manifest, recipe, provenance, format_version, w2a4_version,
         weights and bits_per_weight (each with `linears`, the quantised decoder linears, and `model`),
         bytes (by part, see `PARTS`, and `total`), disk_bytes (every file), files.
 
@@ -219,7 +219,7 @@ def checkpoint_summary(directory: str | Path) -> dict[str, Any]:
         "architecture": _architecture(config),
         "quantized": quantized,
         **{key: quantization.get(key) for key in ("format_version", "w2a4_version")},
-        **{key: quantization.get(key) or {} for key in ("recipe", "rotation", "provenance")},
+        **{key: quantization.get(key) or {} for key in ("manifest", "recipe", "provenance")},
         **measure_tensors(tensors, config),
         "disk_bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
         "files": [shard.name for shard in shards],
@@ -396,12 +396,12 @@ def model_card(report: Report) -> str:
     }
     if "/" in report.source:
         front["base_model"] = report.source
-    recipe = Recipe.of_checkpoint(report.recipe)
+    recipe = Recipe().to_dict() | report.recipe
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-        f"# {report.source or 'A LLaMA'}, quantised with `{recipe.name}`",
-        f"Weights in {recipe.weight_bits} bits, activations in {recipe.act_bits}, KV cache in "
-        f"{recipe.kv_bits}, made with `w2a4`. The licence is that of the base model.",
+        f"# {report.source or 'A LLaMA'}, quantised with `{recipe['name']}`",
+        f"Weights in {recipe['weight_bits']} bits, activations in {recipe['act_bits']}, KV cache in "
+        f"{recipe['kv_bits']}, made with `w2a4`. The licence is that of the base model.",
         _CARD_USE,
         f"## Recipe\n\nRotations: {_rotations(report.recipe)}.\n"
         f"Calibration: {report.calibration or 'none'}.\n\n"
@@ -454,11 +454,11 @@ def _quality(report: Report) -> str:
     return f"{table(rows, markdown=True)}\n\nPerplexity on {protocol(last)}."
 
 
-def _limitations(recipe: Recipe) -> str:
+def _limitations(recipe: Mapping[str, Any]) -> str:
     points = ["Only LLaMA-shaped models; there are no GPU kernels yet, the kernels run on CPUs."]
-    if recipe.weight_bits == 2:
+    if recipe["weight_bits"] == 2:
         points.append("Two-bit weights fitted without training lose much quality: not for real work.")
-    if recipe.act_bits == 4:
+    if recipe["act_bits"] == 4:
         points.append("Activations are quantised at run time, so outputs differ from the base model's.")
     return "## Limitations\n\n" + "\n".join(f"- {point}" for point in points)
 

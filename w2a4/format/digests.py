@@ -50,7 +50,9 @@ def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type")) in _ROPE_OF_LENGTH:
         kept["max_position_embeddings"] = config.get("max_position_embeddings")
-    return kept | {key: quantization.get(key) for key in ("recipe", "rotation")}
+    # In format 1 the recipe and the rotations were what a manifest is now.
+    parts = ("manifest",) if "manifest" in quantization else ("recipe", "rotation")
+    return kept | {key: quantization.get(key) for key in parts}
 
 
 def _rewrite(shard: Path, config: str) -> None:

@@ -1,8 +1,10 @@
-"""Groups of inputs that share a scale: what a recipe asks for, and what a layer of some width can have."""
+"""Groups of inputs that share a scale, and other numbers of a format that recipes and manifests share."""
 
 from __future__ import annotations
 
-from ..errors import RecipeError
+from typing import Any
+
+from ..errors import RecipeError, W2A4Error
 
 #: Group sizes `auto` tries, in this order; the first that divides `in_features` is taken.
 AUTO_GROUP_SIZES = (128, 64, 32)
@@ -48,3 +50,24 @@ def resolve_act_group_size(in_features: int, act_group_size: int, group_size: in
             f"{[*filter(fits, (256, *AUTO_GROUP_SIZES)), -1]} (-1 is the whole token)"
         )
     return act_group_size
+
+
+def check_formats(config: Any, error: type[W2A4Error]) -> None:
+    """Raise `error` for a group size, clip or number of bits that no model has.
+
+    Args:
+        config: a `Recipe` or a `Manifest`, the types of whose fields are checked already.
+    """
+    if isinstance(config.group_size, int) and config.group_size != -1 and config.group_size < 4:
+        raise error(f"group_size={config.group_size}: give -1, 'auto' or a number >= 4")
+    if config.act_group_size != -1 and config.act_group_size < 4:
+        raise error(f"act_group_size={config.act_group_size}: give -1 or a number >= 4")
+    if not 0 < config.kv_clip <= 1:
+        raise error(f"kv_clip={config.kv_clip}: give a number in (0, 1]")
+    if config.sink_tokens < 0:
+        raise error(f"sink_tokens={config.sink_tokens}: give a number >= 0")
+    if config.weight_bits == 16 and config.act_bits == 4:
+        raise error(
+            "weight_bits=16 with act_bits=4: activations are quantised where weights are; "
+            "set both to 16 or neither"
+        )

@@ -72,7 +72,7 @@ def _check_parts(path: Path, config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config")
     parts = {"quantization_config": quantization}
     if isinstance(quantization, dict) and quantization.get("quant_method") == "w2a4":
-        for key in ("recipe", "rotation", "provenance"):
+        for key in ("manifest", "recipe", "rotation", "provenance"):
             parts[f"quantization_config.{key}"] = quantization.get(key)
         if isinstance(quantization.get("recipe"), dict):
             parts["quantization_config.recipe.rotation"] = quantization["recipe"].get("rotation")

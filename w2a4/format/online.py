@@ -10,18 +10,17 @@ import hashlib
 import typing
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import RotationError
+from ..errors import RotationError, shown
 from ..ops import hadamard, hadamard_a4, quantize_a4
 from .hadamard import HadamardSpec, dense_hadamard, had_k_matrix, hadamard_spec
-
-OnlineKind = Literal["none", "hadamard", "random_hadamard", "random"]
+from .kinds import OnlineKind
 
 
 @dataclass(frozen=True)
@@ -132,10 +131,12 @@ class OnlineRotation:
     def from_dict(cls, data: dict[str, Any]) -> OnlineRotation:
         """Inverse of `to_dict`. Raises RotationError for a missing, unknown or mistyped entry."""
         fields = {f.name: int if f.name not in ("kind", "name") else str for f in dataclasses.fields(cls)}
+        if not isinstance(data, dict):
+            raise RotationError(f"rotation {shown(data)} is not a mapping; it needs {', '.join(fields)}")
         wrong = sorted(set(fields) ^ set(data)) or [k for k, t in fields.items() if type(data[k]) is not t]
         if wrong:
             raise RotationError(
-                f"rotation {data!r}: entry {wrong[0]!r} is missing, unknown or mistyped; it needs "
+                f"rotation {shown(data)}: entry {shown(wrong[0])} is missing, unknown or mistyped; it needs "
                 + ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
             )
         return cls(**data)

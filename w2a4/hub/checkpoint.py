@@ -17,9 +17,6 @@ from ..format.directories import is_unfinished
 from ..format.headers import read_config
 from .consistency import FLOATS, LIMITS, check_directory, check_sizes, is_packed
 
-#: Raised when the layout of tensors or of quantization_config changes incompatibly.
-FORMAT_VERSION = 1
-
 #: safetensors' dtype names of the dtypes the format uses for packed tensors.
 SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
 

@@ -14,8 +14,8 @@ from typing import Any
 from .. import arch
 from ..errors import CheckpointError
 from ..format.headers import read_config, safetensors_header, shards_of
+from ..format.manifest import Manifest, read_manifest
 from ..format.online import OnlineRotation
-from ..recipe import Recipe
 
 #: More layers than any model; where headers can be read, they say how many there are.
 MAX_LAYERS = 1000
@@ -137,31 +137,26 @@ def check_packed(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tup
             f"config.json says dtype={dtype!r}, the norms are {norm}; write it again, or give it "
             f"'dtype': {right!r}"
         )
-    quantization = config["quantization_config"]
-    check_rotations(quantization.get("recipe") or {}, quantization.get("rotation") or {}, config)
+    manifest = read_manifest(config["quantization_config"])
+    if manifest.family != config.get("model_type"):
+        raise CheckpointError(
+            f"config.json says model_type={config.get('model_type')!r}, its manifest "
+            f"family={manifest.family!r}; config.json was changed, copy or download it again"
+        )
+    check_rotations(manifest, config)
 
 
-def check_rotations(recipe: Mapping[str, Any], rotation: Any, config: Mapping[str, Any]) -> None:
-    """The online rotations that a config describes are those its recipe asks for, of this model's sizes."""
-    asked = Recipe.of_checkpoint(dict(recipe)).rotation
-    online = rotation.get("online", {}) if isinstance(rotation, dict) else None
-    if not isinstance(online, dict):
-        raise CheckpointError(f"quantization_config says rotation={str(rotation)[:60]}; it is damaged")
+def check_rotations(manifest: Manifest, config: Mapping[str, Any]) -> None:
+    """The online rotations of a manifest have the widths of this model, and the manifest's seed."""
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
     for name, size in (("r3", head_dim), ("r4", config.get("intermediate_size"))):
-        kind, data = getattr(asked, name), online.get(name)
-        found = OnlineRotation.from_dict(data) if isinstance(data, dict) and data else None
-        if (found.kind if found else "none") != kind:
-            raise CheckpointError(
-                f"the recipe says rotation.{name}={kind!r}, quantization_config rebuilds "
-                f"{found.kind if found else 'none'!r}; config.json was changed, copy or download it again"
-            )
-        if found is None or kind == "none":
+        found = getattr(manifest, name)
+        if found is None:
             continue
-        right = OnlineRotation(kind, size or found.size, asked.seed, name)
+        right = OnlineRotation(found.kind, size or found.size, manifest.rotation.seed, name)
         if found != right:
             raise CheckpointError(
-                f"quantization_config rebuilds {name} from {data}, the model needs {right.to_dict()}; "
-                "config.json was changed, copy or download it again"
+                f"quantization_config rebuilds {name} from {found.to_dict()}, the model needs "
+                f"{right.to_dict()}; config.json was changed, copy or download it again"
             )

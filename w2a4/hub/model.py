@@ -12,6 +12,7 @@ from ..evaluate.report import Report, checkpoint_summary, model_card
 from ..format.digests import add_digests
 from ..format.files import write_atomically
 from ..format.linear import _PackedModule
+from ..recipe import write_yaml
 from ..runtime.arguments import cache_of
 from ..runtime.attention import NAME
 from ..runtime.capturing import forget_capturing
@@ -119,7 +120,7 @@ class PackedModelMixin(Derived):
                 super().save_pretrained(directory, True, *args, **kwargs)
             portable.write_config(directory / "config.json", self.dtype)
             add_digests(directory)
-            config.parsed_recipe.to_yaml(directory / "recipe.yaml")
+            write_yaml(directory / "recipe.yaml", config.recipe)
             report = self.w2a4_report or Report(
                 source=config.provenance.get("source", "unknown"), recipe=config.recipe
             )

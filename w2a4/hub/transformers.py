@@ -9,31 +9,30 @@ recipe, the report and the model card too.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import arch
-from ..errors import CheckpointError, RotationError
+from ..errors import CheckpointError, RotationError, shown
 from ..evaluate.report import Report
 from ..format.linear import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
+from ..format.manifest import FORMAT_VERSION, NEEDS_W2A4, Manifest, read_manifest
 from ..format.online import OnlineRotation, RotatedLinear
 from ..recipe import Recipe
 from ..runtime import attention
 from ..runtime.classes import derived
 from ..runtime.guards import before_forward
-from ..runtime.layer import fuse
+from ..runtime.layer import PackedDecoderLayer
 from ..version import VERSION
 from .checkpoint import (
-    FORMAT_VERSION,
     check_config,
     check_config_beside,
     check_headers,
@@ -41,55 +40,94 @@ from .checkpoint import (
     check_values,
 )
 from .model import PackedModelMixin, report_beside
+from .plugin import METHOD
 from .portable import check_rope
-
-METHOD = "w2a4"
 
 
 class W2A4Config(QuantizationConfigMixin):
-    """The `quantization_config` of a checkpoint: plain data, enough to rebuild the model.
+    """The `quantization_config` of a checkpoint, of format 1 or 2; it is written in format 2.
 
     Attributes:
-        recipe: `Recipe.to_dict()`; weight_bits 16 for a model that was rotated only.
-        rotation: how the model was rotated, with `online` = {"r3": …, "r4": …} to rebuild the
-            online rotations from (`OnlineRotation.from_dict`); empty if it was not.
+        manifest: what loading and computing need, see `Manifest`.
+        recipe: `Recipe.to_dict()` of the version that made the model, for people and reports; not checked.
         provenance: free: source model, versions.
+        w2a4_version: what wrote the checkpoint.
+
+    Raises:
+        CheckpointError: a newer format, with the w2a4 that reads it, or a manifest that is none.
     """
 
     def __init__(
         self,
+        manifest: Manifest | dict[str, Any] | None = None,
         recipe: dict[str, Any] | None = None,
-        rotation: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = 1,
         w2a4_version: str | None = None,
+        needs_w2a4: str | None = None,
+        rotation: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        if type(format_version) is not int or format_version < 1:
-            raise CheckpointError(f"format_version={format_version!r}: give a number from 1 on")
-        if format_version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"checkpoint format {format_version!r} is newer than {FORMAT_VERSION}, which "
-                f"w2a4 {VERSION} reads; upgrade w2a4"
-            )
+        if not isinstance(manifest, Manifest):
+            manifest = read_manifest({
+                "format_version": format_version, "w2a4_version": w2a4_version, "needs_w2a4": needs_w2a4,
+                "manifest": manifest, "recipe": recipe, "rotation": rotation,
+            })  # fmt: skip
         kwargs.pop("quant_method", None)
         if kwargs:
             raise CheckpointError(f"quantization_config has unknown keys {sorted(kwargs)}")
+        for name, part in (("recipe", recipe), ("provenance", provenance)):
+            if part is not None and not isinstance(part, dict):
+                raise CheckpointError(
+                    f"quantization_config says {name}={shown(part)}, which is not a mapping"
+                )
         self.quant_method = METHOD
-        self.format_version = format_version
-        self.w2a4_version = w2a4_version or VERSION
-        self.recipe = Recipe.of_checkpoint(recipe or {}).to_dict()
-        self.rotation = rotation or {}
+        self.manifest = manifest
+        self.w2a4_version = w2a4_version if w2a4_version and format_version == FORMAT_VERSION else VERSION
+        self.recipe = recipe or {}
         self.provenance = provenance or {}
+
+    @classmethod
+    def of_recipe(
+        cls, recipe: Recipe, rotation: dict[str, Any], provenance: dict[str, Any], family: str
+    ) -> W2A4Config:
+        """The config of a model that is being made; see `Manifest.of_recipe`."""
+        data = recipe.to_dict()
+        return cls(Manifest.of_recipe(data, rotation, family), data, provenance)
+
+    def quantized_by(self, recipe: Recipe) -> W2A4Config:
+        """The config of this model, rotated already, after it is quantised by a recipe that agrees."""
+        online = self.manifest.to_dict()
+        return self.of_recipe(recipe, {"online": online}, self.provenance, self.manifest.family)
+
+    @property
+    def rotated_by(self) -> dict[str, Any]:
+        """What the rotation of this model settles of a recipe, for `Recipe.override`."""
+        rotation = dataclasses.asdict(self.manifest.rotation)
+        if "learned" in (rotation["r1"], rotation["r2"]):
+            recorded = self.recipe.get("rotation")
+            rotation["learned"] = recorded.get("learned") if isinstance(recorded, dict) else None
+        return {"rotation": rotation, "smooth": self.recipe.get("smooth", 0.0)}
 
     def online(self, name: str) -> OnlineRotation | None:
         """The online rotation `r3` or `r4`, or None."""
-        data = self.rotation.get("online", {}).get(name)
-        return None if not data or data["kind"] == "none" else OnlineRotation.from_dict(data)
+        return getattr(self.manifest, name)
 
-    @property
-    def parsed_recipe(self) -> Recipe:
-        return Recipe.of_checkpoint(self.recipe)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as config.json holds it."""
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "w2a4_version": self.w2a4_version,
+            "needs_w2a4": NEEDS_W2A4,
+            "manifest": self.manifest.to_dict(),
+            "recipe": copy.deepcopy(self.recipe),
+            "provenance": copy.deepcopy(self.provenance),
+        }
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Pairs of `to_dict`: transformers calls `dict(config)`."""
+        return iter(self.to_dict().items())
 
 
 class W2A4Quantizer(HfQuantizer):
@@ -136,6 +174,7 @@ class W2A4Quantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, _PackedModule):
                 module.validate(name)
+                module.requires_grad_(False)  # transformers asks gradients of every float that it loads
         check_values(model)
         install(model, self.quantization_config, report_beside(getattr(model.config, "_name_or_path", "")))
         return model
@@ -145,18 +184,17 @@ class W2A4Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return self.quantization_config.parsed_recipe.weight_bits == 16
+        return self.quantization_config.manifest.weight_bits == 16
 
     @property
     def is_compileable(self) -> bool:
         return True
 
 
-def register() -> None:
-    """Register quantiser, attention and mask with transformers; harmless when done before."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(W2A4Config)
-        register_quantizer(METHOD)(W2A4Quantizer)
+def _register() -> None:
+    """Enter quantiser, attention and mask into transformers' tables, instead of the stand-ins of `plugin`."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = W2A4Config
+    AUTO_QUANTIZER_MAPPING[METHOD] = W2A4Quantizer
     attention.register()
 
 
@@ -203,22 +241,25 @@ def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
             "AutoModelForCausalLM, whose `.model` is the bare decoder"
         )
     check_rope(model.config)
-    recipe, r4 = config.parsed_recipe, config.online("r4")
+    manifest, r4 = config.manifest, config.online("r4")
     dtype = model.model.norm.weight.dtype
     model.config.tie_word_embeddings = False
     for layer in model.model.layers:
-        prepare_layer(layer, family, recipe, r4, dtype)
+        prepare_layer(layer, family, manifest, r4, dtype)
+    if manifest.weight_bits < 16:
+        pack_layers(model, family)
     with torch.device("meta"):
-        if recipe.embed_bits == 8:
+        if manifest.embed_bits == 8:
             old = model.model.embed_tokens
             model.model.embed_tokens = W8Embedding(*old.weight.shape, old.padding_idx, dtype=dtype)
-        if recipe.head_bits == 8:
+        if manifest.head_bits == 8:
             model.lm_head = W8Linear(model.lm_head.in_features, model.lm_head.out_features)
 
 
 def prepare_layer(
-    layer: nn.Module, family: arch.Architecture, recipe: Recipe, r4: OnlineRotation | None, dtype: torch.dtype
-) -> None:
+    layer: nn.Module, family: arch.Architecture, manifest: Manifest | Recipe, r4: OnlineRotation | None,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """Swap a decoder layer's linears for empty packed ones on the meta device."""
     head_dim = layer.self_attn.head_dim
     with torch.device("meta"):
@@ -226,22 +267,30 @@ def prepare_layer(
             for path in site.paths:
                 old = layer.get_submodule(path)
                 act_group = -1
-                if recipe.weight_bits < 16:
-                    act_group = family.act_group_size(recipe, site, head_dim, old.in_features)
+                if manifest.weight_bits < 16:
+                    act_group = family.act_group_size(manifest, site, head_dim, old.in_features)
                 rotation = r4 if site.rotation == "r4" else None
-                layer.set_submodule(path, _empty_linear(old, recipe, rotation, act_group, dtype))
+                layer.set_submodule(path, _empty_linear(old, manifest, rotation, act_group, dtype))
 
 
 def _empty_linear(
-    old: nn.Linear, recipe: Recipe, rotation: OnlineRotation | None, act_group: int, dtype: torch.dtype
+    old: nn.Linear, manifest: Manifest, rotation: OnlineRotation | None, act_group: int, dtype: torch.dtype
 ) -> nn.Module:
     shape = (old.in_features, old.out_features, old.bias is not None)
-    if recipe.weight_bits == 16:
+    if manifest.weight_bits == 16:
         return old if rotation is None else RotatedLinear(*shape, rotation=rotation, dtype=dtype)
-    return PACKED_LINEARS[recipe.weight_bits](
-        *shape, recipe.group_size, act_bits=recipe.act_bits, rotation=rotation, act_group_size=act_group,
+    return PACKED_LINEARS[manifest.weight_bits](
+        *shape, manifest.group_size, act_bits=manifest.act_bits, rotation=rotation, act_group_size=act_group,
         dtype=dtype,
     )  # fmt: skip
+
+
+def pack_layers(model: nn.Module, family: arch.Architecture) -> None:
+    """Put a `PackedDecoderLayer` in place of every layer of transformers, whose modules it takes over."""
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, PackedDecoderLayer):
+            layers[index] = PackedDecoderLayer.of(layer, family)
 
 
 def _activation_dtype(model: nn.Module) -> torch.dtype | None:
@@ -252,16 +301,18 @@ def _activation_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def kv_settings(config: W2A4Config) -> attention.KVSettings:
-    recipe = config.parsed_recipe
-    return attention.KVSettings(recipe.kv_bits, recipe.kv_clip, recipe.sink_tokens, config.online("r3"))
+    manifest = config.manifest
+    return attention.KVSettings(manifest.kv_bits, manifest.kv_clip, manifest.sink_tokens, manifest.r3)
 
 
 def install(model: nn.Module, config: W2A4Config, report: Report | None = None) -> None:
     """Give a rotated or quantised model its attention, cache and `save_pretrained`."""
     set_attention(model, config)
-    if config.parsed_recipe.weight_bits < 16:
+    if config.manifest.weight_bits < 16:
         model.is_quantized = True
-        fuse(model.model.layers)
+        pack_layers(model, arch.of_config(model.config))
+        for layer in model.model.layers:
+            layer.join()
     if not isinstance(model, PackedModelMixin):
         model.__class__ = derived(PackedModelMixin, type(model))
         model.register_forward_pre_hook(before_forward, with_kwargs=True)
@@ -276,3 +327,6 @@ def set_attention(model: nn.Module, config: W2A4Config) -> None:
     for layer in model.model.layers:
         layer.self_attn.kv_settings = settings
     model.set_attn_implementation(attention.NAME)
+
+
+_register()

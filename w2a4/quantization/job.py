@@ -104,7 +104,7 @@ def _rotate(model: nn.Module, config: RotationConfig, smoothed: float = 0.0) -> 
         rotation["learned"] = config.learned
     provenance = {"source": source_name(model.config._name_or_path or "unknown"), **versions()}
     recipe = Recipe(name="rotated", rotation=config, smooth=smoothed, **ROTATED_ONLY)
-    install(model, W2A4Config(recipe.to_dict(), rotation, provenance))
+    install(model, W2A4Config.of_recipe(recipe, rotation, provenance, model.config.model_type))
     return model
 
 
@@ -180,8 +180,8 @@ def quantize(
     if not isinstance(getattr(model.config, "quantization_config", None), W2A4Config):
         rotate_by_recipe(model, tokenizer, recipe, calibration, progress, resume)
     before: W2A4Config = model.config.quantization_config
-    recipe = recipe.override(rotation=before.recipe["rotation"], smooth=before.recipe["smooth"])
-    config = W2A4Config(recipe.to_dict(), before.rotation, before.provenance)
+    recipe = recipe.override(**before.rotated_by)
+    config = before.quantized_by(recipe)
     report = Report(
         source=before.provenance["source"],
         recipe=recipe.to_dict(),
@@ -220,7 +220,7 @@ def check_quantizable(model: nn.Module, recipe: Recipe) -> None:
             "set lm_head.bias to None and add it to the logits yourself"
         )
     before = getattr(model.config, "quantization_config", None)
-    if isinstance(before, W2A4Config) and recipe.smooth not in (0, before.recipe["smooth"]):
+    if isinstance(before, W2A4Config) and recipe.smooth not in (0, before.rotated_by["smooth"]):
         raise RotationError(
             f"smooth={recipe.smooth}: this model is rotated already and its norms are folded, too late "
             "to smooth it; start from the original, or set smooth=0"

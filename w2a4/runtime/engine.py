@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import W2A4Error, shown
 from . import constraints
-from .layer import fused_parts
+from .layer import packed_layers
 from .sequences import PackedSequences, PlainSequences, StaticSequences, overflowing_layer, sink_tokens_of
 
 MAX_BATCH = 16
@@ -211,13 +211,15 @@ class Engine:
 
         `generate` drives them; under `inference`, so can others that want the logits of every step.
         """
-        parts, device = fused_parts(self.model), self.model.device
+        layers, device = packed_layers(self.model, self.max_length), self.model.device
         rows = [row.to(device) for row in rows]  # of other callers than `generate`, wherever they lie
         make: Callable[[], PackedSequences | StaticSequences]
-        if parts and self.cuda_graphs and ops.has_cuda_kernels(device):
-            make = functools.partial(PackedSequences, self.model, rows, self.max_length, parts, graphs=True)
-        elif parts:
-            return PackedSequences(self.model, rows, min(self.max_length, max(map(len, rows)) + count), parts)
+        if layers and self.cuda_graphs and ops.has_cuda_kernels(device):
+            make = functools.partial(PackedSequences, self.model, rows, self.max_length, layers, graphs=True)
+        elif layers:
+            return PackedSequences(
+                self.model, rows, min(self.max_length, max(map(len, rows)) + count), layers
+            )
         elif self.cuda_graphs and device.type == "cuda" and StaticSequences.serves(self.model, rows):
             make = functools.partial(StaticSequences, self.model, rows, self.max_length)
         else:

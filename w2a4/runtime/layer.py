@@ -1,361 +1,386 @@
-"""A packed decoder layer in few ops.
+"""`PackedDecoderLayer`: a decoder layer over packed linears, and the one forward pass that it has.
 
-Between two packed linears a LLaMA has a norm, or SiLU, a product and a Hadamard transform; each such
-stretch and the quantisation behind it is one op of `w2a4.ops`. q/k/v and gate/up read the same codes,
-so each of these groups runs as one linear. `fuse` changes the class of decoder layers and nothing
-else: their modules, parameters and checkpoints stay, and a layer goes through its modules one by one
-wherever something looks at them (hooks, torch.compile) or its parts are not those expected.
+transformers' loop, torch.compile, the engine and evaluation all call it. Between two packed linears lies a
+norm, or an activation, a product and a Hadamard transform; each such stretch and the quantisation behind it
+is one op of `w2a4.ops`, and on a CPU the whole layer is one. Where something looks at a module (a hook, an
+adapter), that module is called as it is.
 """
 
 from __future__ import annotations
 
 import inspect
-import weakref
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
+from ..arch import Architecture, Site, architecture
+from ..errors import ArchitectureError
 from ..format.linear import NO_GRADIENT, _PackedLinear
 from ..format.online import OnlineRotation
 from ..ops import dispatch, gradients
-from .arguments import cache_of, check_arguments
+from .arguments import CACHE_NAMES, cache_of, check_arguments
 from .attention import NAME, packed_attention, w2a4_attention
 from .capturing import has_foreign_forward, is_capturing, is_watched
 from .classes import Derived, derived
 from .guards import check_attention
-from .kv_cache import KV4Cache, KV4Layer, KV4StaticCache
+from .heads import rope, rotary_of, split_heads
+from .joint import can_join, join, rows_of, views
+from .kv_cache import KV4Cache, KV4Layer
 from .kv_store import as_bool
 
 #: Activations of these are computed in float32 by the fused ops.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 #: `(hidden states, cos and sin, boolean mask or None) -> hidden states`.
 LayerOp = Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None], Tensor]
 
+#: Names of activation functions that `silu_mul_hadamard_a4` computes.
+SILU = ("silu", "swish")
+
+#: Tensors of a linear in the order of `ops.decoder_layer`.
 _ORDER = ("weight", "scale", "act_clip", "levels", "bias")
 
 
-class Joint:
-    """Packed linears that read the same input, as one whose rows are all of theirs.
+class PackedAttention(Derived):
+    """Attention over packed linears; mixed into the class of transformers whose module it replaces."""
 
-    Their parameters become views into its own, so nothing is held twice. It is made on first use, and
-    again when they have moved (to a device, or by loading a state dict).
-    """
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None, **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """`[batch, tokens, hidden]`, normalised, to what is added to the hidden states.
 
-    def __init__(self, *linears: _PackedLinear) -> None:
-        self.linears = linears
-        self.linear: _PackedLinear | None = None
-        self._places: list[tuple[dict[str, Any], str, int]] = []
-
-    def current(self) -> _PackedLinear:
-        for parameters, name, place in self._places:
-            if parameters[name].data_ptr() != place:
-                break
-        else:
-            if self.linear is not None:
-                return self.linear
-        self._make()
-        self._places = [
-            (linear._parameters, name, linear._parameters[name].data_ptr())
-            for linear in self.linears
-            for name in _ORDER
-            if linear._parameters.get(name) is not None
-        ]
-        return self.linear
-
-    def _make(self) -> None:
-        linears, first = self.linears, self.linears[0]
-        joint = type(first)(
-            first.in_features, sum(linear.out_features for linear in linears), first.bias is not None,
-            first.group_size, act_bits=first.act_bits, act_group_size=first.act_group_size, device="meta",
-        )  # fmt: skip
-        with torch.inference_mode(False), torch.no_grad():
-            for name in ("weight", "levels", "scale", "bias"):
-                if first._parameters.get(name) is None:
-                    continue
-                rows = torch.cat([linear._parameters[name] for linear in linears])
-                joint._parameters[name] = nn.Parameter(rows, requires_grad=False)
-                parts = rows.split([linear.out_features for linear in linears])
-                for linear, part in zip(linears, parts, strict=True):
-                    linear._parameters[name].data = part
-            joint._parameters["act_clip"] = first.act_clip
-        self.linear = joint
+        Returns:
+            that, and the attention weights where another attention than w2a4's gives them.
+        """
+        x = _outputs(self, self.site_in, hidden_states)
+        (o_proj,) = linears_of(self, self.site_out)
+        if self.config._attn_implementation != NAME:
+            seen, weights = _attended_by_others(self, x, position_embeddings, attention_mask, others)
+            return o_proj(seen), weights
+        check_arguments(others)
+        return o_proj(attended(self, x, position_embeddings, attention_mask, _cache(self, x, others))), None
 
 
-def fuse(layers: nn.ModuleList) -> None:
-    """Let packed decoder layers of a LLaMA run in few ops, where their parts allow it."""
-    for layer in layers:
-        if not isinstance(layer, FusedLayer):
-            layer.__class__ = derived(FusedLayer, type(layer))
-        Place.of(layer)
+class PackedMLP(Derived):
+    """Gate, up and down over packed linears; mixed into the class of transformers that it replaces."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[batch, tokens, hidden]`, normalised, to what is added to the hidden states."""
+        gate, up = _outputs(self, self.site_in, hidden_states).chunk(2, -1)
+        (down,) = linears_of(self, self.site_out)
+        return down(architecture.activation(self)(gate) * up)
 
 
-class Place:
-    """A number by which a layer is found again: a constant for compiled graphs, on torch 2.11 too."""
-
-    layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
-
-    def __init__(self) -> None:
-        self.number = max(self.layers, default=-1) + 1
+class PackedDecoderLayer(Derived):
+    """A decoder layer over packed linears; mixed into the class of transformers whose module it replaces."""
 
     @classmethod
-    def of(cls, layer: nn.Module) -> None:
-        """Give a layer one, unless it has its own."""
-        place = layer.__dict__.get("_place")
-        if place is None or cls.layers.get(place.number) is not layer:
-            layer.__dict__["_place"] = place = cls()
-            cls.layers[place.number] = layer
+    def of(cls, layer: nn.Module, family: Architecture) -> nn.Module:
+        """A layer that takes over the modules of one of transformers, whose linears are packed.
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # a copy of the layer gets its own
+        Raises:
+            ArchitectureError: the layer has a module that the family does not know.
+        """
+        known = {site.norm.partition(".")[0] for site in family.sites if site.norm}
+        for name, module in layer.named_children():
+            if name not in known | {"self_attn", "mlp"} and not isinstance(module, nn.Dropout):
+                raise ArchitectureError(
+                    f"a decoder layer has {name}, a {type(module).__name__}, which no {family.model_class} "
+                    "of transformers has; remove it, or keep the layer unpacked"
+                )
+        new = _emptied(cls, layer)
+        new.family = family
+        for name, module in layer.named_children():
+            if name in known:
+                new.add_module(name, module)
+        new.self_attn = _filled(PackedAttention, layer.self_attn, family.attention_in, family.attention_out)
+        new.mlp = _filled(PackedMLP, layer.mlp, family.mlp_in, family.mlp_out)
+        return new
 
+    def join(self) -> None:
+        """Hold linears that read one input as one, where they are packed alike."""
+        for site in (self.family.attention_in, self.family.mlp_in):
+            parts = [linear.name for linear in site.linears]
+            parent = self.get_submodule(site.linears[0].parent)
+            held = all(part in parent._modules for part in parts)
+            if len(parts) > 1 and held and can_join([parent.get_submodule(part) for part in parts]):
+                join(parent, joint_name(site), tuple(parts))
 
-class Parts:
-    """What the fused forward of a layer needs, looked up once: attributes of modules are slow to get."""
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None, **others: Any,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states `[batch, tokens, hidden]` behind the layer.
 
-    def __init__(self, layer: nn.Module, modules: tuple[nn.Module, ...]) -> None:
-        attn, mlp = layer.self_attn, layer.mlp
-        self.modules, self.attn = modules, attn
-        self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self.attributes = [m.__dict__ for m in modules]
-        self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv, self.gate_up = (attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)
-        self.o_proj, self.down_proj = attn.o_proj, mlp.down_proj
-        self.joint_qkv, self.joint_gate_up = Joint(*self.qkv), Joint(*self.gate_up)
-        self.hidden_act = mlp.config.hidden_act
-        self._clips: list[tuple[int, int]] | None = None
-        if self.fit:
-            self.heads = tuple(linear.out_features // attn.head_dim for linear in self.qkv[:2])
+        Args:
+            attention_mask: see `w2a4_attention`.
+            position_embeddings: cos and sin, each `[batch or 1, tokens, head_dim]`.
+            others: the cache, of the whole model, and what transformers hands to every layer.
 
-    @property
-    def fit(self) -> bool:
-        """The layer is one that the fused ops compute; asked anew when clips of activations have changed."""
-        clips = [linear._parameters.get("act_clip") for linear in (*self.qkv, *self.gate_up)
-                 if isinstance(linear, nn.Module)]  # fmt: skip
-        state = [(id(c), 0 if c is None or c.is_inference() else c._version) for c in clips]
-        if state != self._clips:
-            self._clips, self._fits = state, self._fit()
-        return self._fits
+        Raises:
+            W2A4Error: an argument about attention that this package would not heed.
+        """
+        if gradients.wanted(hidden_states) and self._rounds():
+            out = self.forward(hidden_states.detach(), attention_mask,
+                               position_embeddings=position_embeddings, **others)  # fmt: skip
+            return gradients.refuse(out, hidden_states, NO_GRADIENT)
+        attn, untouched = self.self_attn, self.untouched()
+        own = isinstance(attn, PackedAttention) and attn.config._attn_implementation == NAME
+        if isinstance(attn, PackedAttention):
+            check_attention(attn.config, attn.kv_settings, others)
+        if own:
+            check_arguments(others)
+            cache = _cache(attn, hidden_states, others)
+            if isinstance(cache, KV4Layer):
+                cache.store.note_padding(attention_mask)
+                call = layer_op(self, cache, hidden_states) if untouched and type(cache) is KV4Layer else None
+                if call is not None:
+                    return call(hidden_states, position_embeddings, as_bool(attention_mask))
+        if own and (untouched or not _is_touched(attn)):
+            x = self._normed(self.family.attention_in, hidden_states, untouched)
+            seen = attended(attn, x, position_embeddings, attention_mask, cache)
+            hidden_states = self._add(self.family.attention_out, seen, hidden_states, untouched)
+        else:
+            normed = self.get_submodule(self.family.attention_in.norm)(hidden_states)
+            out = attn(hidden_states=normed, position_embeddings=position_embeddings,
+                       attention_mask=attention_mask, **others)  # fmt: skip
+            hidden_states = hidden_states + out[0]
+        if isinstance(self.mlp, PackedMLP) and (untouched or not _is_touched(self.mlp)):
+            return self._mlp(hidden_states, untouched)
+        return hidden_states + self.mlp(self.get_submodule(self.family.mlp_in.norm)(hidden_states))
 
-    def _fit(self) -> bool:
-        return (
-            all(type(norm) is LlamaRMSNorm and norm.weight.dtype in DTYPES for norm in self.norms)
-            and self.hidden_act in ("silu", "swish")
-            and all(map(_is_packed_a4, (*self.qkv, *self.gate_up, self.o_proj, self.down_proj)))
-            and _share_input(*self.qkv)
-            and _share_input(*self.gate_up)
-        )
+    def linears(self) -> dict[str, nn.Module]:
+        """The layer's linears by path, those of a joint one as views of it."""
+        found = {}
+        for site in self.family.sites:
+            parent = self.get_submodule(site.linears[0].parent)
+            modules, rows = linears_of(parent, site), rows_of(parent)
+            if len(modules) < len(site.linears):
+                modules = views(modules[0], rows)
+            found |= dict(zip(site.paths, modules, strict=True))
+        return found
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # a copy of the layer looks up its own
+    def _rounds(self) -> bool:
+        """Something in the layer is rounded to 4 bits on the way, which gives no gradient."""
+        settings = getattr(self.self_attn, "kv_settings", None)
+        return settings is not None and settings.kv_bits == 4 or any(map(_is_packed_a4, self.modules()))
 
-    def serve(self) -> bool:
-        """The fused ops compute the layer as it is, and nobody looks at it."""
-        own = self.attn.config._attn_implementation == NAME
-        return self.fit and own and not self.watched()
-
-    def watched(self) -> bool:
-        """Someone hooked into a module, or replaced its forward (as accelerate does).
+    def untouched(self) -> bool:
+        """Nobody hooked into a module of this layer, or replaced its forward (as accelerate does).
 
         What sleeps there after a call that asked for hidden states does not count.
         """
-        if any(self.hooks) and not all(is_capturing(hook) for hooks in self.hooks for hook in hooks.values()):
-            return True
-        if any(["forward" in own for own in self.attributes]):
-            return any(map(has_foreign_forward, self.modules))
-        return False
+        if torch.compiler.is_compiling():
+            return not any(_is_touched(module) for module in self._watched())
+        watched = self._watched()
+        if any([m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in watched]):
+            return not any(map(_is_touched, watched))
+        return True
+
+    def _watched(self) -> tuple[nn.Module, ...]:
+        own = self._modules
+        return (*own.values(), *own["self_attn"]._modules.values(), *own["mlp"]._modules.values())
+
+    def _normed(self, site: Site, hidden: Tensor, untouched: bool) -> Tensor:
+        """What the linears of a site give for the norm of the hidden states, one behind the other."""
+        norm = self.get_submodule(site.norm)
+        linears = linears_of(self.get_submodule(site.linears[0].parent), site)
+        out = [_normed_linear(norm, linear, hidden, untouched) for linear in linears]
+        return out[0] if len(out) == 1 else torch.cat(out, -1)
+
+    def _add(self, site: Site, x: Tensor, hidden: Tensor, untouched: bool) -> Tensor:
+        """The site's linear of x, added to the hidden states."""
+        (linear,) = linears_of(self.get_submodule(site.linears[0].parent), site)
+        if isinstance(linear, _PackedLinear) and (untouched or not _is_touched(linear)):
+            return linear.forward(x, hidden)
+        return hidden + linear(x)
+
+    def _mlp(self, hidden: Tensor, untouched: bool) -> Tensor:
+        """Norm, MLP and what goes around them."""
+        mlp, site = self.mlp, self.family.mlp_in
+        rows = rows_of(mlp)
+        if rows and untouched and hidden.is_cuda and hidden.shape[:-1].numel() > dispatch.GEMV_TOKENS:
+            # Halves of what the joint one gives would be copied: 6.7 of 109 ms of a prompt on an H200.
+            (joint,), norm = linears_of(mlp, site), self.get_submodule(site.norm)
+            codes, scale = _normed_codes(norm, joint, hidden)
+            gate, up = (part._linear(codes, scale, hidden.dtype) for part in views(joint, rows))
+        else:
+            gate, up = self._normed(site, hidden, untouched).chunk(2, -1)
+        (down,) = linears_of(mlp, self.family.mlp_out)
+        whole = _is_packed_a4(down) and (untouched or not (_is_touched(down) or _is_touched(mlp)))
+        r4 = OnlineRotation.for_ops(down.rotation, gate.device) if whole else None
+        if r4 is None or mlp.config.hidden_act not in SILU or gate.dtype not in DTYPES:
+            return self._add(self.family.mlp_out, architecture.activation(mlp)(gate) * up, hidden, untouched)
+        codes, scale = ops.silu_mul_hadamard_a4(gate, up, *r4, down.act_clip, down.act_group_size)
+        return down._linear(codes, scale, gate.dtype, hidden)
 
 
-#: Of a decoder layer, and of which of its modules.
-_LINEARS = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
+def joint_name(site: Site) -> str:
+    """`qkv_proj` or `gate_up_proj`, as families call it that have one."""
+    return "_".join(linear.outputs[0] for linear in site.linears).replace("q_k_v", "qkv") + "_proj"
 
 
-def _parts(layer: nn.Module) -> Parts | None:
-    """Those of the layer, made again when a module was replaced; None if one is wrapped in another."""
-    own = layer._modules
-    if any(name not in own[part]._modules for part, names in _LINEARS.items() for name in names):
-        return None
-    modules = (*own.values(), *own["self_attn"]._modules.values(), *own["mlp"]._modules.values())
-    parts = layer.__dict__.get("_parts")
-    if parts is None or parts.modules != modules:
-        layer.__dict__["_parts"] = parts = Parts(layer, modules)
-        Place.of(layer)
-    return parts
+def _outputs(parent: nn.Module, site: Site, x: Tensor) -> Tensor:
+    """What the linears of a site give for their input, one behind the other."""
+    out = [linear(x) for linear in linears_of(parent, site)]
+    return out[0] if len(out) == 1 else torch.cat(out, -1)
+
+
+def linears_of(parent: nn.Module, site: Site) -> list[nn.Module]:
+    """The linears of a site: the joint one, or as many as the family has."""
+    own = parent._modules
+    joint = own.get(joint_name(site)) if "joint" in parent.__dict__ else None
+    return [own[linear.name] for linear in site.linears] if joint is None else [joint]
+
+
+def _emptied(mixin: type, module: nn.Module) -> Any:
+    """A module of the derived class with the plain attributes of another and none of its modules."""
+    new = object.__new__(derived(mixin, type(module)))
+    nn.Module.__init__(new)
+    for name, value in vars(module).items():
+        if not name.startswith("_") and name not in ("forward", "training"):
+            new.__dict__[name] = value
+    return new.train(module.training)
+
+
+def _filled(mixin: type, module: nn.Module, site_in: Site, site_out: Site) -> Any:
+    new = _emptied(mixin, module)
+    new.site_in, new.site_out = site_in, site_out
+    for name, child in module.named_children():
+        new.add_module(name, child)
+    return new
+
+
+def _is_touched(module: nn.Module) -> bool:
+    """Somebody's hook or forward is on the module."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if hooks and not all(map(is_capturing, hooks)):
+        return True
+    return "forward" in module.__dict__ and has_foreign_forward(module)
 
 
 def _is_packed_a4(linear: nn.Module) -> bool:
     return isinstance(linear, _PackedLinear) and linear.act_bits == 4
 
 
-def _share_input(*linears: _PackedLinear) -> bool:
-    """They quantise their input alike, so that it can be done once."""
-
-    def settings(linear: _PackedLinear) -> tuple[Any, ...]:
-        return type(linear), linear.group_size, linear.act_group_size, linear.rotation, linear.bias is None
-
-    first = linears[0]
-    return first.rotation is None and all(
-        settings(linear) == settings(first) and torch.equal(linear.act_clip, first.act_clip)
-        for linear in linears
-    )
+def _is_plain_norm(norm: nn.Module) -> bool:
+    """An RMSNorm of transformers: `weight * x / sqrt(mean(x²) + variance_epsilon)`."""
+    kind = type(norm)
+    named = kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.models.")
+    return named and norm.weight.dtype in DTYPES
 
 
-class FusedLayer(Derived):
-    """What a decoder layer whose class `fuse` has changed does differently."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            place = self._place
-            number = -1 if place is None else place.number  # a copy that never ran has none yet
-            if args or type(cache_of(kwargs)) is not KV4StaticCache or not _fits(number):
-                return super().forward(hidden_states, *args, **kwargs)
-            return _traced_layer(self, hidden_states, **kwargs)
-        if args:
-            return super().forward(hidden_states, *args, **kwargs)
-        parts = _parts(self)
-        if parts is None:
-            return super().forward(hidden_states, **kwargs)
-        if not parts.serve():
-            check_attention(parts.attn.config, parts.attn.kv_settings, kwargs)
-            return super().forward(hidden_states, **kwargs)
-        if gradients.wanted(hidden_states):
-            out = _called_layer(parts, hidden_states.detach(), **kwargs)
-            return gradients.refuse(out, hidden_states, NO_GRADIENT)
-        return _called_layer(parts, hidden_states, **kwargs)
+def _normed_linear(norm: nn.Module, linear: nn.Module, x: Tensor, untouched: bool) -> Tensor:
+    """`linear(norm(x))`, in two ops where nobody looks in between."""
+    if _is_packed_a4(linear) and linear.rotation is None and _is_plain_norm(norm) and x.dtype in DTYPES:
+        if untouched or not (_is_touched(norm) or _is_touched(linear)):
+            return linear._linear(*_normed_codes(norm, linear, x), x.dtype)
+    return linear(norm(x))
 
 
-def _called_layer(
-    parts: Parts,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None,
-    **others: Any,
-) -> Tensor:
-    """`decoder_layer` with arguments as transformers passes them."""
-    check_arguments(others)
-    cache, place = cache_of(others), others.get("cache_position")
-    return decoder_layer(parts, hidden_states, position_embeddings, attention_mask, cache, place)
+def _normed_codes(norm: nn.Module, linear: _PackedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.rmsnorm_a4(x, norm.weight, norm.variance_epsilon, linear.act_clip, linear.act_group_size)
 
 
-@torch.compiler.assume_constant_result
-def _fits(number: int) -> bool:
-    """Whether the fused ops serve the layer of this number; a compiled graph takes the answer for good."""
-    layer = Place.layers.get(number)
-    parts = None if layer is None else _parts(layer)
-    return parts is not None and parts.serve()
+def _cache(attn: nn.Module, x: Tensor, others: dict[str, Any]) -> Any:
+    """The layer's part of a 4-bit cache, or `(cache, cache_position)` of another one.
 
-
-def _traced_layer(
-    layer: nn.Module,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None,
-    **others: Any,
-) -> Tensor:
-    """`decoder_layer` for torch.compile, which cannot ask where tensors lie: linears one by one."""
-    check_arguments(others)
-    attn, mlp = layer.self_attn, layer.mlp
-    qkv = _norm_linears(layer.input_layernorm, (attn.q_proj, attn.k_proj, attn.v_proj), hidden_states)
-    heads = qkv[0].shape[-1] // attn.head_dim, qkv[1].shape[-1] // attn.head_dim
-    own_cache = cache_of(others).layers[attn.layer_idx]
-    joint = torch.cat(qkv, -1)
-    context = _attended(attn, joint, *heads, position_embeddings, attention_mask, own_cache)
-    hidden_states = attn.o_proj.forward(context.flatten(-2), hidden_states)
-    gate, up = _norm_linears(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), hidden_states)
-    return _down(mlp.down_proj, gate, up, hidden_states)
-
-
-def fused_parts(model: Any) -> list[Parts] | None:
-    """Those of all layers of a packed LLaMA with a 4-bit KV cache; None for any other model.
-
-    Also None where something looks at the model, the decoder or a layer, which only their own forward serves.
-    """
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not layers or not all(isinstance(layer, FusedLayer) for layer in layers):
-        return None
-    # A class derived from a layer's may have a forward of its own; transformers wraps that of any.
-    if any(inspect.unwrap(type(layer).forward) is not inspect.unwrap(FusedLayer.forward) for layer in layers):
-        return None
-    if any(map(is_watched, (model, decoder, *layers))):
-        return None
-    parts = [_parts(layer) for layer in layers]
-    if None in parts:
-        return None
-    own = model.config._attn_implementation == NAME and parts[0].attn.kv_settings.kv_bits == 4
-    return parts if own and all(part.fit and not part.watched() for part in parts) else None
-
-
-def decoder_layer(
-    parts: Parts,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None,
-    cache: Any = None,
-    cache_position: Tensor | None = None,
-) -> Tensor:
-    """One decoder layer on `[batch, tokens, hidden]`, with the cache of the whole model or none.
-
+    Without a cache a part that nobody else sees, so that a forward pass rounds where decoding will.
     transformers 4.57 writes into a static cache at `cache_position`, int64 `[tokens]`; version 5 counts.
     """
-    own_cache = _own_cache(parts.attn, hidden_states, cache)
-    if own_cache is not None:
-        own_cache.store.note_padding(attention_mask)
-    if type(own_cache) is KV4Layer:
-        call = layer_op(parts, own_cache, hidden_states)
-        if call is not None:
-            return call(hidden_states, position_embeddings, as_bool(attention_mask))
-    (qkv,) = _norm_linears(parts.norms[0], (parts.joint_qkv.current(),), hidden_states)
-    used = cache if own_cache is None else own_cache
-    rotary = position_embeddings
-    context = _attended(parts.attn, qkv, *parts.heads, rotary, attention_mask, used, cache_position)
-    hidden_states = parts.o_proj.forward(context.flatten(-2), hidden_states)
-    return _mlp_part(parts, hidden_states)
-
-
-def _own_cache(attn: nn.Module, x: Tensor, cache: Any) -> KV4Layer | None:
-    """The layer's part of a 4-bit cache.
-
-    Without a cache one that nobody else sees, so that a forward pass rounds where decoding will.
-    """
+    cache = cache_of(others)
     if isinstance(cache, KV4Cache):
         return cache.layers[attn.layer_idx]
     if cache is None and attn.kv_settings.kv_bits == 4:
         return KV4Layer(attn.kv_settings, x.shape[1])
-    return None
+    return None if cache is None else (cache, others.get("cache_position"))
 
 
-def layer_op(parts: Parts, own_cache: KV4Layer, hidden_states: Tensor) -> LayerOp | None:
-    """`ops.decoder_layer` for this layer and its part of a cache, where it computes such a layer.
+def attended(
+    attn: nn.Module, qkv: Tensor, cos_sin: tuple[Tensor, Tensor], attention_mask: Tensor | None, cache: Any
+) -> Tensor:
+    """Head norms, RoPE, R3, the cache and attention: the input of o_proj.
+
+    Args:
+        qkv: `[batch, tokens, (q_heads + 2 * kv_heads) * head_dim]`.
+        cos_sin: each `[batch or 1, tokens, head_dim]`, or narrower.
+        cache: see `_cache`.
+
+    Returns:
+        `[batch, tokens, q_heads * head_dim]`.
+    """
+    settings, mask, cos_sin = attn.kv_settings, as_bool(attention_mask), rotary_of(attn, cos_sin)
+    own = cache if isinstance(cache, KV4Layer) else None
+    head_norms = getattr(attn, "q_norm", None) is not None
+    if own is not None and not head_norms and cos_sin[0].shape[-1] == attn.head_dim:
+        kv_heads = qkv.shape[-1] // attn.head_dim // (attn.num_key_value_groups + 2)
+        appended = own.append_qkv(qkv, kv_heads, *cos_sin)
+        if appended is not None:
+            return packed_attention(*appended, mask, attn.scaling).flatten(-2)
+    query, key, value = split_heads(attn, qkv)
+    query, key = rope(query, *cos_sin), rope(key, *cos_sin)
+    if own is not None:
+        # The cache would rotate the keys by itself; here that is done with the queries.
+        rotated = settings.rotate(torch.cat((query, key), 1))
+        query, key = rotated.split_with_sizes([query.shape[1], key.shape[1]], 1)
+        key, value = own.append(key, value)
+        return packed_attention(query, key, value, mask, attn.scaling).flatten(-2)
+    if cache is not None:
+        whole, position = cache
+        key, value = whole.update(key, value, attn.layer_idx, {"cache_position": position})
+    return w2a4_attention(attn, query, key, value, attention_mask, attn.scaling)[0].flatten(-2)
+
+
+def _attended_by_others(
+    attn: nn.Module, qkv: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None, others: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The same by an attention function of transformers, on a 16-bit cache; it leaves R3 out, exactly."""
+    query, key, value = split_heads(attn, qkv)
+    cos_sin = rotary_of(attn, cos_sin)
+    query, key = rope(query, *cos_sin), rope(key, *cos_sin)
+    cache = cache_of(others)
+    if cache is not None:
+        position = {"cache_position": others.get("cache_position")}
+        key, value = cache.update(key, value, attn.layer_idx, position)
+    eager = vars(sys.modules[type(attn).__module__])["eager_attention_forward"]
+    function = ALL_ATTENTION_FUNCTIONS.get(attn.config._attn_implementation, eager)
+    others = {name: value for name, value in others.items() if name not in CACHE_NAMES}
+    out, weights = function(attn, query, key, value, mask, dropout=0.0, scaling=attn.scaling,
+                            sliding_window=architecture.window(attn), **others)  # fmt: skip
+    return out.flatten(-2), weights
+
+
+def layer_op(layer: Any, cache: KV4Layer, hidden_states: Tensor) -> LayerOp | None:
+    """`ops.decoder_layer` for an untouched layer and its part of a cache, where it computes such a layer.
 
     It can be called again as long as parameters stay where they are and the cache has room.
     """
-    attn = parts.attn
-    r4 = OnlineRotation.for_ops(parts.down_proj.rotation, hidden_states.device)
-    if r4 is None or parts.o_proj.rotation is not None or not ops.has_layer_kernel(hidden_states):
+    if not ops.has_layer_kernel(hidden_states) or not _has_layer_op(layer):
         return None
-    store = own_cache.store
-    r3 = store.reserve(hidden_states, parts.heads[1], attn.head_dim)
+    attn, mlp, own, store = layer.self_attn, layer.mlp, layer._modules, cache.store
+    linears = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
+    r4 = OnlineRotation.for_ops(mlp.down_proj.rotation, hidden_states.device)
+    kv_heads = attn.qkv_proj.out_features // attn.head_dim // (attn.num_key_value_groups + 2)
+    r3 = None if r4 is None else store.reserve(hidden_states, kv_heads, attn.head_dim)
     if r3 is None:
         return None
-    linears = parts.joint_qkv.current(), parts.o_proj, parts.joint_gate_up.current(), parts.down_proj
-    keys, values = store.keys, store.values
+    norms, keys, values = [own[name] for name in layer.family.norms], store.keys, store.values
     fixed = (
-        [norm._parameters["weight"] for norm in parts.norms], parts.norms[0].variance_epsilon,
+        [norm._parameters["weight"] for norm in norms], norms[0].variance_epsilon,
         *map(_tensors, linears), [linear.group_size for linear in linears],
         [linear.act_group_size for linear in linears], r3, r4, keys.codes, keys.params, values.codes,
         values.params, keys.sink, values.sink,
     )  # fmt: skip
-    settings = store.settings.kv_clip, attn.scaling
+    settings, uses_rope = (store.settings.kv_clip, attn.scaling), architecture.uses_rope(attn)
 
     def call(hidden_states: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        rotary = rotary if uses_rope else rotary_of(attn, rotary)
         start = store.bound
         stop = start + hidden_states.shape[1]
         mask = None if mask is None else mask[..., :stop]
@@ -366,75 +391,58 @@ def layer_op(parts: Parts, own_cache: KV4Layer, hidden_states: Tensor) -> LayerO
     return call
 
 
+def _has_layer_op(layer: Any) -> bool:
+    """Whether `ops.decoder_layer` computes this layer; asked anew when a module of it was replaced."""
+    modules, kept = layer._watched(), layer.__dict__.get("_layer_op")
+    if kept is None or kept[0] != modules:
+        layer.__dict__["_layer_op"] = kept = modules, _is_whole(layer) and _fits_layer_op(layer)
+    return kept[1]
+
+
+def _fits_layer_op(layer: Any) -> bool:
+    """Packed and joint linears, plain norms, SiLU, RoPE of whole heads or none."""
+    attn, mlp = layer.self_attn._modules, layer.mlp._modules
+    linears = attn.get("qkv_proj"), attn.get("o_proj"), mlp.get("gate_up_proj"), mlp.get("down_proj")
+    return (
+        all(map(_is_packed_a4, linears))
+        and all(linear.rotation is None for linear in linears[:3])
+        and attn.get("q_norm") is None
+        and layer.mlp.config.hidden_act in SILU
+        and all(_is_plain_norm(layer._modules[name]) for name in layer.family.norms)
+        and getattr(layer.self_attn.config, "partial_rotary_factor", 1.0) in (1.0, None)
+    )
+
+
 def _tensors(linear: _PackedLinear) -> list[Tensor]:
     """Those of a linear in the order of `ops.decoder_layer`."""
     own = linear._parameters
     return [own[name] for name in _ORDER if own.get(name) is not None]
 
 
-def _attended(
-    attn: nn.Module,
-    qkv: Tensor,
-    q_heads: int,
-    kv_heads: int,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None,
-    cache: KV4Layer | Cache | None,
-    cache_position: Tensor | None = None,
-) -> Tensor:
-    """RoPE, R3, the cache and attention: `[batch, tokens, q_heads, head_dim]`, the input of o_proj.
+def _is_whole(layer: Any) -> bool:
+    """A packed layer none of whose parts was put into another module."""
+    whole = isinstance(layer, PackedDecoderLayer)
+    return whole and isinstance(layer.self_attn, PackedAttention) and isinstance(layer.mlp, PackedMLP)
 
-    Args:
-        cache: the layer's part of a 4-bit cache, or all of another one.
+
+def packed_layers(model: Any, length: int = 0) -> list[Any] | None:
+    """The layers of a packed model with a 4-bit KV cache, for who calls them one by one; None for any other.
+
+    Also None where something looks at the model, the decoder or a layer, which only their own forward serves,
+    and where a window hides some of `length` tokens, which takes a mask.
     """
-    settings, mask = attn.kv_settings, as_bool(attention_mask)
-    own_cache = cache if isinstance(cache, KV4Layer) else None
-    appended = None if own_cache is None else own_cache.append_qkv(qkv, kv_heads, *position_embeddings)
-    if appended is not None:
-        return packed_attention(*appended, mask, attn.scaling)
-    heads = qkv.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # [batch, heads, tokens, head_dim]
-    rotated, value = heads.split_with_sizes([q_heads + kv_heads, kv_heads], 1)
-    rotated, sizes = _rope(rotated, *position_embeddings), [q_heads, kv_heads]
-    if own_cache is not None:
-        # The cache would rotate the keys by itself; here that is done with the queries.
-        query, key = settings.rotate(rotated).split_with_sizes(sizes, 1)
-        key, value = own_cache.append(key, value)
-        return packed_attention(query, key, value, mask, attn.scaling)
-    query, key = rotated.split_with_sizes(sizes, 1)
-    if cache is not None:
-        key, value = cache.update(key, value, attn.layer_idx, {"cache_position": cache_position})
-    return w2a4_attention(attn, query, key, value, attention_mask, attn.scaling)[0]
-
-
-def _mlp_part(parts: Parts, hidden_states: Tensor) -> Tensor:
-    """Norm, MLP and what goes around them."""
-    joint, linears = parts.joint_gate_up.current(), parts.gate_up
-    if hidden_states.is_cuda and hidden_states.shape[:-1].numel() > dispatch.GEMV_TOKENS:
-        # Halves of what the joint one gives would be copied: 6.7 of 109 ms of a prompt on an H200.
-        gate, up = _norm_linears(parts.norms[1], linears, hidden_states)
-    else:
-        (both,) = _norm_linears(parts.norms[1], (joint,), hidden_states)
-        gate, up = both.chunk(2, -1)
-    return _down(parts.down_proj, gate, up, hidden_states)
-
-
-def _norm_linears(norm: LlamaRMSNorm, linears: tuple[_PackedLinear, ...], x: Tensor) -> list[Tensor]:
-    """What linears that quantise their input alike give for the norm of x."""
-    first = linears[0]
-    codes, scale = ops.rmsnorm_a4(x, norm.weight, norm.variance_epsilon, first.act_clip, first.act_group_size)
-    return [linear._linear(codes, scale, x.dtype) for linear in linears]
-
-
-def _down(down: _PackedLinear, gate: Tensor, up: Tensor, residual: Tensor) -> Tensor:
-    """`down(silu(gate) * up) + residual`."""
-    r4 = OnlineRotation.for_ops(down.rotation, gate.device)
-    if r4 is None:
-        return down.forward(torch.nn.functional.silu(gate) * up, residual)
-    codes, scale = ops.silu_mul_hadamard_a4(gate, up, *r4, down.act_clip, down.act_group_size)
-    return down._linear(codes, scale, gate.dtype, residual)
-
-
-def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of `[batch, heads, tokens, head_dim]` as transformers does it."""
-    first, second = x.chunk(2, -1)
-    return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not layers or not all(map(_is_whole, layers)):
+        return None
+    # A class derived from a layer's may have a forward of its own; transformers wraps that of any.
+    plain = inspect.unwrap(PackedDecoderLayer.forward)
+    if any(inspect.unwrap(type(layer).forward) is not plain for layer in layers):
+        return None
+    if any(map(is_watched, (model, decoder, *layers))) or not all(layer.untouched() for layer in layers):
+        return None
+    own = model.config._attn_implementation == NAME and layers[0].self_attn.kv_settings.kv_bits == 4
+    windows = [architecture.window(layer.self_attn) for layer in layers]
+    if any(window is not None and window < length for window in windows):
+        return None
+    return list(layers) if own else None

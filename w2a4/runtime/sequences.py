@@ -11,7 +11,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 from .arguments import CACHE, cache_name
 from .graphs import Captures, PromptGraphs, StepGraphs
 from .kv_cache import KV4Cache
-from .layer import LayerOp, decoder_layer, fused_parts, layer_op
+from .layer import LayerOp, layer_op, packed_layers
 
 #: Tokens of a prompt that go through the layers at a time, so that memory does not grow with its length; and
 #: of all prompts together on a GPU, to which Python cannot tell what to do fast enough in smaller pieces.
@@ -33,12 +33,15 @@ class PackedSequences:
         logits: float `[batch, vocabulary]`, of the token that comes next.
     """
 
-    def __init__(self, model: Any, rows: list[Tensor], capacity: int, parts: list[Any], graphs: bool = False):
-        self.decoder, self.head, self.parts = model.model, model.lm_head, parts
+    def __init__(
+        self, model: Any, rows: list[Tensor], capacity: int, layers: list[Any], graphs: bool = False
+    ):
+        self.decoder, self.head, self.layers = model.model, model.lm_head, layers
         self.addresses, self.batch = _addresses(model), len(rows)
         self.cache = KV4Cache.for_model(model, capacity)
-        for store, part in zip(self.cache.stores, parts, strict=True):
-            store.allocate(self.decoder.norm.weight, len(rows), part.heads[1], part.attn.head_dim)
+        for store in self.cache.stores:
+            head_dim, kv_heads = layers[0].self_attn.head_dim, model.config.num_key_value_heads
+            store.allocate(self.decoder.norm.weight, len(rows), kv_heads, head_dim)
         self.lengths = torch.zeros(len(rows), dtype=torch.long, device=rows[0].device)
         self.rotary: tuple[Tensor, Tensor] | None = None
         self.calls: list[LayerOp] | None = None
@@ -50,11 +53,11 @@ class PackedSequences:
         self.begin(rows)
         if graphs and self.longest >= sink_tokens_of(model):
             self.graphs = StepGraphs(self._step, [self.lengths], len(rows), capacity, captures)
-            self.tables = _rotation_tables(parts, self.decoder.norm.weight)
+            self.tables = _rotation_tables(layers, self.decoder.norm.weight)
 
     def fits(self, model: Any, rows: list[Tensor]) -> bool:
         """Whether `begin` will do for these rows: nothing lies elsewhere than when graphs were captured."""
-        same = fused_parts(model) == self.parts and self.addresses == _addresses(model)
+        same = packed_layers(model) == self.layers and self.addresses == _addresses(model)
         return same and len(rows) == self.batch and not sink_tokens_of(model)
 
     def begin(self, rows: list[Tensor]) -> None:
@@ -93,15 +96,15 @@ class PackedSequences:
         rotary = self._rotary(hidden, self.lengths[:, None])
         if self.calls is None:
             # Every step from here on has the same arguments, but for its token and its position.
-            pairs = zip(self.parts, self.cache.layers, strict=True)
-            calls = [layer_op(part, layer, hidden) for part, layer in pairs]
+            pairs = zip(self.layers, self.cache.layers, strict=True)
+            calls = [layer_op(layer, cache, hidden) for layer, cache in pairs]
             self.calls = calls if all(calls) else None
         if self.calls is not None:
             for call in self.calls:
                 hidden = call(hidden, rotary, None)
         else:
-            for part in self.parts:
-                hidden = decoder_layer(part, hidden, rotary, None, self.cache)
+            for layer in self.layers:
+                hidden = layer.forward(hidden, position_embeddings=rotary, **{CACHE: self.cache})
         self.lengths += 1
         return self._logits(hidden)
 
@@ -124,8 +127,8 @@ class PackedSequences:
         for chunk, own in zip(ids.split(size, 1), positions.split(size, 1), strict=True):
             hidden = self.decoder.embed_tokens(chunk)
             rotary = self._rotary(hidden, own)
-            for part in self.parts:
-                hidden = decoder_layer(part, hidden, rotary, None, cache)
+            for layer in self.layers:
+                hidden = layer.forward(hidden, position_embeddings=rotary, **{CACHE: cache})
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -147,15 +150,11 @@ class PackedSequences:
         return cos[0, positions], sin[0, positions]
 
 
-def _rotation_tables(parts: list[Any], like: Tensor) -> list[tuple[Tensor | None, ...]]:
+def _rotation_tables(layers: list[Any], like: Tensor) -> list[tuple[Tensor | None, ...]]:
     """What online rotations of these layers read, for hidden states like this tensor."""
-    rotations = {
-        rotation
-        for part in parts
-        for rotation in (part.attn.kv_settings.rotation, part.o_proj.rotation, part.down_proj.rotation)
-        if rotation is not None and rotation.kind != "none"
-    }
-    return [rotation.tables(like.device, like.dtype) for rotation in rotations]
+    used = {layer.self_attn.kv_settings.rotation for layer in layers}
+    used |= {getattr(module, "rotation", None) for layer in layers for module in layer.modules()}
+    return [r.tables(like.device, like.dtype) for r in used if r is not None and r.kind != "none"]
 
 
 def _addresses(model: Any) -> list[int]:

@@ -1,8 +1,8 @@
-"""Block by block: each decoder layer trains alone, on what the packed layers before it give.
+"""Block by block: each decoder layer trains alone, on the outputs of the packed layers before it.
 
-The target is the full-precision layer's output on full-precision inputs, so a layer also makes up for
-errors of those before it. In memory is one layer with its optimiser and the hidden states of the
-calibration text: the way to large models on one small device.
+The target is the full-precision layer's output on full-precision inputs, so a layer also corrects errors
+of the layers before it. Memory holds one layer with its optimiser and the hidden states of the
+calibration text: so a small device can train a large model.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class BlockTrainer:
     """Refines the packed fit of a decoder layer by gradient descent; for `pipeline.quantize(refine=…)`.
 
     Args:
-        recipe: its `training` says how, with `batch_size` sequences a step.
+        recipe: its `training` has the rates, and `batch_size`, the sequences of a step.
         steps: of each layer.
-        kept: a file for the errors, in the directory that the quantisation may be resumed from; those of
-            the layers that an interrupted run has done are read from it. A layer that is done again
-            replaces its own.
+        kept: a file for the errors, in the directory that the quantisation may be resumed from. Errors of
+            the layers that an interrupted run has finished are read from it; a layer that is trained
+            again overwrites its own.
 
     Raises:
         TrainingError: the file is damaged.
@@ -44,13 +44,13 @@ class BlockTrainer:
 
     @torch.enable_grad()
     def __call__(self, index: int, quantizer: LayerQuantizer, inputs: list[Tensor], streams: Streams) -> None:
-        """Train the layer of `quantizer` and let the quantised stream pass through it anew.
+        """Train the layer of `quantizer` and recompute the quantised hidden states behind it.
 
         Args:
             index: of the layer.
             quantizer: whose layer is packed.
             inputs: the quantised hidden states before the layer, batches `[sequences, tokens, hidden]`.
-            streams: those behind it; `full` is the target, `quantized` is replaced.
+            streams: hidden states behind the layer; `full` is the target, `quantized` is replaced.
         """
         layer, target = quantizer.layer, torch.cat(streams.full)
         source, sequences = torch.cat(inputs), len(inputs[0])
@@ -82,7 +82,7 @@ class BlockTrainer:
         after = _relative_error(torch.cat(behind), target).mean()
         self.errors[index] = float(before), float(after)
         if self.kept is not None:
-            # Before the layer counts as done: a kill in between has it done again.
+            # Before the layer counts as finished: after a kill in between the layer is trained again.
             write_json(self.kept, {"errors": self.errors})
         streams.quantized = behind
 
@@ -99,15 +99,17 @@ def _read_errors(path: Path) -> dict[int, tuple[float, float]]:
         return {int(index): (before, after) for index, (before, after) in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TrainingError(
-            f"{path.name} in {str(path.parent)!r}, the errors of the layers done, cannot be read ({error}); "
-            "remove that file to go on without them, or the directory to train these layers anew"
+            f"{path.name} in {str(path.parent)!r}, the errors of finished layers, cannot be read ({error}); "
+            "remove that file to resume without those errors, or the directory to train these layers again"
         ) from None
 
 
 def _replace(layer: nn.Module, quantizer: LayerQuantizer, training: Training) -> None:
     """Trainable linears, from the layer's packed fits and the reference's weights."""
     layer.requires_grad_(False)
-    for trained in make_trainable(layer, layer, quantizer.reference, quantizer.family, training):
+    for trained in make_trainable(
+        layer, quantizer.family.linears(layer), quantizer.reference, quantizer.family, training
+    ):
         trained.set_trainable(training.learn_act_clip)
 
 
@@ -122,6 +124,6 @@ def _forward(layer: nn.Module, x: Tensor, quantizer: LayerQuantizer) -> Tensor:
 
 
 def _relative_error(x: Tensor, target: Tensor) -> Tensor:
-    """Squared error of each token relative to its target: one massive token must not be all of the loss."""
+    """Squared error of each token relative to its target, so that no token dominates by its norm."""
     error = (x - target).float().square().sum(-1)
     return error / target.float().square().sum(-1).clamp_min(1e-30)

@@ -1,7 +1,7 @@
-"""Training text that the teacher writes itself: the distribution a student is to learn.
+"""Training text that the teacher writes itself: samples of the distribution that a student is to learn.
 
 RCP (arXiv 2502.15779) and LLM-QAT (arXiv 2305.17888) train on the full-precision model's own
-continuations, which need no corpus and keep what instruction tuning has put there.
+continuations: they need no corpus, and keep what the model learned by instruction tuning.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..errors import TrainingError
 from ..format.files import write_atomically
 from ..runtime.engine import Engine, Sampling, end_tokens, inference
 
-#: Tokens of real text that a continuation begins with, and that it has in all.
+#: Tokens of the prompt, from a real text, and of prompt and continuation together.
 PROMPT_TOKENS, LENGTH = 32, 512
 
-#: Continuations written at once: on a CPU, and at most on a GPU, whose memory may hold fewer.
+#: Continuations in a batch: on a CPU, and the most on a GPU, whose memory may hold fewer.
 BATCH, GPU_BATCH = 16, 512
 
-#: The unlikely is cut off by number: by probability, the vocabulary might have to be sorted for each token.
+#: Top-k, not top-p, which would sort the vocabulary for each token.
 SAMPLING = Sampling(temperature=1.0, top_k=256)
 
 
@@ -37,17 +37,23 @@ def write_generations(
     seed: int = 0,
     progress: bool = True,
 ) -> str:
-    """Sample continuations of random places of a text until they have `tokens` tokens.
+    """Sample continuations of prompts from random positions of a text until they have `tokens` tokens.
 
     Args:
         model: the full-precision model.
-        stream: int64 `[n]`, the text whose pieces of 32 tokens are the prompts.
-        path: JSONL of `{"text": …}`, written after every batch; what an interrupted run left there is
+        tokenizer: of the model.
+        stream: int64 `[n]`, the text that prompts of `PROMPT_TOKENS` tokens are taken from.
+        tokens: at least so many, in whole batches.
+        path: JSONL of `{"text": …}`, written after every batch; what an interrupted run wrote there is
             kept and counted.
         seed: of prompts and samples.
+        progress: show a bar.
 
     Returns:
         the text, documents separated by the tokenizer's end of text or an empty line.
+
+    Raises:
+        TrainingError: the file is damaged.
     """
     documents = _read(path)
     have = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in documents)
@@ -68,7 +74,7 @@ def write_generations(
 
 
 def _batch_size(model: nn.Module) -> int:
-    """As many continuations as keep keys and values within a quarter of the memory that is free."""
+    """The number of continuations whose keys and values take a quarter of the free memory at most."""
     if model.device.type != "cuda":
         return BATCH
     config = model.config
@@ -79,10 +85,12 @@ def _batch_size(model: nn.Module) -> int:
 
 
 def _sample(engine: Engine, stream: Tensor, size: int, seed: int) -> Tensor:
-    """int64 `[size, max_length]` on the CPU; no continuation ends before its length."""
+    """int64 `[size, max_length]` on the CPU; no continuation ends early."""
     device = engine.model.device
-    starts = torch.randint(max(1, len(stream) - PROMPT_TOKENS), (size, 1), generator=_generator("cpu", seed))
-    prompts = stream[starts + torch.arange(min(PROMPT_TOKENS, len(stream)))].to(device)
+    positions = torch.randint(
+        max(1, len(stream) - PROMPT_TOKENS), (size, 1), generator=_generator("cpu", seed)
+    )
+    prompts = stream[positions + torch.arange(min(PROMPT_TOKENS, len(stream)))].to(device)
     count, generator = engine.max_length - prompts.shape[1], _generator(device, seed)
     ends = torch.tensor(end_tokens(engine.model), dtype=torch.long, device=device)
     with inference(engine.model):
@@ -101,7 +109,7 @@ def _generator(device: torch.device | str, seed: int) -> torch.Generator:
 
 
 def _read(path: Path) -> list[str]:
-    """Documents of earlier runs; a last line that was cut off is dropped, from the file too."""
+    """Documents of earlier runs; a last line that was cut off is also removed from the file."""
     if not path.is_file():
         return []
     try:
@@ -119,12 +127,12 @@ def _document(path: Path, number: int, line: str) -> str:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _damaged(path, f"line {number}: {error!r}") from None
     if not isinstance(text, str):
-        raise _damaged(path, f"line {number}: its text is no string")
+        raise _damaged(path, f"line {number}: its text is not a string")
     return text
 
 
 def _damaged(path: Path, reason: Exception | str) -> TrainingError:
     return TrainingError(
         f"{path.name} in {str(path.parent)!r}, the teacher's text, cannot be read ({reason}); remove it and "
-        "repeat the command, which has it written anew"
+        "repeat the command, which has the teacher write it again"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -239,12 +239,14 @@ def share_act_clips(layer: nn.Module, family: Architecture) -> None:
             other.act_clip = first.act_clip
 
 
-def make_trainable(layer: nn.Module, fitted: nn.Module, source: nn.Module, family: Architecture,
-                   training: Training) -> list[FakeQuantLinear]:  # fmt: skip
-    """Put trainable linears into a layer: `fitted` has their packed fits, `source` their weights."""
+def make_trainable(
+    layer: nn.Module, fits: Mapping[str, nn.Module], source: nn.Module, family: Architecture,
+    training: Training,
+) -> list[FakeQuantLinear]:  # fmt: skip
+    """Put trainable linears into a layer: `fits` are packed ones by path, `source` has the weights."""
     made = []
     for path, linear in family.linears(source).items():
-        made.append(fake_quant_linear(linear, fitted.get_submodule(path), training))
+        made.append(fake_quant_linear(linear, fits[path], training))
         layer.set_submodule(path, made[-1])
     share_act_clips(layer, family)
     return made

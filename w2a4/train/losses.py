@@ -9,22 +9,22 @@ from torch import Tensor
 
 from ..ops import dispatch
 
-#: Positions whose probabilities exist at one time. On a CPU few: memory of 50 MB, had anew for each
-#: temporary, costs more than the arithmetic (three times, with a vocabulary of 49,152). On a GPU, where a
-#: launch costs as much as the arithmetic of dozens, many.
+#: Positions whose probabilities exist at one time. Few on a CPU: allocating 50 MB for each temporary takes
+#: three times as long as the arithmetic (vocabulary of 49,152). Many on a GPU, where a launch takes as long
+#: as the arithmetic of dozens of positions.
 CHUNK, CUDA_CHUNK = 32, 1024
 
-#: Least probability of all tokens that are not among the k most probable ones; below is rounding.
+#: Least probability of the tokens that are not among the k most probable ones; less is rounding error.
 LEAST_REST = 1e-6
 
 
-class Tops(NamedTuple):
-    """What is kept of a teacher's distribution over the next token.
+class TopK(NamedTuple):
+    """A teacher's distribution over the next token: the k most probable tokens, and the rest together.
 
     Attributes:
-        indices: int32 `[..., k]`, the most probable tokens, in that order.
-        log_probs: float16 `[..., k]`, theirs.
-        rest: float32 `[...]`, the log-probability of all others together.
+        indices: int32 `[..., k]`, the most probable tokens, the most probable one first.
+        log_probs: float16 `[..., k]`, their log-probabilities.
+        rest: float32 `[...]`, the log-probability of all other tokens together.
     """
 
     indices: Tensor
@@ -32,7 +32,7 @@ class Tops(NamedTuple):
     rest: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, k: int) -> Tops:
+    def of(cls, logits: Tensor, k: int) -> TopK:
         """From logits, floating `[..., vocabulary]`."""
         log_probs = logits.float().log_softmax(-1)
         top = log_probs.topk(k, -1)
@@ -41,29 +41,30 @@ class Tops(NamedTuple):
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor | Tops, mask: Tensor | None = None, kind: str = "cakld"
+    student: Tensor, teacher: Tensor | TopK, mask: Tensor | None = None, kind: str = "cakld"
 ) -> Tensor:
     """Mean divergence of the next-token distributions over the positions that count.
 
     `cakld` is `b KL(student | teacher) + (1 - b) KL(teacher | student)`, b the mean probability of the
-    teacher's first choice: where it is sure, the student should seek that mode, else cover all.
-    `kl` is the second term alone (b = 0).
+    teacher's most probable token: a confident teacher has one mode to match, an unsure one has many to
+    cover. `kl` is the second term alone (b = 0).
 
     Args:
         student: logits, floating `[..., vocabulary]`.
-        teacher: logits of the same shape, without gradient; or `Tops`, and all other tokens count as one.
+        teacher: logits of the same shape, without gradient; or `TopK`, where the rest counts as one outcome.
         mask: bool `[...]`, True where a position counts; None is everywhere.
 
     Returns:
-        float32 scalar, differentiable in student. Nothing of the size of the logits is made but the
-        gradient: with the value, a few positions at a time; or, where Triton's kernels take the logits, in
-        backward. With those a logit of -inf is a token of no probability, and positions that do not count
-        are not read, see `kernels/w2a4_triton/distill.py`; without them either may turn all into NaN.
+        float32 scalar, differentiable in student. The gradient is the only tensor of the size of the
+        logits: it is computed with the value, a few positions at a time, or in backward where Triton's
+        kernels accept the logits. With Triton's kernels a logit of -inf is a token of probability 0, and
+        positions that do not count are not read, see `kernels/w2a4_triton/distill.py`; without them
+        either may make the loss NaN.
 
     Source: BitDistiller (arXiv 2402.10631), RCP (arXiv 2502.15779).
     """
     student = student.flatten(0, -2)
-    if isinstance(teacher, Tops):
+    if isinstance(teacher, TopK):
         target = (teacher.indices.flatten(0, -2), teacher.log_probs.flatten(0, -2), teacher.rest.flatten())
     else:
         target = (teacher.detach().flatten(0, -2),)
@@ -83,11 +84,11 @@ def _has_kernels(*logits: Tensor) -> bool:
 def _confidence(target: tuple[Tensor, ...], keep: Tensor) -> Tensor:
     """Mean probability of the most probable token."""
     if len(target) == 3:
-        tops = target[1][:, 0].float().exp()
+        highest = target[1][:, 0].float().exp()
     else:
         parts = map(Tensor.float, target[0].split(_chunk(keep)))
-        tops = torch.cat([(part.amax(-1) - part.logsumexp(-1)).exp() for part in parts])
-    return (tops * keep).sum() / keep.sum().clamp_min(1)
+        highest = torch.cat([(part.amax(-1) - part.logsumexp(-1)).exp() for part in parts])
+    return (highest * keep).sum() / keep.sum().clamp_min(1)
 
 
 def _chunk(like: Tensor) -> int:
@@ -97,14 +98,14 @@ def _chunk(like: Tensor) -> int:
 def _log_target(target: tuple[Tensor, ...], log_p: Tensor) -> Tensor:
     """The teacher's log-probabilities `[n, vocabulary]`.
 
-    Of `Tops`, what is left is spread over the other tokens as the student (`log_p`) spreads its own: so
+    For `TopK`, the rest is divided among the other tokens in the proportions of the student (`log_p`): so
     the sums over all tokens, and the gradients, are those over k + 1 outcomes.
     """
     if len(target) == 1:
         return target[0].float().log_softmax(-1)
     indices = target[0].long()
     known = torch.cat([target[1].float(), target[2][:, None]], -1)
-    known = known - known.logsumexp(-1, keepdim=True)  # what float16 has rounded sums to 1 again
+    known = known - known.logsumexp(-1, keepdim=True)  # a sum of 1 again, after the rounding to float16
     log_probs, rest = known[:, :-1], known[:, -1]
     left = (1 - log_p.gather(-1, indices).exp().sum(-1)).clamp_min(LEAST_REST).log()
     return (log_p + (rest - left)[:, None]).scatter(-1, indices, log_probs)
@@ -142,24 +143,24 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor):
         (grad,) = ctx.saved_tensors
-        if scale.device.type != "cpu" or scale != 1:  # as it mostly is, and this is as large as the logits
+        if scale.device.type != "cpu" or scale != 1:  # mostly 1, and the product is as large as the logits
             grad = grad * scale.to(grad.dtype)
         return grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 class _FusedDivergence(torch.autograd.Function):
-    """The same of whole logits by Triton's kernels, which read them once for the value, again in backward."""
+    """`_Divergence` of whole logits by Triton's kernels: one pass for the value, another in backward."""
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, keep: Tensor, cakld: bool) -> Tensor:
         known = torch.ops.w2a4.divergence_rows.default(student, teacher, keep)
         count = keep.sum().clamp_min(1)
-        # A largest logit is that much below the log of the sum.
-        tops = (-known[:, 3]).exp()
-        b = (tops * keep).sum() / count if cakld else known.new_zeros(())
-        # What has the factor 0 is none, even if it is infinite.
+        # Column 3: the log of the sum of exponentials, minus the largest logit.
+        highest = (-known[:, 3]).exp()
+        b = (highest * keep).sum() / count if cakld else known.new_zeros(())
+        # A divergence with the factor 0 counts as 0, even if it is infinite.
         reverse, forward = ((f * known[:, i]).masked_fill(f == 0, 0) for f, i in ((b, 4), (1 - b, 5)))
-        # Autograd lets go of what it saves once it was used, but takes nothing from inference mode.
+        # Autograd frees a saved tensor after its use, but saves no tensor of inference mode.
         ctx.teacher, saved = (teacher, None) if teacher.is_inference() else (None, teacher)
         ctx.save_for_backward(student, saved, known, keep.float() / count, b)
         return (reverse + forward).sum() / count

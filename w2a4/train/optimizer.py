@@ -1,4 +1,4 @@
-"""What is optimised at which rate, end to end and block by block."""
+"""The optimiser's parameter groups and the learning-rate schedule, for both routes of training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any
 
 
 def rate(training: Training, progress: float) -> float:
-    """Factor on the learning rates where `progress`, 0..1, of the run is over."""
+    """Factor on the learning rates after a share `progress` of the run, 0..1."""
     if progress < training.warmup:
         return progress / training.warmup if progress > 0 else 0.01
     left = max(0.0, 1 - progress) / (1 - training.warmup)

@@ -38,17 +38,17 @@ def prepare(
     progress: bool = True,
     resume: str | Path | None = None,
 ) -> nn.Module:
-    """Make a float LLaMA one that trains quantised, in place.
+    """Turn a float LLaMA into one that trains quantised, in place.
 
-    The model is rotated, a packed fit of it (`recipe.training.init`, then `block_steps`) gives the codes to
-    begin with, and every decoder linear becomes a `FakeQuantLinear`; activations and the KV cache are
-    quantised in the loop. The embedding and lm_head keep their (8-bit) values and are not trained; norms
-    have none.
+    The model is rotated, a packed fit (`recipe.training.init`, then `block_steps`) gives the codes to begin
+    with, and every decoder linear becomes a `FakeQuantLinear`; activations and the KV cache are quantised in
+    the loop. The embedding and lm_head keep their (8-bit) values and are not trained; the norms' weights are
+    folded into the linears.
 
     Args: as for `w2a4.quantize`.
 
     Returns:
-        the same model. Trainable are the latent weights and the quantisers' parameters.
+        the same model. Its latent weights and the quantisers' parameters require gradients.
 
     Raises:
         W2A4Error: as `w2a4.quantize`, or the recipe keeps weights in 16 bits.
@@ -63,11 +63,10 @@ def prepare(
     refine = BlockTrainer(recipe, steps) if steps else None
     report = pipeline.quantize(packed, tokenizer, start, calibration, progress, resume, refine)
     for layer, fit in zip(model.model.layers, packed.model.layers, strict=True):
-        make_trainable(layer, fit, layer, family, recipe.training)
+        make_trainable(layer, fit.linears(), layer, family, recipe.training)
     _freeze(model, packed, recipe.training)
     before: W2A4Config = packed.config.quantization_config
-    recipe = recipe.override(rotation=before.recipe["rotation"], smooth=before.recipe["smooth"])
-    set_attention(model, W2A4Config(recipe.to_dict(), before.rotation, before.provenance))
+    set_attention(model, before.quantized_by(recipe.override(**before.rotated_by)))
     model.w2a4_report = report
     return model.train()
 
@@ -85,7 +84,7 @@ def start_recipe(recipe: Recipe) -> Recipe:
 
 
 def _freeze(model: nn.Module, packed: nn.Module, training: Training) -> None:
-    """The embedding and lm_head as they will be stored; only decoder linears are trained."""
+    """Round the embedding and lm_head as they will be stored, and freeze all but decoder linears."""
     model.model.embed_tokens = packed.model.embed_tokens
     if isinstance(packed.lm_head, W8Linear):
         model.lm_head.weight.data = packed.lm_head.dequantize().to(model.lm_head.weight.dtype)
@@ -99,7 +98,7 @@ def convert(model: nn.Module, facts: dict[str, Any] | None = None) -> nn.Module:
     """Pack a prepared model, in place: the packed model computes what the prepared one did in eval mode.
 
     Args:
-        facts: on the training, for the report.
+        facts: about the training, for the report.
 
     Returns:
         the same model, ready for `w2a4.save`.
@@ -109,19 +108,18 @@ def convert(model: nn.Module, facts: dict[str, Any] | None = None) -> nn.Module:
     """
     linears = fake_quant_linears(model)
     if not linears:
-        raise W2A4Error("this model has no FakeQuantLinear: w2a4.prepare makes what w2a4.convert packs")
+        raise W2A4Error("this model has no FakeQuantLinear for w2a4.convert to pack; call w2a4.prepare first")
     for name, linear in linears.items():
         for key, value in linear.named_parameters():
             if not bool(torch.isfinite(value).all()):
-                raise W2A4Error(f"{name}.{key} holds NaN or infinity; go back to an earlier checkpoint")
+                raise W2A4Error(f"{name}.{key} holds NaN or infinity; load an earlier checkpoint")
     config: W2A4Config = model.config.quantization_config
-    recipe = config.parsed_recipe
     report: Report = model.w2a4_report
     for name, linear in linears.items():
         model.set_submodule(name, linear.to_packed())
-    if recipe.head_bits == 8:
+    if config.manifest.head_bits == 8:
         model.lm_head = W8Linear.from_linear(model.lm_head)
-    report.recipe = recipe.to_dict()
+    report.recipe = config.recipe
     report.training = facts
     install(model, config, report)
     return model.eval()

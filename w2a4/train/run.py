@@ -14,25 +14,24 @@ import torch
 from torch import nn
 
 from ..errors import TrainingError
-from ..evaluate import data
+from ..evaluate.data import TextSource, check_known, token_stream
 from ..format.files import read_text, write_json
 from ..ops.devices import peak_memory_mb
 from ..quantization import job as pipeline
 from ..quantization.resume import fingerprint
 from ..recipe import Recipe
-from . import processes
+from . import data, distributed
 from .block import BlockTrainer
-from .checkpoints import drop_parts, last_checkpoint
+from .checkpoints import last_checkpoint, remove_partial, trained_state
 from .generations import write_generations
-from .linear import fake_quant_linears
 from .prepare import check_trainable, convert, prepare, start_recipe
-from .teacher import CachedTeacher, write_tops
-from .trainer import PERPLEXITY, QATTrainer, Windows, training_arguments
+from .teacher import CachedTeacher, write_top_k
+from .trainer import PERPLEXITY, QATTrainer, training_arguments
 
-#: What the teacher writes, in the directory of the run.
+#: The text that the teacher writes, in the directory of the run.
 GENERATIONS = "generations.jsonl"
 
-#: The layers' errors on the route `block`, beside the layers that are done.
+#: The layers' errors on the route `block`, beside the finished layers.
 ERRORS = "errors.json"
 
 
@@ -41,7 +40,7 @@ def train(
     tokenizer: Any,
     recipe: Recipe | str,
     work: str | Path,
-    calibration: data.TextSource = "builtin",
+    calibration: TextSource = "builtin",
     progress: bool = True,
     device: torch.device | None = None,
     score: Callable[..., dict[str, Any]] | None = None,
@@ -50,21 +49,22 @@ def train(
 
     Args:
         model: LlamaForCausalLM, float; its full-precision copy is the teacher.
-        recipe: with `training`, see `config.Training`.
-        work: a directory for the start and the checkpoints, which all processes share. If it holds an
-            interrupted run of the same model, recipe and text, that is gone on with. Yours to remove when
-            the model is saved.
-        calibration: text for the fit that training begins with; `recipe.training.data` is trained on.
+        recipe: with `training`, see `recipe.Training`.
+        work: a directory for the packed fit and the checkpoints, shared by all processes. If it holds an
+            interrupted run of the same model, recipe and text, that run is resumed. Remove it yourself
+            when the model is saved.
+        calibration: text for the fit that training begins with; the training text is
+            `recipe.training.data`.
         progress: show bars.
-        device: where to train, the model's own if None: the model goes there, or block by block each layer
-            while its turn lasts.
-        score: of a model and tokenizer, the `perplexity`; asked end to end before the first step and at every
-            checkpoint, under training's autocast. For one process.
+        device: where to train; None is the model's own. The model moves there; on the route `block` each
+            layer does while it trains.
+        score: `(model, tokenizer, progress) -> {"perplexity": …}`; on the route `end_to_end` called before
+            the first step and at every checkpoint, under training's autocast. For one process.
 
     Returns:
         the same model, packed; `model.w2a4_report.training` has losses, tokens and minutes, and with `score`
-        `perplexities`, pairs of a step and the perplexity after it. Of several
-        processes the main one packs it; in the others it is of no more use.
+        `perplexities`, pairs of a step and the perplexity after it. The main one of several processes packs
+        the model; in the others the model is not usable any more.
 
     Raises:
         W2A4Error: as `prepare`; `TrainingError` for a loss that explodes, or a `work` of another run.
@@ -74,8 +74,11 @@ def train(
     # Before the directory is claimed, or the corrected recipe would be refused as another one.
     check_trainable(model, recipe)
     if recipe.training.route == "block":
-        if processes.world() > 1:
-            raise TrainingError(f"training.route=block runs in one process; there are {processes.world()}")
+        if distributed.world() > 1:
+            raise TrainingError(
+                f"training.route=block runs in one process; there are {distributed.world()}: start one, or "
+                "set training.route=end_to_end"
+            )
         return _train_blocks(model, tokenizer, recipe, work, calibration, progress, device)
     model.to(device or model.device)
     return _train_whole(model, tokenizer, recipe, work, calibration, progress, score)
@@ -103,33 +106,23 @@ def _train_blocks(
 def _train_whole(
     model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool, score
 ) -> nn.Module:
-    processes.join(model.device)
-    training, main, world = recipe.training, processes.is_main(), processes.world()
+    distributed.join(model.device)
+    training, main, world = recipe.training, distributed.is_main(), distributed.world()
     progress = progress and main
     args = training_arguments(
         training, work / "checkpoints", world, recipe.rotation.seed, progress, model.device
     )
-    begin = functools.partial(_begin, model, tokenizer, recipe, work, calibration, progress)
-    windows, teacher, described = processes.main_first(begin)
-    sharded = model if world == 1 else _to_shard(model)
+    set_up = functools.partial(_set_up, model, tokenizer, recipe, work, calibration, progress)
+    windows, teacher, described = distributed.main_first(set_up)
+    trained = model if world == 1 else distributed.copy_to_shard(model)
     checkpoint = last_checkpoint(work / "checkpoints")
     args.eval_on_start = score is not None and checkpoint is None
-    watch = None if score is None else lambda: score(model, tokenizer, progress=False)["perplexity"]
-    trainer = QATTrainer(sharded, teacher, training, args, watch, train_dataset=windows)
+    perplexity = None if score is None else lambda: score(model, tokenizer, progress=False)["perplexity"]
+    trainer = QATTrainer(trained, teacher, training, args, perplexity, train_dataset=windows)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    history = trainer.state.log_history
-    facts = {
-        "losses": [entry["loss"] for entry in history if "loss" in entry],
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * training.batch_size * training.seqlen,
-        "minutes": round(trainer.minutes(), 2),
-        "text": described,
-        "peak_memory_mb": peak_memory_mb(model.device),
-    }
-    if score is not None:
-        facts["perplexities"] = [(e["step"], e[PERPLEXITY]) for e in history if PERPLEXITY in e]
-    if sharded is not model:
-        state = trainer.trained_state()
+    facts = _facts(trainer, described, model.device)
+    if trained is not model:
+        state = trained_state(trainer.model, keep=main)
         if not main:
             return model
         for name in state:
@@ -139,82 +132,59 @@ def _train_whole(
     return convert(model, facts)
 
 
-def _begin(
+def _facts(trainer: QATTrainer, described: str, device: torch.device) -> dict[str, Any]:
+    """What the report says about the training."""
+    history, training, steps = trainer.state.log_history, trainer.training, trainer.state.global_step
+    facts = {
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "steps": steps,
+        "tokens": steps * training.batch_size * training.seqlen,
+        "minutes": round(trainer.budget.minutes, 2),
+        "text": described,
+        "peak_memory_mb": peak_memory_mb(device),
+    }
+    if trainer.perplexity is not None:
+        facts["perplexities"] = [(e["step"], e[PERPLEXITY]) for e in history if PERPLEXITY in e]
+    return facts
+
+
+def _set_up(
     model, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool
-) -> tuple[Windows, nn.Module | CachedTeacher | None, str]:
-    """Prepare the model; what it trains on, its teacher, and a description of the text."""
-    training = recipe.training
-    distilled, cached = training.loss != "cross_entropy", training.teacher_top > 0
-    teacher = _teacher(model) if (distilled and not cached) or training.data == "self" else None
-    text = _text(model, teacher, tokenizer, recipe, work, calibration, progress)
-    windows = _windows(recipe, data.token_stream(tokenizer, text)[0])
-    if not distilled:
-        teacher = None
-    elif cached:
-        teacher = write_tops(model, windows.pieces(), training.teacher_top, work / "teacher", progress)
-    prepare(model, tokenizer, recipe, calibration, progress, resume=work / "start")
-    if processes.is_main():
-        drop_parts(work / "checkpoints")
-    return windows, teacher, _describe(training.data, calibration, text)
-
-
-def _windows(recipe: Recipe, stream: torch.Tensor) -> Windows:
-    training = recipe.training
-    count, recut = training.steps * training.batch_size, training.teacher_top == 0
-    return Windows(stream, training.seqlen, count, recipe.rotation.seed, recut)
-
-
-def _to_shard(model: nn.Module) -> nn.Module:
-    """The model for FSDP2, which changes modules for good; `model` keeps the rest and awaits trained values.
-
-    Trained parameters become float32: those that are sharded together must have one dtype.
-    """
-    linears = fake_quant_linears(model)
-    trained = [p for linear in linears.values() for p in linear.parameters()]
-    copied = {id(p): nn.Parameter(p.detach().float(), p.requires_grad) for p in trained}
-    sharded = copy.deepcopy(model, copied)
-    for linear in linears.values():
-        for name, p in list(linear.named_parameters()):
-            setattr(linear, name, nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
-    return sharded
-
-
-def check_text(recipe: Recipe) -> None:
-    """Raise CalibrationError if the text to train on is missing; cheap, for before a model is loaded."""
-    if recipe.training.route == "end_to_end" and recipe.training.data != "self":
-        data.load_text(recipe.training.data, "calibration")
-
-
-def _text(model, teacher, tokenizer, recipe: Recipe, work: Path, calibration, progress: bool) -> str:
-    """What is trained on, which the teacher may write; `work` is claimed for this run."""
+) -> tuple[data.Windows, nn.Module | CachedTeacher | None, str]:
+    """Prepare the model; the windows it trains on, its teacher, and a description of the text."""
     training = recipe.training
     own = training.data == "self"
-    text = data.load_text(calibration if own else training.data, "calibration")
-    stream = data.check_known(data.token_stream(tokenizer, text)[0], model.config.vocab_size)
+    distilled, stored = training.loss != "cross_entropy", training.teacher_top > 0
+    teacher = _teacher(model) if own or (distilled and not stored) else None
+    text = data.load_text(recipe, calibration)
+    stream = check_known(token_stream(tokenizer, text)[0], model.config.vocab_size)
     if not own:
-        _windows(recipe, stream)  # a text that is too short is refused before the directory is claimed
+        data.recipe_windows(recipe, stream)  # a text that is too short is refused before the claim
     _claim(work, recipe, stream, model)
-    if not own:
-        return text
-    tokens = training.steps * training.batch_size * training.seqlen
-    path = work / GENERATIONS
-    return write_generations(teacher, tokenizer, stream, tokens, path, recipe.rotation.seed, progress)
-
-
-def _describe(source: str, calibration: data.TextSource, text: str) -> str:
-    if source != "self":
-        return data.describe_text(source, text)
-    return f"the teacher's own, from {data.source_of(calibration)}"
+    if own:
+        tokens = training.steps * training.batch_size * training.seqlen
+        path, seed = work / GENERATIONS, recipe.rotation.seed
+        generated = write_generations(teacher, tokenizer, stream, tokens, path, seed, progress)
+        stream = token_stream(tokenizer, generated)[0]
+    windows = data.recipe_windows(recipe, stream)
+    if not distilled:
+        teacher = None
+    elif stored:
+        teacher = write_top_k(model, windows.pieces(), training.teacher_top, work / "teacher", progress)
+    prepare(model, tokenizer, recipe, calibration, progress, resume=work / "start")
+    if distributed.is_main():
+        remove_partial(work / "checkpoints")
+    return windows, teacher, data.describe(recipe, calibration, text)
 
 
 def _teacher(model: nn.Module) -> nn.Module:
-    """The full-precision model, on a GPU in bfloat16."""
+    """A frozen copy of the full-precision model, on a GPU in bfloat16."""
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     return teacher.to(torch.bfloat16) if model.device.type == "cuda" else teacher
 
 
 def _claim(work: Path, recipe: Recipe, stream: torch.Tensor, model: nn.Module) -> None:
-    """Mark `work` as of this run, or refuse one of another."""
+    """Mark the directory `work` as that of this run, or refuse the directory of another run."""
     key = fingerprint(recipe.to_dict(), {}, stream, model)
     path = work / "run.json"
     if path.is_file():
@@ -223,13 +193,14 @@ def _claim(work: Path, recipe: Recipe, stream: torch.Tensor, model: nn.Module) -
             name, before = found["recipe"], found["fingerprint"]
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise TrainingError(
-                f"{path.name} in {str(work)!r}, which says what run that is, cannot be read ({error}); "
-                "remove that file to go on with it by this command, or the directory to train anew"
+                f"{path.name} in {str(work)!r}, which identifies the run there, cannot be read ({error}); "
+                "remove that file to resume the run with this command, or the directory to train from the "
+                "beginning"
             ) from None
         if before != key:
             raise TrainingError(
                 f"{str(work)!r} holds a run of {name!r} with another model, recipe or text; "
-                "remove it, or give the settings of that run to go on with it"
+                "remove it, or give the settings of that run to resume it"
             )
         return
     work.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Descent on rotations: Cayley SGD, whose every iterate is orthogonal, and what it may descend on.
+"""Cayley SGD, whose iterates are all orthogonal, and the kurtosis of activations as an objective.
 
 Source: J. Li, L. Fuxin, S. Todorovic, "Efficient Riemannian optimization on the Stiefel manifold via
 the Cayley transform" (arXiv 2002.01113), as SpinQuant (arXiv 2405.16406) uses it.
@@ -77,10 +77,10 @@ def _move(r: Tensor, a: Tensor, lr: float, q: float, iterations: int, eps: float
 class CayleySGD(torch.optim.Optimizer):
     """SGD with momentum on orthogonal matrices: `m <- momentum * m - grad`, then `cayley_step` along m.
 
-    The momentum keeps only its part in the tangent space. The rest says how the loss would change off the
-    rotations, can be many times larger, and would turn into motion as soon as the matrix has turned.
-    After each step two Newton-Schulz iterations remove what the truncated fixed point (up to 1e-2 if all
-    of A is one plane) and rounding left of `RᵀR - I`, so that nothing builds up over a run.
+    The momentum keeps only its part in the tangent space. The other part is the change of the loss off the
+    rotations; it can be many times larger, and would move the matrix as soon as the tangent space changes.
+    After each step two Newton-Schulz iterations remove the `RᵀR - I` that rounding and the truncated fixed
+    point leave (up to 1e-2 if A acts in one plane), so that errors do not add up over a run.
 
     Args:
         params: orthogonal float `[n, n]` parameters, or groups of them.
@@ -110,8 +110,8 @@ class CayleySGD(torch.optim.Optimizer):
         for r in (r for group in self.param_groups for r in group["params"]):
             if r.ndim != 2 or r.shape[0] != r.shape[1] or r.dtype not in (torch.float32, torch.float64):
                 raise RotationError(
-                    f"CayleySGD got a parameter {tuple(r.shape)} of {r.dtype}; it turns square matrices in "
-                    "float32 or float64, so give other parameters to another optimiser"
+                    f"CayleySGD got a parameter {tuple(r.shape)} of {r.dtype}; it takes square matrices in "
+                    "float32 or float64; give other parameters to another optimiser"
                 )
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ def orthogonality_error(r: Tensor) -> float:
 
 
 def kurtosis(x: Tensor) -> Tensor:
-    """Fourth central moment over the squared variance, of each row: how heavy its tails are.
+    """Fourth central moment over the squared variance of each row; heavy tails have a large one.
 
     Args:
         x: floating `[..., n]`.
@@ -159,7 +159,7 @@ def kurtosis(x: Tensor) -> Tensor:
 def kurtosis_gap(x: Tensor) -> Tensor:
     """How far the rows' mean kurtosis is from a uniform distribution's.
 
-    Rows, since each has a quantisation scale of its own.
+    By rows, since each row has its own quantisation scale.
 
     Args:
         x: floating `[rows, n]`.

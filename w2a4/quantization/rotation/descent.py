@@ -1,4 +1,4 @@
-"""A run of Cayley SGD that survives a kill and stops at the first sign of divergence."""
+"""A run of Cayley SGD that can be resumed and that stops at the first sign of divergence."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from .fold import ORTHOGONAL_TOLERANCE
 #: Loss of a step (counted from 0) at given rotations.
 Objective = Callable[[int, dict[str, Tensor]], Tensor]
 
-#: Steps between two writes of the state that a later run goes on from.
+#: Steps between two writes of the state that a later run resumes from.
 SAVE_EVERY = 5
 
-#: A loss this many times the first one (or 1, if that is more) has exploded.
+#: A loss this many times the first one (or 1, if 1 is more) has exploded.
 EXPLODED = 10.0
 
 
 class Descent:
-    """Moves rotations down an objective.
+    """Minimises an objective over rotations.
 
     Args:
-        rotations: orthogonal `[n, n]` parameters by name; they move.
+        rotations: orthogonal `[n, n]` parameters by name, changed in place.
         options: steps, learning rate, schedule, momentum and limit of the gradient.
         out: `<out>.last-good.safetensors` gets the last good rotations if the run diverges.
         partial: file for the state, or None to keep none.
-        key: says what is being learned; a state under another key is refused.
+        key: identifies model, recipe and calibration text; a state with another key is refused.
 
     Attributes:
-        losses: one a step done, before it.
-        drift: one a step done, max |RᵀR - I| of the worst matrix after it.
-        seconds: of all steps done, also by earlier runs.
+        losses: one a finished step, before its move.
+        drift: one a finished step, max |RᵀR - I| of the worst matrix after its move.
+        seconds: of all finished steps, those of interrupted runs included.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Descent:
         self._good: tuple[int, dict[str, Tensor]] | None = None
 
     def run(self, objective: Objective, bar: tqdm | None = None) -> None:
-        """All steps that are left.
+        """Do all steps that are left.
 
         Raises:
             RotationError: the loss is not finite or explodes, or a gradient or a rotation is not finite;
-                the message says which and where the last good rotations are.
+                the message names it, and the file of the last good rotations.
         """
         while len(self.losses) < self.options.steps:
             started = time.perf_counter()
@@ -97,7 +97,7 @@ class Descent:
         self.optimizer.zero_grad(set_to_none=True)
         name, error = self._worst()
         if not error <= ORTHOGONAL_TOLERANCE:
-            self._stop(step, f"{name} is no rotation any more: max |RᵀR - I| = {error:.1e}")
+            self._stop(step, f"{name} is not orthogonal any more: max |RᵀR - I| = {error:.1e}")
         self.losses.append(value)
         self.drift.append(error)
 
@@ -106,7 +106,7 @@ class Descent:
         return max(errors.items(), key=lambda item: float("inf") if item[1] != item[1] else item[1])
 
     def _stop(self, step: int, reason: str) -> NoReturn:
-        kept = "there are none from before to keep"
+        kept = "there are no earlier rotations to keep"
         if self._good is not None:
             path = self.out.with_suffix(".last-good.safetensors")
             write_tensors(path, self._good[1], {"step": self._good[0]})
@@ -117,7 +117,7 @@ class Descent:
         )
 
     def restore(self) -> int:
-        """Take up the state that an earlier run left; returns the steps it had done.
+        """Load the state that an interrupted run wrote; returns the number of steps it had finished.
 
         Raises:
             RotationError: the state is of other rotations, or damaged.
@@ -127,8 +127,8 @@ class Descent:
         state = read_metadata(self.partial)
         if state.get("key") != self.key:
             raise RotationError(
-                f"{str(self.partial)!r} holds the progress of learning other rotations (another model, "
-                "recipe or calibration); remove it, or repeat that one"
+                f"{str(self.partial)!r} holds the state of learning other rotations (another model, recipe "
+                "or calibration); remove it, or repeat the command that wrote it"
             )
         tensors = load_file(self.partial)
         with torch.no_grad():

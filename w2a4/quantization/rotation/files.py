@@ -1,4 +1,4 @@
-"""Files of rotations: tensors, where they come from, and which model they are for."""
+"""Files of rotations: the tensors, their report, and a mark of the model that they were learned on."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch import Tensor, nn
 from ...errors import RotationError
 from ...format import files
 
-#: Rows of the embedding that a model is known by.
+#: Rows of the embedding that `model_mark` reads.
 _ROWS = 64
 
 
 @torch.no_grad()
 def model_mark(model: nn.Module) -> str:
-    """Tells a model from others of its shape, in whatever dtype it was loaded: by signs in its embedding."""
+    """A digest of signs in the embedding: 16 hexadecimal digits, the same in every dtype of a model."""
     weight = model.get_input_embeddings().weight
     signs = torch.signbit(weight[:: max(1, len(weight) // _ROWS)]).cpu().numpy()
     return hashlib.sha256(np.packbits(signs).tobytes()).hexdigest()[:16]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """A safetensors file, whole or not at all, with JSON as its metadata `w2a4`."""
+    """Write a safetensors file, whole or not at all, with JSON as its metadata `w2a4`."""
     files.write_tensors(path, tensors, {"w2a4": json.dumps(metadata)})
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_tensors` wrote beside the tensors; empty for a file of another origin.
+    """The metadata that `write_tensors` wrote; empty for a file of another origin.
 
     Raises:
         RotationError: not a safetensors file.
@@ -43,5 +43,5 @@ def read_metadata(path: Path) -> dict[str, Any]:
             return json.loads((file.metadata() or {}).get("w2a4", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise RotationError(
-            f"{str(path)!r} cannot be read ({error}); it is damaged, remove it and learn again"
+            f"{str(path)!r} cannot be read ({error}); it is damaged: remove it and learn again"
         ) from None

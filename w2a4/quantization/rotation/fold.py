@@ -23,7 +23,7 @@ from ...format.online import OnlineRotation, RotatedLinear
 from ...recipe import RotationConfig
 from .files import model_mark, read_metadata
 
-#: Largest max|RᵀR - I| of a learned rotation that rounding to float32 and some drift explain.
+#: Largest max |RᵀR - I| of a learned rotation: that of rounding to float32 and of some drift.
 ORTHOGONAL_TOLERANCE = 1e-4
 
 #: Rows of an embedding or lm_head held in float64 at a time.
@@ -225,7 +225,7 @@ def _load_learned(model: nn.Module, config: RotationConfig) -> dict[str, _Learne
 
 
 def _check_mark(path: Path, model: nn.Module) -> None:
-    """A file that says which model it is for must say this one."""
+    """Raise RotationError for a file that was learned on another model; a file without a mark passes."""
     about = read_metadata(path)
     if about.get("model", model_mark(model)) != model_mark(model):
         source = about.get("report", {}).get("source", "another model")
@@ -236,7 +236,7 @@ def _check_mark(path: Path, model: nn.Module) -> None:
 
 
 def _orthogonal(matrix: Tensor, size: int, name: str, path: Path) -> Tensor:
-    """The orthogonal matrix next to `matrix`, float64, once it is known to be a rotation but for rounding."""
+    """The orthogonal matrix nearest to `matrix`, float64; `matrix` must be a rotation up to rounding."""
     if matrix.shape != (size, size):
         raise RotationError(
             f"{name} in {str(path)!r} is {tuple(matrix.shape)}, but this model needs {(size, size)}; "

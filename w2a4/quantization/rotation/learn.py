@@ -1,9 +1,8 @@
-"""Learned rotations: R1 and R2 that make a LLaMA lose least when it is quantised.
+"""`learn_rotation`: learn R1 and R2 that reduce the error of quantisation, report and write them.
 
-`learn_rotation` writes the file that `rotation.learned` names. Three objectives: the cross-entropy of the
-fake-quantised network (SpinQuant, arXiv 2405.16406), its divergence from the full-precision one, and the
-kurtosis of activations (KurTail, arXiv 2503.01483), which needs no pass backward through the model. All
-descend by Cayley SGD.
+`network` computes the objectives: the cross-entropy of the fake-quantised network (SpinQuant,
+arXiv 2405.16406), its divergence from the full-precision one, or the kurtosis of activations (KurTail,
+arXiv 2503.01483), which needs no backward pass through the model. `descent` minimises them by Cayley SGD.
 """
 
 from __future__ import annotations
@@ -43,32 +42,32 @@ from .descent import Descent
 from .files import model_mark, read_metadata, write_tensors
 from .network import OBJECTIVES, act_group_sizes
 
-#: What learning depends on; the rest of a recipe may change between learning and quantising.
+#: Recipe fields that learning depends on; the others may change between learning and quantising.
 RECIPE_FIELDS = (
     "rotation", "rotation_learning", "weight_bits", "group_size", "act_bits", "act_clip", "act_group_size",
     "o_proj_act", "kv_bits", "kv_clip", "sink_tokens",
 )  # fmt: skip
 
-#: What it depends on besides if the model is smoothed first.
+#: Recipe fields that learning depends on besides, if the model is smoothed first.
 SMOOTHING_FIELDS = ("smooth", "calib_samples", "calib_seqlen")
 
 
 @dataclass
 class RotationReport:
-    """How rotations were learned; beside them as JSON.
+    """How rotations were learned; also written as JSON beside them.
 
     Attributes:
-        recipe: the part of the recipe that learning depends on, see `RECIPE_FIELDS`.
+        recipe: the fields of `RECIPE_FIELDS`, and of `SMOOTHING_FIELDS` if the model was smoothed.
         source: the model, see `report.source_name`.
         calibration: see `data.describe_text`.
         seed: of the rotations to start from and of the order of the text.
-        losses: one a step, of the rotations before it, each on its own part of the text.
-        orthogonality: one a step, max |RᵀR - I| over all matrices after it.
-        before, after: loss on the first step's text of the rotations to start from and of those learned.
+        losses: one a step, before its move, each on the windows of its step.
+        orthogonality: one a step, max |RᵀR - I| over all matrices after its move.
+        before, after: loss of the first and of the learned rotations, on the windows of the first step.
         final: max |RᵀR - I| of every matrix written.
-        seconds: all runs together, if there was an interruption.
+        seconds: of all steps, those of interrupted runs included.
         peak_memory_mb: of the process, see `devices.peak_memory_mb`.
-        resumed_at: steps that an earlier run had done.
+        resumed_at: steps that an interrupted run had finished.
         plot: file name of the loss plot, or why there is none.
     """
 
@@ -99,24 +98,24 @@ def learn_rotation(
 ) -> RotationReport:
     """Learn R1 and the R2 of every layer for a LLaMA and a recipe, and write them to a file.
 
-    The model stays as it is; learning works on a copy of it, in its dtype, with the rotations in float32,
-    smoothed if the recipe says so.
+    The model does not change; learning works on a copy in the same dtype, smoothed if the recipe has
+    `smooth`, with rotations in float32.
 
     Args:
         model: LlamaForCausalLM, float, unrotated.
         tokenizer: for the calibration text.
-        recipe: a `Recipe`, the name of one, or a YAML file. Of R1 and R2 those are learned that it calls
-            `learned`, or both if it calls neither so; `rotation_learning` says how.
+        recipe: a `Recipe`, the name of one, or a YAML file. Learns those of R1 and R2 that it sets to
+            `learned`, or both if it sets neither; `rotation_learning` has the settings.
         calibration: `builtin`, a text file, a list of documents, or token ids int64 `[samples, tokens]`,
             cut to `seqlen`.
         out: `.safetensors`; gets `R1` float32 `[hidden, hidden]` and `R2.<layer>` `[head_dim, head_dim]`,
-            with the report as metadata. Beside it come the report as `.json` and, with matplotlib, a
-            plot as `.png`. If it is there from the same call, it is not learned again.
+            with the report as metadata. The report as `.json` and, with matplotlib, a plot as `.png` are
+            written beside it. A file that the same call wrote before is not learned again.
         progress: show a bar.
-        resume: keep the state in `.<out>.partial` every few steps, and go on from one that is there.
+        resume: write the state to `.<out>.partial` every few steps, and resume from it if it exists.
 
     Returns:
-        the losses and what else there is to tell.
+        the losses, times and other facts, see `RotationReport`.
 
     Raises:
         RotationError: not a float LLaMA, a state or file of other rotations, nothing that is quantised, or
@@ -173,7 +172,7 @@ def _check(model: nn.Module, recipe: Recipe, out: Path) -> None:
     if options.objective != "kurtosis" and kept and recipe.act_bits == recipe.kv_bits == 16:
         raise RotationError(
             f"act_bits=16, kv_bits=16, rotation_learning.weights={options.weights!r}: nothing is quantised "
-            "while learning, so no rotation is better than another; set act_bits or kv_bits to 4"
+            "while learning, and all rotations are equally good; set act_bits or kv_bits to 4"
         )
     if recipe.weight_bits < 16:
         act_group_sizes(model, recipe)
@@ -182,7 +181,7 @@ def _check(model: nn.Module, recipe: Recipe, out: Path) -> None:
 def _windows(
     model: nn.Module, tokenizer: Any, recipe: Recipe, calibration: TextSource | Tensor
 ) -> tuple[Tensor, str]:
-    """Token ids `[n, <= seqlen]`, n at least a batch, and a line on where they come from."""
+    """Token ids int64 `[n, <= seqlen]`, n at least a batch, and a line that describes the text."""
     options, size = recipe.rotation_learning, model.config.vocab_size
     if isinstance(calibration, Tensor):
         ids = check_token_ids(calibration, size)[:, : options.seqlen]
@@ -201,7 +200,7 @@ def _windows(
 
 
 def _start(model: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
-    """The rotations to start from: float32, float64 for a float64 model."""
+    """The rotations to start from by name: float32, or float64 for a float64 model."""
     llama, rotation, weight = model.config, recipe.rotation, model.model.embed_tokens.weight
     head_dim = model.model.layers[0].self_attn.head_dim
     sizes = {"R1": llama.hidden_size} if rotation.r1 == "learned" else {}
@@ -218,18 +217,18 @@ def _start(model: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
 
 
 def _finished(out: Path, key: str) -> RotationReport:
-    """The report in a file that is there already, if it is from the same call."""
+    """The report in a file that the same call wrote before."""
     metadata = read_metadata(out)
     if metadata.get("key") != key:
         raise RotationError(
             f"{str(out)!r} exists and holds other rotations (another model, recipe or calibration); "
-            "give another file, or remove it first"
+            "give another file, or remove this one first"
         )
     return RotationReport(**metadata["report"])
 
 
 def _write(out: Path, rotations: dict[str, Tensor], report: RotationReport, about: dict[str, str]) -> None:
-    """Report and plot first: where the rotations are, all is."""
+    """Write plot and report first, so that a file of rotations means that all files are there."""
     tensors = {name: r.detach().float() for name, r in rotations.items()}
     report.final = {name: orthogonality_error(r) for name, r in tensors.items()}
     report.plot = _plot(out.with_suffix(".png"), report)

@@ -57,13 +57,13 @@ def act_group_sizes(model: nn.Module, recipe: Recipe) -> dict[str, int]:
 class RotatedNetwork:
     """A model as a function of its learned rotations, fake-quantised as a recipe says.
 
-    Weights are a frozen copy with norms, R4 and every rotation that is not learned folded in. What the
-    learned ones make of them is computed in the graph, so gradients reach the rotations exactly.
-    Each layer runs again in the backward pass, so that only hidden states are kept.
+    Weights are a frozen copy with norms, R4 and every rotation that is not learned folded in. Learned
+    rotations are applied to the weights in the graph, so that gradients reach them exactly. The backward
+    pass computes each layer again, so that memory holds hidden states only.
 
     Args:
         model: of a family in `arch`, float, unrotated; not changed.
-        recipe: `rotation.r1` and `r2` say which are learned, i.e. come as arguments.
+        recipe: rotations that `rotation.r1` and `r2` call learned are arguments of the methods.
 
     Raises:
         RotationError: see `fold.rotate`.
@@ -189,11 +189,12 @@ def _fixed_part(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """The function's value; in the backward pass it is computed again. It must draw nothing at random."""
+    """The function's value, computed again in the backward pass; the function must not be random."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _wide(x: Tensor) -> Tensor:
+    """In float32, or wider if x is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -211,8 +212,8 @@ def _turn(x: Tensor, r: Tensor | None) -> Tensor:
 def _fake_weight(weight: Tensor, bits: int, group_size: int | str) -> Tensor:
     """Weights `[out, in]` rounded, with the gradient passed straight through.
 
-    Cheap grids, since every step needs new ones: at 2 bits the levels that suit a Gaussian of the group's
-    mean and deviation, which is what rotated weights look like; at 4 bits a fixed clip.
+    Grids are cheap, since every step needs new ones: at 2 bits the best levels for a Gaussian of the group's
+    mean and deviation, since rotated weights are nearly Gaussian; at 4 bits a fixed clip.
     """
     if bits == 16:
         return weight
@@ -231,7 +232,7 @@ def _fake_weight(weight: Tensor, bits: int, group_size: int | str) -> Tensor:
 def network_objective(model: nn.Module, recipe: Recipe, ids: Tensor) -> Objective:
     """Loss of the fake-quantised network on the windows of the step.
 
-    Windows come in a random order of the recipe's seed, all of them before one comes again.
+    The recipe's seed gives a random order of the windows; all are used before one is used again.
     """
     network, options = RotatedNetwork(model, recipe), recipe.rotation_learning
     generator = torch.Generator().manual_seed(recipe.rotation.seed)
@@ -244,10 +245,10 @@ def network_objective(model: nn.Module, recipe: Recipe, ids: Tensor) -> Objectiv
 
 
 def kurtosis_objective(model: nn.Module, recipe: Recipe, ids: Tensor) -> Objective:
-    """Distance of activations' kurtosis from a uniform distribution's.
+    """Distance of activations' kurtosis from that of a uniform distribution, summed over all rotations.
 
-    R1 turns the inputs of q/k/v and of gate/up (mean over both and all layers), an R2 the values of its
-    layer; the sum over all matrices. Activations are those of the full-precision model, unrotated.
+    R1 rotates the inputs of q/k/v and of gate/up (mean over both and all layers), an R2 the values of its
+    layer. Activations are those of the full-precision model, unrotated.
     """
     sites = _sites(_fixed_part(model, recipe), recipe, ids[:KURTOSIS_WINDOWS])
     seed = recipe.rotation.seed

@@ -1,4 +1,4 @@
-"""Plots of what `benchmarks.accuracy` measured; needs matplotlib (pip install 'w2a4[plots]')."""
+"""Plots of what `benchmarks.experiments.accuracy` measured; needs matplotlib (pip install 'w2a4[plots]')."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Accuracy by recipe: a model quantised or trained by every row of a grid, for every seed.
 
-    python -m benchmarks.accuracy --grid FILE|NAME [--model MODEL] [--set key=value ...] [--json FILE]
-        [--plots DIR] [--rows a,b] [--seeds 0,1] [--workers N] [--device cuda]
+    python -m benchmarks.experiments.accuracy --grid FILE|NAME [--model MODEL] [--set key=value ...]
+        [--json FILE] [--plots DIR] [--rows a,b] [--seeds 0,1] [--workers N] [--device cuda]
 
-A grid is a YAML file, or the name of one in `benchmarks/grids`. Rows run side by side in processes of
-one thread each, so that no figure depends on the number of cores; with `--device cuda` they share the GPU
-and the cores. With `--json`, a killed run is gone on with.
+A grid is a YAML file, or the name of one in `benchmarks/experiments/grids`. Rows run side by side in
+processes of one thread each, so that no figure depends on the number of cores; with `--device cuda` they
+share the GPU and the cores. With `--json`, a killed run is gone on with.
 Exits 1 when a claim of the grid does not hold.
 """
 
@@ -28,12 +28,12 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import w2a4
-from benchmarks import tiny_llama
+from benchmarks.experiments import testbed
+from benchmarks.experiments.grid import FULL_PRECISION, Claim, Grid, Row
+from benchmarks.experiments.outliers import plant_outliers
+from benchmarks.experiments.shape_report import shapes
 from benchmarks.files import write_json
-from benchmarks.grid import FULL_PRECISION, Claim, Grid, Row
 from benchmarks.harness import metadata
-from benchmarks.outliers import plant_outliers
-from benchmarks.shape_report import shapes
 from w2a4.cli.options import parse_settings
 from w2a4.evaluate.perplexity import perplexity
 from w2a4.evaluate.report import number
@@ -45,7 +45,7 @@ def load(grid: Grid, seed: int) -> tuple[Any, Any]:
     """The float model that every row begins with, and its tokenizer."""
     if grid.model != "testbed":
         return w2a4.load_model(grid.model, dtype=torch.float32)
-    model, tokenizer = tiny_llama.load(seed, progress=False)
+    model, tokenizer = testbed.load(seed, progress=False)
     return (plant_outliers(model, seed=seed, **grid.outliers) if grid.outliers else model), tokenizer
 
 
@@ -125,7 +125,7 @@ def _earlier(path: Path | None, grid: Grid) -> list[dict[str, Any]]:
 
 
 def _command() -> str:
-    return " ".join(["python -m benchmarks.accuracy", *sys.argv[1:]])
+    return " ".join(["python -m benchmarks.experiments.accuracy", *sys.argv[1:]])
 
 
 def summarise(result: dict[str, Any], grid: Grid) -> list[dict[str, Any]]:
@@ -185,7 +185,7 @@ def report(result: dict[str, Any], grid: Grid) -> str:
 
 
 @click.command(help=(__doc__ or "").split("\n")[0])
-@click.option("--grid", "source", required=True, help="A YAML file, or one of benchmarks/grids.")
+@click.option("--grid", "source", required=True, help="A YAML file, or one of benchmarks/experiments/grids.")
 @click.option("--model", help="A directory, hub id or .gguf file instead of the grid's.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A recipe field, in every row.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write results here; kept ones count.")
@@ -199,7 +199,7 @@ def main(
     rows: str | None, seeds: str | None, workers: int, device: str,
 ):  # fmt: skip
     if plots is not None:
-        from benchmarks.accuracy_plots import check_matplotlib, plot
+        from benchmarks.experiments.accuracy_plots import check_matplotlib, plot
 
         check_matplotlib()
     try:

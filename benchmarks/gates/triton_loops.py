@@ -1,6 +1,6 @@
 """Compiles the Triton kernels' main loops and counts what a step of one takes. Needs triton, no GPU.
 
-    python -m benchmarks.triton_loops [--arch 90] [--json FILE]
+    python -m benchmarks.gates.triton_loops [--arch 90] [--json FILE]
 
 A step is a pass of the loop: so many inputs of a GEMM's tile as share their scales, or a tile of keys. Counts
 are held tightly to those of `COUNTS` that were taken with the triton that is installed, and loosely where
@@ -31,8 +31,8 @@ from w2a4.triton_kernels.gemm import gemm_a4_kernel
 from w2a4.triton_kernels.gemm_int8 import PART, STEP, gemm_int8_kernel
 from w2a4.triton_kernels.tiles import INT8_TILES, TILES, Tile, fit_k
 
-from benchmarks import residency, sass, sass_gate
 from benchmarks.files import commit, now, write_json
+from benchmarks.gates import residency, sass, sass_gate
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHS = (80, 90, 100)

@@ -1,4 +1,4 @@
-"""Grids of recipes: what `benchmarks.accuracy` reads.
+"""Grids of recipes: what `benchmarks.experiments.accuracy` reads.
 
 model: testbed                  # or a directory or .gguf file
 outliers: {factor: 16.0}        # planted in the testbed: arguments of `plant_outliers`

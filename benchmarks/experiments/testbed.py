@@ -1,6 +1,6 @@
 """A testbed that needs no download: a byte-level LLaMA, trained on the Python reference in a few minutes.
 
-    python -m benchmarks.tiny_llama [--seed N] [--outliers] [--out DIR]
+    python -m benchmarks.experiments.testbed [--seed N] [--outliers] [--out DIR]
 
 The first use trains it, every later one reads `~/.cache/w2a4/testbed` (or `$W2A4_CACHE/testbed`). Trained
 so briefly its residual stream has few of the outliers of large ones; `plant_outliers` adds some, the output
@@ -33,8 +33,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import w2a4
+from benchmarks.experiments.outliers import four_bit_inputs, input_shape, plant_outliers
 from benchmarks.files import write_json
-from benchmarks.outliers import four_bit_inputs, input_shape, plant_outliers
 from w2a4.evaluate.data import builtin_text
 from w2a4.evaluate.perplexity import perplexity
 from w2a4.format.directories import atomic_directory, check_out_dir

@@ -1,8 +1,8 @@
 """How full each CUDA kernel keeps a GPU, at the shapes of published models. Needs nvcc and c++, no GPU.
 
-    python -m benchmarks.residency [--arch 80,90] [--model NAME ...] [--json FILE]
+    python -m benchmarks.gates.residency [--arch 80,90] [--model NAME ...] [--json FILE]
 
-Registers and static shared memory come from the compiled kernels (`benchmarks.sass_gate` keeps them in
+Registers and static shared memory come from the compiled kernels (`benchmarks.gates.sass_gate` keeps them in
 build/sass), grids and dynamic shared memory from the launch plans in csrc/cuda, which `residency.cpp` asks.
 Of these follow thread blocks and warps that a multiprocessor holds at a time, waves, and how much of its ring
 of loads a warp has work for. Exits 1 where a kernel falls below its floor, which is what it has today.
@@ -23,12 +23,12 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
-from benchmarks import sass, sass_gate
 from benchmarks.files import ROOT, commit, now, write_json
+from benchmarks.gates import sass, sass_gate
 from benchmarks.shapes import MODELS, Model, group_size
 from w2a4.format.hadamard import hadamard_spec
 
-PROBE, CACHE = ROOT / "benchmarks/residency.cpp", ROOT / "build/residency"
+PROBE, CACHE = ROOT / "benchmarks/gates/residency.cpp", ROOT / "build/residency"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import w2a4
-from benchmarks.outliers import changed_inputs
+from benchmarks.experiments.outliers import changed_inputs
 from w2a4 import arch
 from w2a4.evaluate.data import load_text, windows
 

@@ -1,6 +1,6 @@
 """Compiles every CUDA kernel and checks its machine code. Needs nvcc and cuobjdump, no GPU.
 
-    python -m benchmarks.sass_gate [--arch 80,90,100] [--json FILE]
+    python -m benchmarks.gates.sass_gate [--arch 80,90,100] [--json FILE]
 
 Prints a table and exits 1 on a breach. Results are kept in build/sass by a hash of sources and flags.
 The tools are looked for on PATH, in CUDA_HOME/bin, and in an installed triton, which brings cuobjdump.
@@ -24,8 +24,8 @@ import click
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks import sass
 from benchmarks.files import ROOT, commit, now, write_json
+from benchmarks.gates import sass
 
 SOURCES = ROOT / "csrc/cuda"
 CACHE = ROOT / "build/sass"

@@ -1,0 +1,184 @@
+"""`Manifest`: what loading a checkpoint needs to know, and nothing else.
+
+In format 2, `quantization_config` of config.json holds `manifest`, which is checked strictly, and beside it
+`recipe` and `provenance`, which say how the model was made and are not read when it is loaded: a recipe of
+another version, with fields that this one does not have, is no obstacle. Format 1 had no manifest; its facts
+stand among the fields of the recipe, and `Manifest.from_format1` takes them from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import CheckpointError, RotationError, shown
+from ..version import VERSION
+from . import schema
+from .groups import check_formats
+from .kinds import OnlineKind, RotationKind
+from .online import OnlineRotation
+
+#: Raised when the layout of tensors or of the manifest changes incompatibly.
+FORMAT_VERSION = 2
+
+#: The oldest w2a4 that reads `FORMAT_VERSION`; raised with it.
+NEEDS_W2A4 = "0.1.0"
+
+#: Codes of a weight, by its bits: 2 index four int8 levels a group, 4 are signed steps, 16 are the floats.
+GRIDS = {2: "codebook", 4: "uniform", 16: "float"}
+
+_SCHEMA = schema.Schema("manifest", CheckpointError)
+
+#: What a recipe of format 1 means where it lacks a field.
+_FORMAT1: dict[str, Any] = {
+    "weight_bits": 2, "group_size": "auto", "act_bits": 4, "act_group_size": -1, "o_proj_act": "head",
+    "kv_bits": 4, "kv_clip": 0.95, "sink_tokens": 0, "head_bits": 8, "embed_bits": 8,
+}  # fmt: skip
+_FORMAT1_ROTATION: dict[str, Any] = {
+    "r1": "random_hadamard", "r2": "random_hadamard", "r3": "hadamard", "r4": "hadamard", "seed": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """The rotations that a model was given.
+
+    Attributes:
+        r1, r2: folded into the weights.
+        r3: applied to queries and keys.
+        r4: applied to the input of down_proj, whose weight its inverse is folded into.
+        seed: that R3, R4 and the random kinds of R1 and R2 were drawn from; any whole number.
+    """
+
+    r1: RotationKind
+    r2: RotationKind
+    r3: OnlineKind
+    r4: OnlineKind
+    seed: int
+
+    def __post_init__(self) -> None:
+        _SCHEMA.check(self)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the tensors of a checkpoint mean, and what is computed with them.
+
+    Attributes:
+        family: `model_type` of config.json.
+        weight_bits, grid: of the decoder's linears, see `GRIDS`.
+        group_size: inputs that share one scale; -1 is the whole row; see `groups.resolve_group_size`.
+        act_bits: 4 (per token, dynamic, symmetric) or 16 (not quantised).
+        act_group_size: activations of a token that share one scale; -1 is the whole token.
+        o_proj_act: `head` gives each attention head of o_proj's input its own scale, `token` does not.
+        kv_bits: 4 (asymmetric, a scale and a zero-point a token and head) or 16.
+        kv_clip: the range of a key or value is shrunk by this factor around its middle, in (0, 1].
+        sink_tokens: the first cache entries kept in 16 bits.
+        head_bits, embed_bits: 8 (per row) or 16.
+        rotation: which rotations the model was given.
+        r3, r4: the rotations to apply online, with their widths; None where `rotation` says `none`.
+
+    Raises:
+        CheckpointError: a value that no field has, or online rotations other than `rotation` says.
+    """
+
+    family: str
+    weight_bits: Literal[2, 4, 16]
+    grid: Literal["codebook", "uniform", "float"]
+    group_size: int | Literal["auto"]
+    act_bits: Literal[4, 16]
+    act_group_size: int
+    o_proj_act: Literal["head", "token"]
+    kv_bits: Literal[4, 16]
+    kv_clip: float
+    sink_tokens: int
+    head_bits: Literal[8, 16]
+    embed_bits: Literal[8, 16]
+    rotation: Rotations
+    r3: OnlineRotation | None
+    r4: OnlineRotation | None
+
+    def __post_init__(self) -> None:
+        _SCHEMA.check(self)
+        check_formats(self, CheckpointError)
+        if self.grid != GRIDS[self.weight_bits]:
+            raise CheckpointError(
+                f"grid={self.grid!r} with weight_bits={self.weight_bits}: give {GRIDS[self.weight_bits]!r}"
+            )
+        for name in ("r3", "r4"):
+            kind, found = getattr(self.rotation, name), getattr(self, name)
+            if (found.kind if found else "none") != kind:
+                raise CheckpointError(
+                    f"rotation.{name}={kind!r}, but {name} is {found.kind if found else 'none'!r}"
+                )
+
+    @classmethod
+    def of_recipe(cls, recipe: Mapping[str, Any], rotation: Mapping[str, Any], family: str) -> Manifest:
+        """The manifest of a model that was made by a recipe.
+
+        Args:
+            recipe: `Recipe.to_dict()`.
+            rotation: its `online` holds `r3` and `r4`, each as `OnlineRotation.to_dict` gives it or None.
+            family: `model_type` of the model's config.
+        """
+        record = _mapping("rotation.online", rotation.get("online"))
+        online = {name: _online(record.get(name)) for name in ("r3", "r4")}
+        kinds = {key: recipe["rotation"][key] for key in _FORMAT1_ROTATION}
+        facts = {key: recipe[key] for key in _FORMAT1}
+        grid = GRIDS.get(facts["weight_bits"], "") if isinstance(facts["weight_bits"], int) else ""
+        return _SCHEMA.from_dict(cls, {**facts, "family": family, "grid": grid, "rotation": kinds, **online})
+
+    @classmethod
+    def from_format1(cls, recipe: Any, rotation: Any) -> Manifest:
+        """The manifest of a checkpoint of format 1: fields that loading does not need are ignored.
+
+        Args:
+            recipe, rotation: those of its `quantization_config`.
+        """
+        recipe = _mapping("recipe", recipe)
+        kinds = {**_FORMAT1_ROTATION, **_mapping("recipe.rotation", recipe.get("rotation"))}
+        recipe = {**_FORMAT1, **recipe, "rotation": kinds}
+        return cls.of_recipe(recipe, _mapping("rotation", rotation), "llama")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON with every field."""
+        return schema.to_dict(self)
+
+
+def read_manifest(quantization: Mapping[str, Any]) -> Manifest:
+    """The manifest of a `quantization_config` of any format up to `FORMAT_VERSION`.
+
+    Raises:
+        CheckpointError: a newer format, with the w2a4 that reads it, or a value that no checkpoint has.
+    """
+    version = quantization.get("format_version", 1)
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"format_version={shown(version)}: give a number from 1 on")
+    if version > FORMAT_VERSION:
+        needs = quantization.get("needs_w2a4")
+        raise CheckpointError(
+            f"checkpoint format {version} is newer than {FORMAT_VERSION}, which w2a4 {VERSION} reads: it was "
+            f"written by w2a4 {quantization.get('w2a4_version', 'of unknown version')!s:.20} and needs "
+            f"{f'w2a4 >= {needs!s:.20}' if needs else 'a newer w2a4'}; upgrade w2a4"
+        )
+    try:
+        if version == 1:
+            return Manifest.from_format1(quantization.get("recipe"), quantization.get("rotation"))
+        return _SCHEMA.from_dict(Manifest, quantization.get("manifest"))
+    except (CheckpointError, RotationError) as error:
+        raise CheckpointError(
+            f"quantization_config of format {version}: {error!s:.600}; config.json was changed or is "
+            "damaged, copy or download it again"
+        ) from None
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise CheckpointError(f"{name}={shown(value)} is not a mapping")
+    return value or {}
+
+
+def _online(data: Any) -> Mapping[str, Any] | None:
+    """An online rotation of format 1, which also recorded those of the kind `none`."""
+    return None if not data or (isinstance(data, Mapping) and data.get("kind") == "none") else data
