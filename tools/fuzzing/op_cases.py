@@ -451,8 +451,9 @@ def _layer_of_ops(
 
 CASES = (
     _hadamard, _quantize_a4, _fused_a4, _fused_a4, _linear_a4, _linear_a4, _linear_w8, _quantize_kv4,
-    _append_kv4, _paged_append_kv4, _rope_append_kv4, _attention_kv4, _attention_kv4,
-    _paged_attention_kv4, _round_columns, _snap, _fake_quant_rows, _snap_backward, _fake_quant_rows_backward, _decoder_layer, _decoder_layer,
+    _append_kv4, _paged_append_kv4, _rope_append_kv4, _attention_kv4, _attention_kv4, _paged_attention_kv4,
+    _round_columns, _snap, _fake_quant_rows, _snap_backward, _fake_quant_rows_backward, _decoder_layer,
+    _decoder_layer,
 )  # fmt: skip
 
 #: Numbers that no argument should be taken at its word for.
