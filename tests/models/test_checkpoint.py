@@ -18,8 +18,8 @@ from support.packed import SHAPE, packed_model, prompt
 from support.tiny_models import tiny_llama
 from w2a4.errors import CheckpointError, W2A4Error
 from w2a4.format.directories import atomic_directory
-from w2a4.format.online import OnlineRotation
 from w2a4.format.manifest import FORMAT_VERSION
+from w2a4.format.online import OnlineRotation
 from w2a4.hub.transformers import install, prepare_skeleton
 
 

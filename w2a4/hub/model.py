@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import StaticCache
 
 from ..errors import W2A4Error
 from ..evaluate.report import Report, checkpoint_summary, model_card
@@ -17,7 +18,7 @@ from ..runtime.arguments import cache_of
 from ..runtime.attention import NAME
 from ..runtime.capturing import forget_capturing
 from ..runtime.classes import Derived, original
-from ..runtime.guards import no_other_attention
+from ..runtime.guards import adopt, no_other_attention
 from ..runtime.kv_cache import check_static
 from . import portable
 from .checkpoint import atomic_directory
@@ -55,8 +56,13 @@ class PackedModelMixin(Derived):
 
         Only here is the length known before the work, and without waiting for a device.
         """
-        check_static(cache_of(model_kwargs), others.get("max_cache_length", rest[-1] if rest else 0))
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **others)
+        length = others.get("max_cache_length", rest[-1] if rest else 0)
+        check_static(cache_of(model_kwargs), length)
+        out = super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **others)
+        made, settings = cache_of(model_kwargs), self.model.layers[0].self_attn.kv_settings
+        if settings.kv_bits == 4 and type(made) is StaticCache:
+            adopt(made, settings, len(self.model.layers), length)
+        return out
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """RoPE's frequencies stay in float32, as in a model that is loaded in this dtype."""

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from ..errors import W2A4Error
 from .arguments import CACHE, CACHE_NAMES, NO_WEIGHTS, cache_of
 from .attention import NAME
-from .kv_cache import KV4Cache, KV4StaticCache
+from .kv_cache import KV4Cache, KV4StaticCache, static_room
 from .kv_store import KVSettings
 
 
@@ -71,10 +71,13 @@ def no_other_attention(asked: Any) -> str:
     )
 
 
-def adopt(cache: Any, settings: KVSettings, layers: int) -> None:
+def adopt(cache: Any, settings: KVSettings, layers: int, room: int | None = None) -> None:
     """Make an empty cache of transformers one of 4 bits, in place: whoever holds it finds it filled.
 
     One of 16 bits that holds something already goes on as it is, and attention sees its entries in 4 bits.
+
+    Args:
+        room: tokens of a static cache, where its layers with windows do not say.
 
     Raises:
         W2A4Error: a cache of another kind or of another model, or one that is moved off the device.
@@ -97,7 +100,13 @@ def adopt(cache: Any, settings: KVSettings, layers: int) -> None:
     if int(cache.get_seq_length()):
         return
     if type(cache) is StaticCache:
-        own: KV4Cache = KV4StaticCache(settings, layers, cache.layers[0].max_cache_len)
+        room = static_room(cache) or room
+        if room is None:
+            raise W2A4Error(
+                "a StaticCache of a model whose layers all have a sliding window does not say how many "
+                "tokens it is for; give w2a4.KV4StaticCache.for_model(model, tokens)"
+            )
+        own: KV4Cache = KV4StaticCache(settings, layers, room)
     else:
         own = KV4Cache(settings, layers)
     cache.__class__ = type(own)

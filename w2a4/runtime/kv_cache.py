@@ -234,11 +234,16 @@ def check_static(cache: Any, tokens: int) -> None:
     if isinstance(cache, KV4StaticCache):
         room = cache.layers[0].store.capacity
     elif type(cache) is StaticCache:
-        room = cache.layers[0].max_cache_len
+        room = static_room(cache)
     else:
         return
-    if tokens > room:
+    if room is not None and tokens > room:
         raise W2A4Error(too_small(type(cache).__name__, room, tokens))
+
+
+def static_room(cache: StaticCache) -> int | None:
+    """Tokens that a static cache has room for; None if all its layers keep those of a window only."""
+    return max((layer.max_cache_len for layer in cache.layers if not layer.is_sliding), default=None)
 
 
 def too_small(name: str, room: int, tokens: int) -> str:

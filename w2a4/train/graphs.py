@@ -92,9 +92,9 @@ class GradientGraph:
 def causal_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """A model's logits `[batch, tokens, vocabulary]` of whole sequences int64 `[batch, tokens]`.
 
-    The layers are called without a mask, which they take for a causal one, but where a window hides some keys.
-    The model's own forward would build a mask of all pairs during the capture, since it cannot read the
-    positions to see that it is causal.
+    The layers are called without a mask, which they take for a causal one, except where a window hides some
+    keys. The model's own forward would build a mask of all pairs during the capture, since it cannot read
+    the positions to see that it is causal.
     """
     decoder = model.model
     hidden = decoder.embed_tokens(ids)
