@@ -392,7 +392,7 @@ def model_card(report: Report) -> str:
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["w2a4", "quantized", "llama", str(report.recipe.get("name"))],
+        "tags": ["w2a4", "quantized", str(report.recipe.get("name"))],
     }
     if "/" in report.source:
         front["base_model"] = report.source
