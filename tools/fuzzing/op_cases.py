@@ -436,7 +436,7 @@ def _layer_of_ops(
         weight, scale, _, *rest = tensors
         levels = [t for t in rest if t.dtype == torch.int8][-1:]
         bias = [t for t in rest if t.dtype != torch.int8][-1:] or [None]
-        call = op.linear_w2a4 if levels else op.linear_w4a4
+        call = {4: op.linear_w2a4, 8: op.linear_w3a4}[levels[0].shape[-1]] if levels else op.linear_w4a4
         return call(*a, weight, *levels, scale, *bias, group, x.dtype, residual)
 
     qkv = linear(qkv_proj, groups[0], op.rmsnorm_a4(x, norms[0], eps, qkv_proj[2], acts[0]))
