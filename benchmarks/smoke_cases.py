@@ -233,8 +233,8 @@ def in_pytorch(call: Callable[[], list[Tensor]]) -> list[Tensor]:
         dispatch.backend = before
 
 
-def ldp(*tensors: Tensor, group: int) -> Tensor:
-    return quantizers.ldp_fake_quant(*tensors, group)
+def ldp(w: Tensor, *shares: Tensor, group: int) -> Tensor:
+    return quantizers.ldp_fake_quant(w, shares, group)
 
 
 def norms_agree(ours: Tensor, theirs: Tensor, total: float) -> bool:

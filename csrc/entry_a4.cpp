@@ -30,12 +30,18 @@ Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Ten
              "group_size=", group_size, " times ", groups,
              " groups is more inputs than a 32-bit sum can hold (2097151)");
   const int64_t in_features = groups * group_size;
-  check.shape(weight, "weight", {out_features, ceil_div(in_features * weight_bits, 8)},
-              weight_bits == 2 ? "[out, ceil(in / 4)], in = groups of scale * group_size"
-                               : "[out, ceil(in / 2)], in = groups of scale * group_size");
+  const int64_t width = weight_bits == 4   ? ceil_div(in_features, 2)
+                        : weight_bits == 3 ? ceil_div(in_features, 4) + ceil_div(in_features, 8)
+                                           : ceil_div(in_features, 4);
+  check.shape(weight, "weight", {out_features, width},
+              weight_bits == 4 ? "[out, ceil(in / 2)], in = groups of scale * group_size"
+              : weight_bits == 3
+                  ? "[out, ceil(in / 4) + ceil(in / 8)], in = groups of scale * group_size"
+                  : "[out, ceil(in / 4)], in = groups of scale * group_size");
   if (levels) {
     check.dtype(*levels, "levels", {kI8});
-    check.shape(*levels, "levels", {out_features, groups, 4}, "[out, in / group_size, 4]");
+    check.shape(*levels, "levels", {out_features, groups, int64_t{1} << weight_bits},
+                weight_bits == 3 ? "[out, in / group_size, 8]" : "[out, in / group_size, 4]");
     check.contiguous(*levels, "levels");
   }
   check.at_least_1d(a_codes, "a_codes");
@@ -222,6 +228,17 @@ Tensor linear_w2a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& w
                    residual);
 }
 
+#ifndef W2A4_CUDA  // no CUDA kernel: there the op runs its reference
+Tensor linear_w3a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
+                   const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& bias,
+                   int64_t group_size, ScalarType out_dtype,
+                   const std::optional<Tensor>& residual) {
+  Check check("linear_w3a4");
+  return linear_a4(check, 3, a_codes, a_scale, weight, &levels, scale, bias, group_size, out_dtype,
+                   residual);
+}
+#endif
+
 Tensor linear_w4a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
                    const Tensor& scale, const std::optional<Tensor>& bias, int64_t group_size,
                    ScalarType out_dtype, const std::optional<Tensor>& residual) {
@@ -237,6 +254,9 @@ STABLE_TORCH_LIBRARY_IMPL(w2a4, W2A4_DEVICE, m) {
   W2A4_IMPL(m, rmsnorm_a4);
   W2A4_IMPL(m, silu_mul_hadamard_a4);
   W2A4_IMPL(m, linear_w2a4);
+#ifndef W2A4_CUDA
+  W2A4_IMPL(m, linear_w3a4);
+#endif
   W2A4_IMPL(m, linear_w4a4);
 }
 

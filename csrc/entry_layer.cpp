@@ -16,7 +16,7 @@ namespace {
 using Quantized = std::tuple<Tensor, Tensor>;  // codes and scale of activations
 
 // A packed linear, its tensors given as weight, scale, act_clip, then levels (int8, if its weights
-// have 2 bits) and bias (floating), where it has them.
+// have 2 or 3 bits) and bias (floating), where it has them.
 struct Linear {
   Tensor weight, scale, clip;
   std::optional<Tensor> levels, bias;
@@ -34,10 +34,10 @@ struct Linear {
 
   Tensor operator()(const Quantized& a, ScalarType dtype) const {
     const auto& [codes, a_scale] = a;
-    return levels
-               ? linear_w2a4(codes, a_scale, weight, *levels, scale, bias, group_size, dtype,
-                             std::nullopt)
-               : linear_w4a4(codes, a_scale, weight, scale, bias, group_size, dtype, std::nullopt);
+    if (!levels)
+      return linear_w4a4(codes, a_scale, weight, scale, bias, group_size, dtype, std::nullopt);
+    const auto linear = levels->size(-1) == 8 ? linear_w3a4 : linear_w2a4;
+    return linear(codes, a_scale, weight, *levels, scale, bias, group_size, dtype, std::nullopt);
   }
 };
 

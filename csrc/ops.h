@@ -26,6 +26,10 @@ Tensor linear_w2a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& w
                    const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& bias,
                    int64_t group_size, ScalarType out_dtype, const std::optional<Tensor>& residual);
 
+Tensor linear_w3a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
+                   const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& bias,
+                   int64_t group_size, ScalarType out_dtype, const std::optional<Tensor>& residual);
+
 Tensor linear_w4a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
                    const Tensor& scale, const std::optional<Tensor>& bias, int64_t group_size,
                    ScalarType out_dtype, const std::optional<Tensor>& residual);
@@ -40,7 +44,6 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
                      const Tensor& v_codes, const Tensor& v_params, int64_t length,
                      const std::optional<Tensor>& mask, bool causal, double scaling,
                      const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
-                     const std::optional<Tensor>& starts,
-                     const std::optional<Tensor>& block_table);
+                     const std::optional<Tensor>& starts, const std::optional<Tensor>& block_table);
 
 }  // namespace w2a4

@@ -50,8 +50,8 @@ struct QuantizeA4Params {
 struct LinearA4Params {
   const uint8_t* a_codes;  // [tokens, ceil(in / 2)], signed nibbles
   const float* a_scale;    // [tokens, in / act_group]
-  const uint8_t* weight;   // [out, ceil(in * weight_bits / 8)]
-  const int8_t* levels;    // [out, in / group_size, 4]; null if weight_bits is 4
+  const uint8_t* weight;   // [out, packed_width(in, weight_bits)], see packing.py
+  const int8_t* levels;    // [out, in / group_size, 2**weight_bits]; null if weight_bits is 4
   const uint16_t* scale;   // [out, in / group_size], float16 bits
   const void* bias;        // [out], of bias_dtype, or null
   const void* residual;    // [tokens, out], of out_dtype, is added to the rounded result; or null

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from . import runtime as runtime
     from . import train as train
     from .evaluate.report import Report
-    from .format.linear import W2A4Linear, W4A4Linear, W8Embedding, W8Linear
+    from .format.linear import W2A4Linear, W3A4Linear, W4A4Linear, W8Embedding, W8Linear
     from .hub.replace import replace_linears
     from .hub.transformers import W2A4Config
     from .hub.verification import verify
@@ -58,6 +58,7 @@ _NAMES = {
     "Training": "recipe",
     "W2A4Config": "hub.transformers",
     "W2A4Linear": "format.linear",
+    "W3A4Linear": "format.linear",
     "W4A4Linear": "format.linear",
     "W8Embedding": "format.linear",
     "W8Linear": "format.linear",
@@ -90,6 +91,7 @@ __all__ = [
     "W2A4Config",
     "W2A4Error",
     "W2A4Linear",
+    "W3A4Linear",
     "W4A4Linear",
     "W8Embedding",
     "W8Linear",

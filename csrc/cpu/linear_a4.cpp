@@ -1,4 +1,4 @@
-// linear_w2a4 and linear_w4a4: the choice of a kernel and its scratch memory.
+// linear_w2a4, linear_w3a4 and linear_w4a4: the choice of a kernel and its scratch memory.
 #include "linear_a4.h"
 
 #include <algorithm>
@@ -34,11 +34,10 @@ const LinearA4Kernels* kernels() {
 
 // How rows are cut into cells.
 RowsTask rows_task(const LinearA4Params& p) {
-  const int64_t in_byte = 8 / p.weight_bits, vector = kVectorBytes * in_byte;
+  const int64_t in_byte = codes_in_byte(p), vector = kVectorBytes * in_byte;
   const int64_t groups_in_vector = p.levels && p.group_size < vector ? vector / p.group_size : 1;
   RowsTask task{};
   task.p = &p;
-  task.row_bytes = ceil_div(p.in_features, in_byte);
   task.groups = p.in_features / p.group_size;
   task.blocks = p.in_features / p.block;
   const bool even_groups = !p.levels || p.group_size == vector / 4 || p.group_size == vector / 2 ||
@@ -60,7 +59,7 @@ RowsTask rows_task(const LinearA4Params& p) {
 
 void run_rows(const LinearA4Params& p, const LinearA4Kernels& kernels) {
   RowsTask task = rows_task(p);
-  const int64_t vector = kVectorBytes * 8 / p.weight_bits;
+  const int64_t vector = kVectorBytes * codes_in_byte(p);
   const auto a = aligned<int8_t>(p.tokens * task.cells * task.cell_vectors * vector);
   const auto bias = aligned<int32_t>(p.tokens * task.padded_blocks);
   const auto a_scale = aligned<float>(p.tokens * task.padded_blocks);
@@ -76,7 +75,7 @@ void run_rows(const LinearA4Params& p, const LinearA4Kernels& kernels) {
 }
 
 void run_panels(const LinearA4Params& p, const LinearA4Kernels& kernels) {
-  const int64_t unit = kUnitBytes * 8 / p.weight_bits, blocks = p.in_features / p.block;
+  const int64_t unit = kUnitBytes * codes_in_byte(p), blocks = p.in_features / p.block;
   const int64_t block_units = ceil_div(p.block, unit), depth = blocks * block_units * unit;
   const int64_t most =
       std::min(p.tokens, std::max(kPanelTokens, kScratch / depth / kPanelTokens * kPanelTokens));
@@ -100,12 +99,10 @@ void run_panels(const LinearA4Params& p, const LinearA4Kernels& kernels) {
 void linear_a4(const LinearA4Params& p) {
   if (p.tokens == 0 || p.out_features == 0) return;
   const LinearA4Kernels* kernels = cpu::kernels();
-  // Rows are decoded byte by byte, so a block has to begin at a byte.
-  const bool by_bytes = p.block % (8 / p.weight_bits) == 0 || p.block == p.in_features;
   if (!kernels)
     linear_a4_base(p);
   else
-    p.tokens <= kFewTokens&& by_bytes ? run_rows(p, *kernels) : run_panels(p, *kernels);
+    p.tokens <= kFewTokens&& by_bytes(p) ? run_rows(p, *kernels) : run_panels(p, *kernels);
   if (p.residual) add({p.residual, p.y, p.out_dtype, p.tokens * p.out_features});
 }
 

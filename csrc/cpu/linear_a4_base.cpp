@@ -27,15 +27,35 @@ struct Unit<4> {
   typedef int16_t Values __attribute__((vector_size(8), aligned(2), may_alias));
 };
 
-// to = values of `units` units of one weight group.
+// With the two low bits of a code as masks, one of four levels is
+// l0 ^ (low & (l0 ^ l1)) ^ (high & (l0 ^ l2)) ^ (low & high & (l0 ^ l1 ^ l2 ^ l3)).
+struct FourLevels {
+  int16_t l0 = 0, d1 = 0, d2 = 0, d3 = 0;
+
+  FourLevels() = default;
+  explicit FourLevels(const int8_t* levels)
+      : l0(levels[0]), d1(l0 ^ levels[1]), d2(l0 ^ levels[2]), d3(d1 ^ levels[2] ^ levels[3]) {}
+  // The bits in which the levels picked from two fours differ are picked alike.
+  FourLevels operator^(const FourLevels& other) const {
+    FourLevels out;
+    out.l0 = l0 ^ other.l0, out.d1 = d1 ^ other.d1, out.d2 = d2 ^ other.d2, out.d3 = d3 ^ other.d3;
+    return out;
+  }
+  template <class Values>
+  W2A4_INLINE Values pick(Values low, Values high) const {
+    return l0 ^ (low & (d1 ^ (high & d3))) ^ (high & d2);
+  }
+};
+
+// to = values of `units` units of one weight group. high: the third bits of the codes, a byte a
+// word, or null.
 template <int kWords>
-void decode_units(const uint8_t* codes, int64_t units, const int8_t* levels, int16_t* to) {
+void decode_units(const uint8_t* codes, const uint8_t* high_bits, int64_t units,
+                  const int8_t* levels, int16_t* to) {
   using Bits = typename Unit<kWords>::Bits;
   using Values = typename Unit<kWords>::Values;
-  // With the two bits of a code as masks, a level is
-  // l0 ^ (low & (l0 ^ l1)) ^ (high & (l0 ^ l2)) ^ (low & high & (l0 ^ l1 ^ l2 ^ l3)).
-  const int16_t l0 = levels ? levels[0] : 0, d1 = levels ? l0 ^ levels[1] : 0;
-  const int16_t d2 = levels ? l0 ^ levels[2] : 0, d3 = levels ? d1 ^ levels[2] ^ levels[3] : 0;
+  const FourLevels lower = levels ? FourLevels(levels) : FourLevels();
+  const FourLevels change = high_bits ? lower ^ FourLevels(levels + 4) : FourLevels();
   for (int64_t unit = 0; unit < units; ++unit) {
     const Bits x = reinterpret_cast<const Bits*>(codes)[unit];
     if (!levels) {
@@ -44,38 +64,45 @@ void decode_units(const uint8_t* codes, int64_t units, const int8_t* levels, int
         *reinterpret_cast<Values*>(to) = (Values)(x << (12 - 4 * plane)) >> 12;
       continue;
     }
+    Bits top{};
+    if (high_bits)
+      for (int word = 0; word < kWords; ++word) top[word] = high_bits[unit * kWords + word];
 #pragma GCC unroll 8
     for (int plane = 0; plane < 8; ++plane, to += kWords) {
       const Values low = (Values)(x << (15 - 2 * plane)) >> 15;
       const Values high = (Values)(x << (14 - 2 * plane)) >> 15;
-      *reinterpret_cast<Values*>(to) = l0 ^ (low & (d1 ^ (high & d3))) ^ (high & d2);
+      Values level = lower.pick(low, high);
+      if (high_bits) level ^= ((Values)(top << (15 - plane)) >> 15) & change.pick(low, high);
+      *reinterpret_cast<Values*>(to) = level;
     }
   }
 }
 
 // The same of a row, in natural order, for blocks that are not made of units.
 void decode_codes(const LinearA4Params& p, int64_t out, int16_t* to) {
-  const int64_t in_byte = 8 / p.weight_bits, groups = p.in_features / p.group_size;
-  const uint8_t* row = p.weight + out * ceil_div(p.in_features, in_byte);
+  const int64_t count = levels_of_group(p), groups = p.in_features / p.group_size;
+  const uint8_t* row = p.weight + out * row_bytes(p);
   for (int64_t k = 0; k < p.in_features; ++k) {
-    const int code = row[k / in_byte] >> (k % in_byte * p.weight_bits) & ((1 << p.weight_bits) - 1);
-    to[k] = static_cast<int16_t>(p.levels ? p.levels[4 * (out * groups + k / p.group_size) + code]
-                                          : signed_nibble(code));
+    const int code = code_at(p, row, k);
+    to[k] =
+        static_cast<int16_t>(p.levels ? p.levels[count * (out * groups + k / p.group_size) + code]
+                                      : signed_nibble(code));
   }
 }
 
 void decode_row(const BaseTask& task, int64_t out, int16_t* to) {
   const LinearA4Params& p = *task.p;
   if (!task.unit_words) return decode_codes(p, out, to);
-  const int64_t row_bytes = p.in_features * p.weight_bits / 8;
-  const int64_t block_bytes = p.block * p.weight_bits / 8;
+  const uint8_t* row = p.weight + out * row_bytes(p);
+  const int64_t block_bytes = p.block / codes_in_byte(p);
   const int64_t groups = p.in_features / p.group_size, blocks = p.in_features / p.block;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t group = out * groups + b * p.block / p.group_size;
-    const int8_t* levels = p.levels ? p.levels + 4 * group : nullptr;
-    const uint8_t* codes = p.weight + out * row_bytes + b * block_bytes;
-    task.unit_words == 8 ? decode_units<8>(codes, block_bytes / 16, levels, to + b * p.block)
-                         : decode_units<4>(codes, block_bytes / 8, levels, to + b * p.block);
+    const int8_t* levels = p.levels ? p.levels + levels_of_group(p) * group : nullptr;
+    const uint8_t* codes = row + b * block_bytes;
+    const uint8_t* high = p.weight_bits == 3 ? row + low_bytes(p) + b * p.block / 8 : nullptr;
+    task.unit_words == 8 ? decode_units<8>(codes, high, block_bytes / 16, levels, to + b * p.block)
+                         : decode_units<4>(codes, high, block_bytes / 8, levels, to + b * p.block);
   }
 }
 
@@ -142,7 +169,7 @@ void linear_tiles(const BaseTask& task, int64_t begin, int64_t end) {
 // a = activations of the task's tokens, in the order of decoded weights.
 void unpack_tokens(const BaseTask& task, int64_t begin, int64_t end) {
   const LinearA4Params& p = *task.p;
-  const int64_t planes = task.unit_words ? 16 / p.weight_bits : 1;
+  const int64_t planes = task.unit_words ? 2 * codes_in_byte(p) : 1;
   const int64_t words = task.unit_words ? task.unit_words : p.block;
   for (int64_t token = begin; token < end; ++token) {
     const uint8_t* codes = p.a_codes + (task.first_token + token) * ceil_div(p.in_features, 2);
@@ -252,8 +279,8 @@ void one_token(const LinearA4Params& p) {
 }  // namespace
 
 void linear_a4_base(const LinearA4Params& p) {
-  if (p.tokens == 1 && p.levels && p.block % kUnitCodes == 0) return one_token(p);
-  const int64_t in_word = 16 / p.weight_bits;
+  if (p.tokens == 1 && p.weight_bits == 2 && p.block % kUnitCodes == 0) return one_token(p);
+  const int64_t in_word = 2 * codes_in_byte(p);
   const int64_t unit_words = p.block % (8 * in_word) == 0   ? 8
                              : p.block % (4 * in_word) == 0 ? 4
                                                             : 0;

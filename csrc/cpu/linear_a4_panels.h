@@ -42,11 +42,10 @@ W2A4_FN int64_t panel_row(const Panel& panel, int64_t r) {
 // Biased weight of input k of output `out`.
 template <int kBits>
 W2A4_FN uint8_t biased_weight(const LinearA4Params& p, int64_t out, int64_t k) {
-  const uint8_t* row = p.weight + out * ceil_div(p.in_features, kPlanes<kBits>);
-  const int code = row[k / kPlanes<kBits>] >> (k % kPlanes<kBits> * kBits) & ((1 << kBits) - 1);
+  const int code = code_at(p, p.weight + out * row_bytes(p), k);
   if constexpr (kBits == 4) return code ^ 8;
   const int64_t group = out * (p.in_features / p.group_size) + k / p.group_size;
-  return p.levels[4 * group + code] + 128;
+  return p.levels[kLevels<kBits> * group + code] + 128;
 }
 
 // The inputs start .. start + n, n at most a block, one by one, into the units from w on.
@@ -61,45 +60,71 @@ W2A4_FN void decode_codes(const Panel& panel, int64_t start, int64_t n, uint8_t*
   }
 }
 
-// 32 bytes of each of 8 rows from byte `at` on, read no further than the tensor's end; [8 units] of
-// 8 rows.
-W2A4_FN void load_units(const Panel& panel, int64_t row, int64_t row_bytes, int64_t at,
-                        __m256i* x) {
-  const int64_t size = panel.p.out_features * row_bytes;
+// kBytes bytes of each of 8 rows from byte `at` on, read no further than the tensor's end; [8
+// units] of 8 rows. 32 bytes as they are, 16 of high bits spread to a nibble a byte, so that both
+// have a byte for four codes.
+template <int kBytes>
+W2A4_FN void load_units(const Panel& panel, int64_t row, int64_t at, __m256i* x) {
+  const int64_t bytes = row_bytes(panel.p), size = panel.p.out_features * bytes;
   for (int r = 0; r < 8; ++r) {
-    const int64_t from = panel_row(panel, row + r) * row_bytes + at;
-    if (from + kVectorBytes <= size) {
-      x[r] = load_bytes(panel.p.weight + from);
-    } else {
-      alignas(32) uint8_t end[kVectorBytes] = {};
-      std::memcpy(end, panel.p.weight + from, size - from);
-      x[r] = load_bytes(end);
+    const int64_t at_row = panel_row(panel, row + r) * bytes + at;
+    const uint8_t* from = panel.p.weight + at_row;
+    alignas(32) uint8_t end[kBytes] = {};
+    if (at_row + kBytes > size) {
+      std::memcpy(end, from, size - at_row);
+      from = end;
     }
+    x[r] = kBytes == kVectorBytes ? load_bytes(from) : spread_high_bits(from);
   }
   transpose8(x);
 }
 
-// Biased levels of one group of 8 rows, 4 bytes a row.
-W2A4_FN __m256i load_levels(const Panel& panel, int64_t row, int64_t group) {
+// Biased levels of one group of 8 rows. A lane of 16 bytes looks up those of its four rows: four
+// levels of each, or eight of two rows and, in `second`, of the other two.
+struct PanelLevels {
+  __m256i first, second;
+};
+
+template <int kBits>
+W2A4_FN PanelLevels load_levels(const Panel& panel, int64_t row, int64_t group) {
+  constexpr int kSize = kBits == 4 ? 4 : kLevels<kBits>;
+  // Rows of eight levels in the order 0, 1, 4, 5, 2, 3, 6, 7.
+  constexpr int kOrder[] = {0, 1, 4, 5, 2, 3, 6, 7};
   const int64_t groups = panel.p.in_features / panel.p.group_size;
-  alignas(32) int32_t levels[8];
-  for (int r = 0; r < 8; ++r)
-    std::memcpy(levels + r, panel.p.levels + 4 * (panel_row(panel, row + r) * groups + group), 4);
-  return _mm256_xor_si256(load_bytes(levels), _mm256_set1_epi8(-128));
+  alignas(32) int8_t levels[64] = {};
+  for (int r = 0; r < 8; ++r) {
+    const int64_t from = panel_row(panel, row + (kBits == 3 ? kOrder[r] : r)) * groups + group;
+    std::memcpy(levels + kSize * r, panel.p.levels + kSize * from, kSize);
+  }
+  const __m256i sign = _mm256_set1_epi8(-128);
+  return {_mm256_xor_si256(load_bytes(levels), sign),
+          _mm256_xor_si256(load_bytes(levels + 32), sign)};
 }
 
-// One unit of 8 rows into the panel, of which w is the first plane of these rows.
+// One unit of 8 rows into the panel, of which w is the first plane of these rows. high: the unit's
+// high bits, of 3 bits only.
 template <int kBits>
-W2A4_FN void decode_unit(__m256i x, __m256i levels, uint8_t* w) {
-  const __m256i mask = _mm256_set1_epi8((1 << kBits) - 1);
-  // A lane looks up the levels of its four rows.
-  const __m256i row = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404,
-                                        0x08080808, 0x0c0c0c0c);
+W2A4_FN void decode_unit(__m256i x, __m256i high, const PanelLevels& levels, uint8_t* w) {
+  constexpr int kNone = int(0x80808080);  // looks up 0
+  const __m256i four = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404,
+                                         0x08080808, 0x0c0c0c0c);
+  const __m256i first = _mm256_setr_epi32(0, 0x08080808, kNone, kNone, 0, 0x08080808, kNone, kNone);
+  const __m256i second =
+      _mm256_setr_epi32(kNone, kNone, 0, 0x08080808, kNone, kNone, 0, 0x08080808);
 #pragma GCC unroll 4
   for (int plane = 0; plane < kPlanes<kBits>; ++plane) {
-    const __m256i code = _mm256_and_si256(_mm256_srli_epi16(x, plane * kBits), mask);
-    const __m256i biased = kBits == 2 ? _mm256_shuffle_epi8(levels, _mm256_or_si256(code, row))
-                                      : _mm256_xor_si256(code, _mm256_set1_epi8(8));
+    const __m256i code =
+        kBits == 4 ? _mm256_and_si256(_mm256_srli_epi16(x, plane * 4), _mm256_set1_epi8(15))
+                   : code_of_plane<kBits>(x, high, plane);
+    __m256i biased;
+    if constexpr (kBits == 2) {
+      biased = _mm256_shuffle_epi8(levels.first, _mm256_or_si256(code, four));
+    } else if constexpr (kBits == 3) {
+      biased = _mm256_or_si256(_mm256_shuffle_epi8(levels.first, _mm256_or_si256(code, first)),
+                               _mm256_shuffle_epi8(levels.second, _mm256_or_si256(code, second)));
+    } else {
+      biased = _mm256_xor_si256(code, _mm256_set1_epi8(8));
+    }
     _mm256_store_si256(reinterpret_cast<__m256i*>(w + plane * kPanelOuts * 4), biased);
   }
 }
@@ -108,23 +133,25 @@ W2A4_FN void decode_unit(__m256i x, __m256i levels, uint8_t* w) {
 template <int kBits>
 W2A4_FN void decode_units(const Panel& panel, int64_t start, int64_t units, uint8_t* w) {
   const LinearA4Params& p = panel.p;
-  const int64_t row_bytes = ceil_div(p.in_features, kPlanes<kBits>), at = start / kPlanes<kBits>;
+  const int64_t at = start / kPlanes<kBits>, high_at = low_bytes(p) + start / 8;
   const int64_t group_units = ceil_div(p.group_size, kUnitBytes * kPlanes<kBits>);
   for (int64_t row = 0; row < kPanelOuts; row += 8) {
     uint8_t* to = w + row * 4;
-    __m256i levels = _mm256_setzero_si256();
+    PanelLevels levels{};
     int64_t group = start / p.group_size, left = 0;
     for (int64_t first = 0; first < units; first += 8) {
-      __m256i x[8];
-      load_units(panel, row, row_bytes, at + first * kUnitBytes, x);
+      __m256i x[8], high[8];
+      load_units<kVectorBytes>(panel, row, at + first * kUnitBytes, x);
+      if (kBits == 3)
+        load_units<kVectorBytes / 2>(panel, row, high_at + first * kUnitBytes / 2, high);
       for (int64_t u = 0; u < std::min<int64_t>(8, units - first); ++u) {
-        if (kBits == 2 && left == 0) {
+        if (kBits != 4 && left == 0) {
           const int64_t begun = (start + (first + u) * kUnitBytes * kPlanes<kBits>) % p.group_size;
-          levels = load_levels(panel, row, group++);
+          levels = load_levels<kBits>(panel, row, group++);
           left = group_units - begun / (kUnitBytes * kPlanes<kBits>);
         }
         --left;
-        decode_unit<kBits>(x[u], levels, to);
+        decode_unit<kBits>(x[u], high[u], levels, to);
         to += kPlanes<kBits> * kPanelOuts * 4;
       }
     }
@@ -138,9 +165,8 @@ W2A4_FN void decode_blocks(const Panel& panel, int64_t first, int64_t blocks) {
   constexpr int64_t kCodes = kUnitBytes * kPlanes<kBits>, kUnit = kCodes * kPanelOuts;
   if (p.block % kCodes == 0)
     return decode_units<kBits>(panel, first * p.block, blocks * panel.block_units, panel.w.get());
-  const bool by_bytes = p.block % kPlanes<kBits> == 0 || p.block == p.in_features;
   // Units must not reach into another group.
-  const int64_t whole = by_bytes ? p.block / kCodes : 0;
+  const int64_t whole = by_bytes(p) ? p.block / kCodes : 0;
   for (int64_t b = 0; b < blocks; ++b) {
     uint8_t* w = panel.w.get() + b * panel.block_units * kUnit;
     const int64_t start = (first + b) * p.block;
@@ -202,7 +228,7 @@ template <int kTokens>
 W2A4_TARGET void tile_blocks(const PanelsTask& task, const Panel& panel, int64_t token,
                              int64_t first, int64_t blocks, float* acc) {
   const LinearA4Params& p = panel.p;
-  const int64_t quads = panel.block_units * 8 / p.weight_bits;
+  const int64_t quads = panel.block_units * codes_in_byte(p);
   const int64_t all_blocks = p.in_features / p.block, act_groups = p.in_features / p.act_group;
   const int64_t blocks_in_act = p.act_group / p.block, depth = all_blocks * quads * 4;
   const int8_t* a = task.a + token * depth + first * quads * 4;
@@ -257,7 +283,7 @@ W2A4_TARGET void linear_panels(const PanelsTask& task, int64_t begin, int64_t en
   const LinearA4Params& p = *task.p;
   const int64_t panels = ceil_div(p.out_features, kPanelOuts), blocks = p.in_features / p.block;
   const int64_t chunk = std::min(blocks, std::max<int64_t>(1, kPanelDepth / p.block));
-  const int64_t unit = kUnitBytes * 8 / p.weight_bits * kPanelOuts;
+  const int64_t unit = kUnitBytes * codes_in_byte(p) * kPanelOuts;
   Panel panel{p,
               0,
               0,
@@ -274,7 +300,9 @@ W2A4_TARGET void linear_panels(const PanelsTask& task, int64_t begin, int64_t en
     std::fill_n(acc.get(), tokens * kPanelOuts, 0.0f);
     for (int64_t first = 0; first < blocks; first += chunk) {
       const int64_t n = std::min(chunk, blocks - first);
-      p.weight_bits == 2 ? decode_blocks<2>(panel, first, n) : decode_blocks<4>(panel, first, n);
+      p.weight_bits == 2   ? decode_blocks<2>(panel, first, n)
+      : p.weight_bits == 3 ? decode_blocks<3>(panel, first, n)
+                           : decode_blocks<4>(panel, first, n);
       load_panel_scales(panel, first, n);
       panel_tokens(task, panel, token, tokens, first, n, acc.get());
     }
@@ -323,5 +351,5 @@ W2A4_FN void unpack_token(const PanelsTask& task, int64_t token) {
 
 W2A4_TARGET void prepare_panels(const PanelsTask& task, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token)
-    task.p->weight_bits == 2 ? unpack_token<2>(task, token) : unpack_token<4>(task, token);
+    task.p->weight_bits == 4 ? unpack_token<4>(task, token) : unpack_token<2>(task, token);
 }

@@ -9,67 +9,7 @@ constexpr int64_t kAhead = 2048;  // bytes of weight that are fetched ahead: row
 constexpr int kRowsTile = 8;      // outputs whose sums are scaled and added together
 constexpr int kChunkBlocks = 64;  // blocks between two such additions, at most
 
-W2A4_FN __m256i load_bytes(const void* from) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
-}
-
-// Look-up tables of the levels of a vector, biased: of the low code of a nibble and of the high
-// one; if a lane has two groups, of single codes, the upper group's from entry 4 on.
-struct Tables {
-  __m256i low, high;
-};
-
-template <int kSpread>
-W2A4_FN Tables load_tables(const int8_t* levels) {
-  const __m256i sign = _mm256_set1_epi8(-128);
-  if constexpr (kSpread == 0) {
-    int32_t four;
-    std::memcpy(&four, levels, sizeof(four));
-    const __m256i low = _mm256_xor_si256(_mm256_set1_epi32(four), sign);
-    const __m256i by_high = _mm256_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0, 0x01010101,
-                                              0x02020202, 0x03030303);
-    return {low, _mm256_shuffle_epi8(low, by_high)};
-  }
-  const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels));
-  const __m256i all = _mm256_xor_si256(_mm256_broadcastsi128_si256(loaded), sign);
-  if constexpr (kSpread == 1) {
-    const __m256i by_low = _mm256_setr_epi32(0x03020100, 0x03020100, 0x03020100, 0x03020100,
-                                             0x07060504, 0x07060504, 0x07060504, 0x07060504);
-    const __m256i by_high = _mm256_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404,
-                                              0x05050505, 0x06060606, 0x07070707);
-    return {_mm256_shuffle_epi8(all, by_low), _mm256_shuffle_epi8(all, by_high)};
-  }
-  return {_mm256_permute4x64_epi64(all, 0x50), all};  // groups 0, 1 in lane 0 and 2, 3 in lane 1
-}
-
-// w[plane] = biased weights of the codes in 32 bytes.
-template <int kBits, int kSpread>
-W2A4_FN void decode_vector(const uint8_t* codes, const Tables& tables, __m256i* w) {
-  const __m256i x = load_bytes(codes);
-  if constexpr (kBits == 2 && kSpread == 2) {
-    const __m256i three = _mm256_set1_epi8(3);
-    const __m256i upper =
-        _mm256_setr_epi32(0, 0, 0x04040404, 0x04040404, 0, 0, 0x04040404, 0x04040404);
-#pragma GCC unroll 4
-    for (int plane = 0; plane < 4; ++plane) {
-      const __m256i code = _mm256_and_si256(_mm256_srli_epi16(x, 2 * plane), three);
-      w[plane] = _mm256_shuffle_epi8(tables.low, _mm256_or_si256(code, upper));
-    }
-    return;
-  }
-  const __m256i nibble = _mm256_set1_epi8(15);
-  const __m256i low = _mm256_and_si256(x, nibble);
-  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
-  if constexpr (kBits == 2) {
-    w[0] = _mm256_shuffle_epi8(tables.low, low);
-    w[1] = _mm256_shuffle_epi8(tables.high, low);
-    w[2] = _mm256_shuffle_epi8(tables.low, high);
-    w[3] = _mm256_shuffle_epi8(tables.high, high);
-  } else {
-    w[0] = _mm256_xor_si256(low, _mm256_set1_epi8(8));
-    w[1] = _mm256_xor_si256(high, _mm256_set1_epi8(8));
-  }
-}
+#include "linear_a4_decode.h"
 
 // Lanes of 32 bits, of x and y by turns of two: the even ones and the odd ones.
 W2A4_FN __m256i even_lanes(__m256i x, __m256i y) {
@@ -109,6 +49,7 @@ W2A4_FN void add_cells(const __m256i* twos, __m256i* sums) {
 // A piece of one weight row, readable beyond its end by a vector.
 struct RowPiece {
   const uint8_t* codes;
+  const uint8_t* high;  // bits of 3-bit codes
   const int8_t* levels;
   const uint16_t* scale;
 };
@@ -116,14 +57,14 @@ struct RowPiece {
 // sum[token] = products of one cell: as `dot` leaves them if it is one whole vector, else in eight
 // lanes.
 template <int kBits, int kSpread, int kTokens, bool kWhole>
-W2A4_FN void sum_cell(const RowsTask& task, const uint8_t* codes, const int8_t* levels,
-                      const int8_t* a, int64_t token_size, __m256i* sum) {
+W2A4_FN void sum_cell(const RowsTask& task, const uint8_t* codes, const uint8_t* high,
+                      const int8_t* levels, const int8_t* a, int64_t token_size, __m256i* sum) {
   constexpr int64_t kSize = kPlanes<kBits> * kVectorBytes;
   Tables tables{};
-  if constexpr (kBits == 2) tables = load_tables<kSpread>(levels);
+  if constexpr (kBits != 4) tables = load_tables<kBits, kSpread>(levels);
   __m256i w[kPlanes<kBits>];
   if constexpr (kWhole) {
-    decode_vector<kBits, kSpread>(codes, tables, w);
+    decode_vector<kBits, kSpread>(codes, high, tables, w);
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) sum[t] = dot<kPlanes<kBits>>(w, a + t * token_size);
     return;
@@ -132,7 +73,8 @@ W2A4_FN void sum_cell(const RowsTask& task, const uint8_t* codes, const int8_t* 
   for (int t = 0; t < kTokens; ++t) sum[t] = _mm256_setzero_si256();
   for (int64_t v = 0; v < task.cell_vectors; ++v) {
     _mm_prefetch(reinterpret_cast<const char*>(codes + v * kVectorBytes + kAhead), _MM_HINT_T0);
-    decode_vector<kBits, kSpread>(codes + v * kVectorBytes, tables, w);
+    decode_vector<kBits, kSpread>(codes + v * kVectorBytes,
+                                  kBits == 3 ? high + v * kVectorBytes / 2 : nullptr, tables, w);
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t)
       sum[t] =
@@ -192,9 +134,9 @@ W2A4_FN __m256 add_blocks(__m256 acc, const float (*addends)[kChunkBlocks], int6
 // The first cell of a chunk, its length, and what is read of a row for it.
 struct Chunk {
   int64_t cell, cells, blocks;
-  int64_t codes_at, levels_at, scale_at;        // in bytes, groups and groups of a row
-  int64_t codes_size, levels_size, scale_size;  // bytes read
-  int64_t codes_here, levels_here, scale_here;  // bytes of them in the row
+  int64_t codes_at, high_at, levels_at, scale_at;          // in bytes and groups of a row
+  int64_t codes_size, high_size, levels_size, scale_size;  // bytes read
+  int64_t codes_here, high_here, levels_here, scale_here;  // bytes of them in the row
 };
 
 W2A4_FN Chunk chunk_of(const RowsTask& task, int64_t cell) {
@@ -205,12 +147,15 @@ W2A4_FN Chunk chunk_of(const RowsTask& task, int64_t cell) {
   c.blocks = std::min(c.cells * task.cell_blocks, task.blocks - cell * task.cell_blocks);
   c.codes_at = cell * task.cell_bytes;
   c.levels_at = c.scale_at = task.cell_group[cell];
-  const int64_t groups = task.groups - c.levels_at;
+  const int64_t groups = task.groups - c.levels_at, count = levels_of_group(p);
   c.codes_size = (c.cells - 1) * task.cell_bytes + task.cell_vectors * kVectorBytes;
-  c.codes_here = std::min(c.codes_size, task.row_bytes - c.codes_at);
+  c.codes_here = std::min(c.codes_size, low_bytes(p) - c.codes_at);
+  c.high_at = c.codes_at / 2;
+  c.high_size = c.codes_size / 2;
+  c.high_here = std::min(c.high_size, row_bytes(p) - low_bytes(p) - c.high_at);
   const int64_t last = task.cell_group[cell + c.cells - 1] - c.levels_at;
-  c.levels_size = p.levels ? 4 * last + (task.spread ? 16 : 4) : 0;
-  c.levels_here = std::min(c.levels_size, 4 * groups);
+  c.levels_size = count * (last + (task.spread ? 4 : 1));
+  c.levels_here = std::min(c.levels_size, count * groups);
   c.scale_size = p.group_size == p.block ? ceil_div(c.blocks, 8) * 16 : 2 * (last + 1);
   c.scale_here = std::min(c.scale_size, 2 * groups);
   return c;
@@ -218,25 +163,36 @@ W2A4_FN Chunk chunk_of(const RowsTask& task, int64_t cell) {
 
 // Where a vector at a row's end would reach beyond the tensor, its bytes are copied here.
 struct RowEnds {
-  Aligned<uint8_t> codes;
-  alignas(16) int8_t levels[4 * kChunkBlocks + 16];
+  Aligned<uint8_t> codes, high;
+  alignas(16) int8_t levels[8 * kChunkBlocks + 32];
   alignas(16) uint16_t scale[kChunkBlocks + 8];
 };
 
+// from .. from + here, readable for `most` bytes.
+W2A4_FN const uint8_t* copy_end(const uint8_t* from, int64_t here, int64_t most,
+                                Aligned<uint8_t>& to) {
+  if (!to) to = aligned<uint8_t>(most);
+  std::memcpy(to.get(), from, here);
+  return to.get();
+}
+
 W2A4_FN RowPiece row_piece(const RowsTask& task, const Chunk& c, int64_t out, RowEnds& ends) {
   const LinearA4Params& p = *task.p;
-  const int64_t row_bytes = task.row_bytes, groups = task.groups;
-  const int64_t codes_at = out * row_bytes + c.codes_at, group = out * groups + c.levels_at;
-  RowPiece row{p.weight + codes_at, p.levels ? p.levels + 4 * group : nullptr, p.scale + group};
-  if (codes_at + c.codes_size > p.out_features * row_bytes) {
-    if (!ends.codes) {
-      const int64_t most = std::min<int64_t>(kChunkBlocks, task.cells) * task.cell_vectors;
-      ends.codes = aligned<uint8_t>(most * kVectorBytes);
-    }
-    std::memcpy(ends.codes.get(), row.codes, c.codes_here);
-    row.codes = ends.codes.get();
+  const int64_t groups = task.groups, group = out * groups + c.levels_at;
+  const int64_t bytes = row_bytes(p), size = bytes * p.out_features, count = levels_of_group(p);
+  const int64_t codes_at = out * bytes + c.codes_at;
+  const int64_t high_at = out * bytes + low_bytes(p) + c.high_at;
+  RowPiece row{p.weight + codes_at, nullptr, p.levels ? p.levels + count * group : nullptr,
+               p.scale + group};
+  const int64_t most =
+      std::min<int64_t>(kChunkBlocks, task.cells) * task.cell_vectors * kVectorBytes;
+  if (codes_at + c.codes_size > size)
+    row.codes = copy_end(row.codes, c.codes_here, most, ends.codes);
+  if (p.weight_bits == 3) {
+    row.high = p.weight + high_at;
+    if (high_at + c.high_size > size) row.high = copy_end(row.high, c.high_here, most, ends.high);
   }
-  if (4 * group + c.levels_size > 4 * groups * p.out_features && p.levels) {
+  if (count * (group - groups * p.out_features) + c.levels_size > 0) {
     std::memcpy(ends.levels, row.levels, c.levels_here);
     row.levels = ends.levels;
   }
@@ -261,11 +217,13 @@ W2A4_FN void row_addends(const RowsTask& task, const Chunk& c, const RowPiece& r
   const int64_t bytes = kWhole ? kVectorBytes : task.cell_bytes, token_size = task.cells * size;
   const int8_t* a = task.a + c.cell * size;
   const int64_t* group = task.cell_group + c.cell;
-  const int8_t* levels = kBits == 2 ? row.levels - 4 * c.levels_at : nullptr;
-  const uint8_t* codes = row.codes;
+  constexpr int64_t kCount = kLevels<kBits>;
+  const int8_t* levels = kBits == 4 ? nullptr : row.levels - kCount * c.levels_at;
+  const uint8_t *codes = row.codes, *high = row.high;
   for (int64_t i = 0; i < c.cells; i += 8, a += 8 * size, codes += 8 * bytes, group += 8) {
-    if (kBits == 2)
-      _mm_prefetch(reinterpret_cast<const char*>(levels + 4 * group[0] + kAhead / 4), _MM_HINT_T0);
+    if (kBits != 4)
+      _mm_prefetch(reinterpret_cast<const char*>(levels + kCount * group[0] + kAhead / 4),
+                   _MM_HINT_T0);
     __m256i twos[kTokens][4];
 #pragma GCC unroll 4
     for (int pair = 0; pair < 4; ++pair) {
@@ -276,9 +234,9 @@ W2A4_FN void row_addends(const RowsTask& task, const Chunk& c, const RowPiece& r
       for (int j = 0; j < 2; ++j) {
         const int cell = 2 * pair + j;
         if (cell < c.cells - i) {
-          sum_cell<kBits, kSpread, kTokens, kWhole>(task, codes + cell * bytes,
-                                                    levels + 4 * group[cell], a + cell * size,
-                                                    token_size, sum[j]);
+          sum_cell<kBits, kSpread, kTokens, kWhole>(
+              task, codes + cell * bytes, kBits == 3 ? high + cell * bytes / 2 : nullptr,
+              levels + kCount * group[cell], a + cell * size, token_size, sum[j]);
         } else {
 #pragma GCC unroll 4
           for (int t = 0; t < kTokens; ++t) sum[j][t] = _mm256_setzero_si256();
@@ -290,6 +248,7 @@ W2A4_FN void row_addends(const RowsTask& task, const Chunk& c, const RowPiece& r
                                                     odd_lanes(sum[0][t], sum[1][t])))
                                : add_lanes(sum[0][t], sum[1][t]);
     }
+    if (kBits == 3) high += 4 * bytes;
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
       __m256i sums[kBlocks];
@@ -345,12 +304,23 @@ W2A4_FN RowsTile rows_tile_of(const RowsTask& task) {
   return rows_tile<kBits, kSpread, kTokens, 4>;
 }
 
+template <int kBits, int kTokens>
+W2A4_FN RowsTile rows_tile_by_spread(const RowsTask& task) {
+  return task.spread == 0   ? rows_tile_of<kBits, 0, kTokens>(task)
+         : task.spread == 1 ? rows_tile_of<kBits, 1, kTokens>(task)
+                            : rows_tile_of<kBits, 2, kTokens>(task);
+}
+
 template <int kTokens>
 W2A4_FN RowsTile rows_tile_of(const RowsTask& task) {
-  if (task.p->weight_bits == 4) return rows_tile_of<4, 0, kTokens>(task);
-  return task.spread == 0   ? rows_tile_of<2, 0, kTokens>(task)
-         : task.spread == 1 ? rows_tile_of<2, 1, kTokens>(task)
-                            : rows_tile_of<2, 2, kTokens>(task);
+  switch (task.p->weight_bits) {
+    case 2:
+      return rows_tile_by_spread<2, kTokens>(task);
+    case 3:
+      return rows_tile_by_spread<3, kTokens>(task);
+    default:
+      return rows_tile_of<4, 0, kTokens>(task);
+  }
 }
 
 W2A4_TARGET void linear_rows(const RowsTask& task, int64_t begin, int64_t end) {
@@ -425,7 +395,7 @@ W2A4_TARGET void prepare_rows(const RowsTask& task, int64_t begin, int64_t end) 
   const LinearA4Params& p = *task.p;
   const int64_t act_groups = p.in_features / p.act_group, in_group = p.act_group / p.block;
   for (int64_t token = begin; token < end; ++token) {
-    p.weight_bits == 2 ? prepare_token<2>(task, token) : prepare_token<4>(task, token);
+    p.weight_bits == 4 ? prepare_token<4>(task, token) : prepare_token<2>(task, token);
     float* scale = task.a_scale + token * task.padded_blocks;
     // Vectors reach beyond the last block. What lies there is not used, but denormals are slow.
     std::fill(scale + task.blocks, scale + task.padded_blocks, 0.0f);

@@ -18,34 +18,43 @@ struct RoundColumnsParams {
   const float* work;      // [columns, out]
   const float* coupling;  // [columns, columns]
   const float* current;   // [columns, out], or null: work as it has become
-  const float* grid;      // [groups, points, out]: four points, ascending, or one scale
+  const float* grid;      // [groups, points, out]: eight or four points, ascending,
+                          // or one scale, of the steps of `bits` bits
   const int64_t* group;   // [columns]
   int8_t* codes;          // [columns, out]
   float* change;          // [columns, out]
   int64_t columns, out, points;
+  int bits;
 };
 
 constexpr int64_t kTile = 64;  // rows of the weight matrix, which are columns of what lies here
 
 // q = the grid value nearest to v, and its code.
+template <int kPoints>
 W2A4_INLINE void nearest_level(const float* v, const float* points, int64_t stride, int64_t n,
                                int8_t* code, float* q) {
-  const float *p0 = points, *p1 = p0 + stride, *p2 = p1 + stride, *p3 = p2 + stride;
   for (int64_t i = 0; i < n; ++i) {
-    const bool above0 = v[i] > (p1[i] + p0[i]) / 2, above1 = v[i] > (p2[i] + p1[i]) / 2,
-               above2 = v[i] > (p3[i] + p2[i]) / 2;
-    code[i] = static_cast<int8_t>(above0 + above1 + above2);
-    const float low = above0 ? p1[i] : p0[i], high = above2 ? p3[i] : p2[i];
-    q[i] = above1 ? high : low;
+    int above = 0;
+    float nearest = points[i];
+#pragma GCC unroll 8
+    for (int k = 1; k < kPoints; ++k) {
+      const float lower = points[(k - 1) * stride + i], upper = points[k * stride + i];
+      const bool beyond = v[i] > (upper + lower) / 2;
+      above += beyond;
+      nearest = beyond ? upper : nearest;
+    }
+    code[i] = static_cast<int8_t>(above);
+    q[i] = nearest;
   }
 }
 
-W2A4_INLINE void nearest_step(const float* v, const float* scale, int64_t n, int8_t* code,
+W2A4_INLINE void nearest_step(const float* v, const float* scale, int bits, int64_t n, int8_t* code,
                               float* q) {
+  const float least = static_cast<float>(-(1 << (bits - 1))), most = -least - 1.0f;
   for (int64_t i = 0; i < n; ++i) {
     // Clamped first, so that round_even is exact.
     const float steps = v[i] / scale[i];
-    const float k = round_even(steps < -8.0f ? -8.0f : steps > 7.0f ? 7.0f : steps);
+    const float k = round_even(steps < least ? least : steps > most ? most : steps);
     code[i] = static_cast<int8_t>(k);
     q[i] = k * scale[i];
   }
@@ -64,10 +73,12 @@ W2A4_INLINE void round_tiles(const RoundColumnsParams& p, int64_t begin, int64_t
       const float* v = tile + j * kTile;
       const float* grid = p.grid + p.group[j] * p.points * p.out + first;
       int8_t* code = p.codes + j * p.out + first;
-      if (p.points == 4)
-        nearest_level(v, grid, p.out, n, code, q);
+      if (p.points == 8)
+        nearest_level<8>(v, grid, p.out, n, code, q);
+      else if (p.points == 4)
+        nearest_level<4>(v, grid, p.out, n, code, q);
       else
-        nearest_step(v, grid, n, code, q);
+        nearest_step(v, grid, p.bits, n, code, q);
       const float* from = p.current ? p.current + j * p.out + first : v;
       for (int64_t i = 0; i < n; ++i) change[i] = q[i] - from[i];
       std::copy_n(change, n, p.change + j * p.out + first);
@@ -90,7 +101,7 @@ void round_columns(const RoundColumnsParams& p) {
 
 std::tuple<Tensor, Tensor> round_columns(const Tensor& work, const Tensor& coupling,
                                          const std::optional<Tensor>& current, const Tensor& grid,
-                                         const Tensor& group) {
+                                         const Tensor& group, int64_t bits) {
   Check check("round_columns");
   const auto floats = [&](const Tensor& t, const char* name) {
     check.dtype(t, name, {kF32});
@@ -109,10 +120,13 @@ std::tuple<Tensor, Tensor> round_columns(const Tensor& work, const Tensor& coupl
     check.shape(*current, "current", {p.columns, p.out}, "[columns, out]");
   }
   p.grid = floats(grid, "grid");
-  check.that(grid.dim() == 3 && (grid.size(1) == 4 || grid.size(1) == 1) && grid.size(2) == p.out,
-             "grid has shape ", shape_name(grid), ", expected [groups, 4 or 1, ", p.out,
-             "]: four points, or a scale");
+  check.that(grid.dim() == 3 && grid.size(2) == p.out &&
+                 (grid.size(1) == 8 || grid.size(1) == 4 || grid.size(1) == 1),
+             "grid has shape ", shape_name(grid), ", expected [groups, 8, 4 or 1, ", p.out,
+             "]: eight or four points, or a scale");
   p.points = grid.size(1);
+  check.that(2 <= bits && bits <= 8, "bits=", bits, ", expected 2 to 8");
+  p.bits = static_cast<int>(bits);
   check.dtype(group, "group", {ScalarType::Long});
   check.shape(group, "group", {p.columns}, "[columns]");
   check.contiguous(group, "group");

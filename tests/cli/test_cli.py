@@ -193,7 +193,7 @@ def damaged(plain, directory, how):
         (["--recipe", "w3a4"], "unknown recipe 'w3a4'; named recipes: w2a4kv4, w2a4kv4-rcp"),
         (["--recipe", "no.yaml"], "recipe file 'no.yaml' does not exist"),
         (["--set", "bits=3"], "unknown recipe key 'bits'; known keys: name"),
-        (["--set", "weight_bits=3"], "weight_bits=3: give one of 2, 4, 16"),
+        (["--set", "weight_bits=5"], "weight_bits=5: give one of 2, 3, 4, 16"),
         (["--set", "group_size"], "--set 'group_size': give key=value"),
         (["--set", "group_size=["], "'[' is not a YAML value"),
         (["--set", "group_size=48"], "group_size=48 does not divide in_features=64"),

@@ -106,7 +106,8 @@ def test_decoding_is_as_near_a_full_pass_as_kernels_are_to_each_other(name, dtyp
     shape = dataclasses.replace(MODELS[name], layers=2)
     model = packed_llama(shape, 512, "cuda", dtype)
     for layer in model.model.layers:  # what a token is says less then, and what came before more
-        layer.self_attn.q_proj.scale.data.mul_(4)
+        queries = shape.heads * shape.head_dim
+        layer.self_attn.qkv_proj.scale.data[:queries].mul_(4)
         layer.self_attn.o_proj.scale.data.mul_(4)
     ids = torch.randint(shape.vocabulary, (60,), generator=torch.Generator().manual_seed(1)).cuda()
     new = Engine(model).generate([ids], 40)[0].cuda()

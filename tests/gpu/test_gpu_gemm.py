@@ -190,7 +190,11 @@ QUANTIZERS = {
     "a4": (quantizers.fake_quant_a4, (3, 50, 288), [torch.tensor([0.8])]),
     "a4 long": (quantizers.fake_quant_a4, (70, 14336), [torch.tensor([0.9])]),
     "kv4": (quantizers.fake_quant_kv4, (3, 50, 128), [torch.tensor([0.9])]),
-    "ldp": (lambda *t: quantizers.ldp_fake_quant(*t, 96), (33, 288), [torch.randn(33, 3) for _ in range(4)]),
+    "ldp": (
+        lambda w, *t: quantizers.ldp_fake_quant(w, t, 96),
+        (33, 288),
+        [torch.randn(33, 3) for _ in range(4)],
+    ),
 }
 
 

@@ -82,10 +82,10 @@ def test_ldp(dtype):
     grad, ran = torch.randn(96, 576), []
     for device in ("cpu", "cuda"):
         leaves = [t.detach().to(device).requires_grad_() for t in (w.to(dtype), *parameters)]
-        y = quantizers.ldp_fake_quant(*leaves, 64)
+        y = quantizers.ldp_fake_quant(leaves[0], leaves[1:], 64)
         y.backward(grad.to(device, dtype))
         ran.append([y.detach().float().cpu(), *(leaf.grad.float().cpu() for leaf in leaves)])
-        levels, scale = quantizers.ldp_to_codebook(*leaves, 64)
+        levels, scale = quantizers.ldp_to_codebook(leaves[0], leaves[1:], 64)
         codes = quantizers.nearest_codes(
             leaves[0].detach().unflatten(1, (-1, 64)).float(), levels, scale
         ).long()

@@ -1,4 +1,4 @@
-"""CPU kernels of linear_w2a4, linear_w4a4 and linear_w8: every instruction set gives the reference's bits.
+"""CPU kernels of linear_w2a4, _w3a4, _w4a4 and linear_w8: every instruction set gives the reference's bits.
 
 A process keeps the instruction set it began with, so each runs this file's `main` in one of its own.
 """
@@ -71,9 +71,9 @@ def packed(torch, bits: int, out: int, features: int, groups: int):
     scale = (torch.rand(out, groups) + 0.1).half()
     if bits == 4:
         return [pack(torch.randint(-8, 8, (out, features), dtype=torch.int8), 4), scale]
-    levels = torch.randint(-128, 128, (out, groups, 4), dtype=torch.int8)
-    levels[:, :, 0], levels[:, :, 3] = -128, 127
-    return [pack(torch.randint(0, 4, (out, features), dtype=torch.int8), 2), levels, scale]
+    levels = torch.randint(-128, 128, (out, groups, 2**bits), dtype=torch.int8)
+    levels[:, :, 0], levels[:, :, -1] = -128, 127
+    return [pack(torch.randint(0, 2**bits, (out, features), dtype=torch.int8), bits), levels, scale]
 
 
 def check(torch, bits, activations, weights, bias, group, dtype, tokens, what):
@@ -93,7 +93,7 @@ def check_shapes(torch):
     from w2a4.ops import reference
 
     dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-    for bits in (2, 4):
+    for bits in (2, 3, 4):
         for i, (out, features, group, act) in enumerate(SHAPES):
             group = features if group == -1 else group
             weights = packed(torch, bits, out, features, features // group)
@@ -106,27 +106,32 @@ def check_shapes(torch):
 
 def check_extremes(torch):
     """The largest sums of products: 16-bit lanes must not saturate, 32-bit ones end exact."""
-    for features, group in ((4096, 128), (4096, 64), (96, 32), (16384, 16384)):
-        for a_byte in (0x88, 0x77, 0x87):
-            for level in (-128, 127):
-                weight = torch.randint(0, 256, (9, features // 4), dtype=torch.uint8)
-                weight[:2] = 0xFF  # one code alone, which is as far from the first as can be
-                levels = torch.full((9, features // group, 4), level, dtype=torch.int8)
-                levels[:2, :, 0] = -1 - level
-                scale = torch.ones(9, features // group).half()
-                activations = torch.full((11, features // 2), a_byte, dtype=torch.uint8), torch.ones(11, 1)
-                weights = [weight, levels, scale]
-                what = f"activations {a_byte:#x}, levels {level}, group {group}"
-                check(torch, 2, activations, weights, None, group, torch.float32, (1, 4, 11), what)
+    import itertools
+
+    from w2a4.ops.packing import packed_width
+
+    shapes = (4096, 128), (4096, 64), (96, 32), (16384, 16384)
+    for (features, group), a_byte, bits in itertools.product(shapes, (0x88, 0x77, 0x87), (2, 3)):
+        for level in (-128, 127):
+            weight = torch.randint(0, 256, (9, packed_width(features, bits)), dtype=torch.uint8)
+            weight[:2] = 0xFF  # one code alone, which is as far from the first as can be
+            levels = torch.full((9, features // group, 2**bits), level, dtype=torch.int8)
+            levels[:2, :, 0] = -1 - level
+            scale = torch.ones(9, features // group).half()
+            activations = torch.full((11, features // 2), a_byte, dtype=torch.uint8), torch.ones(11, 1)
+            weights = [weight, levels, scale]
+            what = f"activations {a_byte:#x}, levels {level}, group {group}"
+            check(torch, bits, activations, weights, None, group, torch.float32, (1, 4, 11), what)
 
 
 def check_special_scales(torch):
     """Scales of float16 that are subnormal, infinite or NaN; activation scales likewise."""
     codes = torch.randint(0, 256, (5, 64), dtype=torch.uint8)
     a_scale = torch.tensor([1e-40, 1.0, float("inf"), float("nan"), 3e38])[:, None]
-    weights = packed(torch, 2, 12, 128, 2)
-    weights[2][:5, 0] = torch.tensor([6e-8, -6e-8, float("inf"), float("nan"), 65504.0]).half()
-    check(torch, 2, (codes, a_scale), weights, None, 64, torch.float32, (1, 4, 5), "special scales")
+    for bits in (2, 3):
+        weights = packed(torch, bits, 12, 128, 2)
+        weights[2][:5, 0] = torch.tensor([6e-8, -6e-8, float("inf"), float("nan"), 65504.0]).half()
+        check(torch, bits, (codes, a_scale), weights, None, 64, torch.float32, (1, 4, 5), "special scales")
 
 
 def check_one_token_of_w8(torch):

@@ -12,6 +12,7 @@ compiled = pytest.mark.skipif(not ops.has_layer_kernel(torch.zeros(1)), reason="
 
 MODELS = {
     "w2": ({}, {}),
+    "w3": ({}, {"weight_bits": 3}),
     "w4": ({}, {"weight_bits": 4}),
     "row": ({}, {"weight_bits": 4, "group_size": -1, "weight_method": "rtn"}),
     "no r3, r4": ({}, {"rotation.r3": "none", "rotation.r4": "none"}),

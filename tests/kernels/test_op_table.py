@@ -187,7 +187,8 @@ def test_decoder_layer_reference_is_the_kernel_but_for_its_ops(masked, monkeypat
     args[3] = (torch.rand(2, 1, 3, 5) < 0.7) if masked else None
     copy = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     plain = reference.decoder_layer(*[a.clone() if isinstance(a, torch.Tensor) else a for a in args])
-    for name in ("quantize_a4", "rmsnorm_a4", "silu_mul_hadamard_a4", "linear_w2a4", "linear_w4a4",
+    for name in ("quantize_a4", "rmsnorm_a4", "silu_mul_hadamard_a4",
+                 "linear_w2a4", "linear_w3a4", "linear_w4a4",
                  "rope_append_kv4", "attention_kv4"):  # fmt: skip
         monkeypatch.setattr(layer, name, getattr(ops, name))
     got, want = reference.decoder_layer(*copy), torch.ops.w2a4.decoder_layer(*args)
@@ -230,13 +231,13 @@ def test_ldp_and_snap_references(one_sign, in_pytorch):
     w, shares, grad = torch.randn(3, 2, 32), [torch.randn(3, 2) for _ in range(4)], torch.randn(3, 2, 32)
     w[0] = w[0].abs() if one_sign else w[0]  # the levels come out of order
     y, (to_w, *to_shares) = gradients(
-        lambda w, *shares: quantizers.ldp_fake_quant(w.flatten(1), *shares, 32).view(w.shape),
+        lambda w, *shares: quantizers.ldp_fake_quant(w.flatten(1), shares, 32).view(w.shape),
         (w, *shares),
         grad,
     )
     got, soft, levels, scale = reference.ldp_forward(w, *shares)
     assert_close(got, y)
-    stored = quantizers.ldp_to_codebook(w.flatten(1), *shares, 32)
+    stored = quantizers.ldp_to_codebook(w.flatten(1), shares, 32)
     assert_close(levels, stored[0])
     assert_close(scale, stored[1])
     exact = levels.float() * scale.float()[..., None]

@@ -118,7 +118,7 @@ def test_quantize_a4_shows_non_finite_input_in_the_scale(bad):
     assert scale[1, 0].isfinite() and codes[1, :16].any()
 
 
-# linear_w2a4, linear_w4a4
+# linear_w2a4, linear_w3a4, linear_w4a4
 
 
 def both(bits, args, dtype=torch.float32):
@@ -126,14 +126,14 @@ def both(bits, args, dtype=torch.float32):
     return getattr(ops, name)(*args, dtype), getattr(reference, name)(*args, dtype)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5, 17, 33, (2, 3), (2, 0), ()])
 @pytest.mark.parametrize("group,act_group", [(64, -1), (32, 64), (64, 32), (128, 384), (384, 128)])
 def test_linear(bits, tokens, group, act_group):
     assert_close(*both(bits, linear_inputs(bits, tokens, 70, 384, group, act_group)))
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("tokens", [0, 1, 40, (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_residual_is_added_as_by_an_addition_after_it(bits, tokens, dtype):
@@ -146,7 +146,7 @@ def test_a_residual_is_added_as_by_an_addition_after_it(bits, tokens, dtype):
     assert torch.equal(op(*args, dtype, strided), y + strided)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 @pytest.mark.parametrize(
     "out,features,group,act_group",
@@ -157,7 +157,7 @@ def test_linear_of_odd_shapes(bits, tokens, out, features, group, act_group):
     assert_close(*both(bits, linear_inputs(bits, tokens, out, features, group, act_group)))
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("tokens", [2, 11])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.float16, torch.bfloat16])
@@ -165,7 +165,7 @@ def test_linear_dtypes_and_bias(bits, tokens, dtype, bias):
     assert_close(*both(bits, linear_inputs(bits, tokens, 37, 64, 32, bias=bias), dtype))
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_linear_of_every_code_pair_at_the_extremes(bits, tokens):
     # The largest sum of one block: 40000 products of -128 * -8 pass 2**24, where float stops being exact.
@@ -173,19 +173,18 @@ def test_linear_of_every_code_pair_at_the_extremes(bits, tokens):
     a_codes = torch.full((tokens, features // 2), 0x88, dtype=torch.uint8)
     a_codes[:, -1] = 0x87
     a_scale, scale = torch.ones(tokens, 1), torch.ones(2, 1).half()
-    weight = (
-        torch.zeros(2, packed_width(features, bits), dtype=torch.uint8) if bits == 2 else a_codes[:2].clone()
-    )
+    weight, levels = a_codes[:2].clone(), []
+    if bits < 4:
+        weight = torch.zeros(2, packed_width(features, bits), dtype=torch.uint8)
+        levels = [torch.arange(2**bits, dtype=torch.int8).expand(2, 1, -1).contiguous()]
+        levels[0][..., 0] = -128
     weight = weight[:1].expand(2, -1).contiguous()
-    levels = (
-        [torch.tensor([-128, 1, 2, 3], dtype=torch.int8).expand(2, 1, 4).contiguous()] if bits == 2 else []
-    )
     got, want = both(bits, (a_codes, a_scale, weight, *levels, scale, None, features))
-    assert got.abs().max() > (2**24 if bits == 2 else 2**21)
+    assert got.abs().max() > (2**24 if bits < 4 else 2**21)
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_linear_token_does_not_depend_on_the_others(bits):
     args = linear_inputs(bits, 40, 70, 384, 64)
     op = getattr(ops, f"linear_w{bits}a4")

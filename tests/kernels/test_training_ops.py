@@ -33,7 +33,7 @@ def rows(*shape: int) -> torch.Tensor:
 
 
 def ldp(x: torch.Tensor, *levels: torch.Tensor) -> torch.Tensor:
-    return quantizers.ldp_fake_quant(x, *levels, x.shape[-1] // levels[0].shape[-1])
+    return quantizers.ldp_fake_quant(x, levels, x.shape[-1] // levels[0].shape[-1])
 
 
 def ldp_parameters(out: int, groups: int) -> tuple[torch.Tensor, ...]:

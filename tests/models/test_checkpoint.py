@@ -34,6 +34,9 @@ def load(path, **kwargs):
 
 CASES = {
     "w2": dict(),
+    "w3": dict(weight_bits=3),
+    "uniform w3": dict(weight_bits=3, weight_grid="uniform"),
+    "uniform w2": dict(weight_grid="uniform"),
     "w4": dict(weight_bits=4),
     "kept head and embeddings": dict(head_bits=16, embed_bits=16),
     "no rotation": {

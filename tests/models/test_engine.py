@@ -26,6 +26,7 @@ def assert_same(got, want) -> None:
 
 RECIPES = {
     "w2": {},
+    "w3": {"weight_bits": 3},
     "w4 row": {"weight_bits": 4, "group_size": -1, "weight_method": "rtn"},
     "no r3, r4": {"rotation.r3": "none", "rotation.r4": "none"},
     "random r3": {"rotation.r3": "random"},

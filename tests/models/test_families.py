@@ -1,6 +1,7 @@
 """Every family of `arch`, on tiny random models of unusual shapes: the same tests for each."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -288,3 +289,18 @@ def test_joint_linears_keep_their_names():
         assert names == (
             {"qkv_proj", "o_proj"} if family == "phi3" else {"q_proj", "k_proj", "v_proj", "o_proj"}
         )
+
+
+@pytest.mark.parametrize(
+    ("family", "case", "key", "value"),
+    [("mistral", "window", "sliding_window", 32), ("smollm3", "plain", "no_rope_layers", [1, 1, 1]),
+     ("qwen2", "window", "model_type", "llama"), ("llama", "plain", "model_type", "mistral")],
+)  # fmt: skip
+def test_a_config_that_was_changed_is_refused(family, case, key, value, tmp_path):
+    w2a4.save(quantized(family, case), None, tmp_path / "packed")
+    file = tmp_path / "packed" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {key: value}))
+    for load in (AutoModelForCausalLM.from_pretrained, w2a4.verify):
+        with pytest.raises(w2a4.W2A4Error, match=key):
+            load(tmp_path / "packed")

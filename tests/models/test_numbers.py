@@ -7,7 +7,8 @@ import w2a4
 from support.packed import calibration, prompt
 from support.tiny_models import tiny_llama
 from w2a4.errors import W2A4Error
-from w2a4.format.fake_quant import SMALLEST_SCALE, fp16_scale, lsq_fake_quant, lsq_to_codes
+from w2a4.format.fake_quant import SMALLEST_SCALE, fp16_scale, lsq_fake_quant
+from w2a4.format.grid import Uniform
 from w2a4.format.linear import W8Embedding, W8Linear
 from w2a4.format.rtn import fit_rtn
 from w2a4.quantization.fit.gptq import GPTQOptions, fit_gptq
@@ -68,8 +69,9 @@ def test_scales_in_float16_are_never_too_small():
 
 def test_small_steps_are_trained_as_they_are_stored():
     weight, step = matrix(8, 64) * 1e-5, torch.full((8, 2), 3e-6)
-    codes, scale = lsq_to_codes(weight, step, 32)
-    stored = (codes.unflatten(1, (-1, 32)) * scale.float()[..., None]).flatten(1)
+    (scale, levels), groups = Uniform(4).trained(weight, [step], 32), weight.unflatten(1, (-1, 32))
+    codes = Uniform(4).nearest(groups, scale, levels)
+    stored = (codes * scale.float()[..., None]).flatten(1)
     assert torch.equal(lsq_fake_quant(weight, step, 32), stored)
 
 

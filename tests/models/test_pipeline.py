@@ -94,10 +94,11 @@ def hidden_error(**recipe):
     return float((logits(model, ids) - full).square().mean() / full.square().mean())
 
 
-def test_gptq_beats_rtn_and_four_bits_beat_two():
-    errors = {(m, b): hidden_error(weight_method=m, weight_bits=b) for m in ("rtn", "gptq") for b in (2, 4)}
-    assert errors["gptq", 2] < errors["rtn", 2] and errors["gptq", 4] < errors["rtn", 4]
-    assert errors["gptq", 4] < errors["gptq", 2]
+def test_gptq_beats_rtn_and_more_bits_beat_fewer():
+    methods, bits = ("rtn", "gptq"), (2, 3, 4)
+    errors = {(m, b): hidden_error(weight_method=m, weight_bits=b) for m in methods for b in bits}
+    assert all(errors["gptq", b] < errors["rtn", b] for b in bits)
+    assert errors["gptq", 4] < errors["gptq", 3] < errors["gptq", 2]
 
 
 def test_sixteen_bits_everywhere_changes_nothing():

@@ -29,7 +29,10 @@ def prepared(**recipe):
 RECIPES = [
     dict(),
     dict(weight_bits=4),
+    dict(weight_bits=3),
+    dict(weight_bits=3, weight_grid="uniform"),
     {"training.grid": "uniform"},
+    {"training.grid": "uniform", "weight_bits": 3},
     {"training.init": "minmax"},
     {"training.init": "lloyd"},
     {"rotation.r4": "none", "rotation.r3": "none"},
@@ -77,29 +80,41 @@ def test_training_mode_computes_what_eval_mode_does(recipe):
             assert torch.equal(linear.to_packed()(inputs), want)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_training_begins_with_the_codes_of_the_fit(bits):
+@pytest.mark.parametrize(
+    "bits, grid", [(2, "auto"), (2, "uniform"), (3, "codebook"), (3, "uniform"), (4, "auto")]
+)
+def test_training_begins_with_the_codes_of_the_fit(bits, grid):
     model = tiny_llama(dtype=torch.float32, **SHAPE)
-    recipe = w2a4.Recipe.load("w2a4kv4").override(weight_bits=bits)
+    recipe = w2a4.Recipe.load("w2a4kv4").override(weight_bits=bits, weight_grid=grid)
     packed = copy.deepcopy(model)
     w2a4.quantize(packed, None, recipe, calibration(), progress=False)
     prepare(model, None, recipe, calibration(), progress=False)
     fits = {f"model.layers.{i}.{path}": linear for i, layer in enumerate(packed.model.layers)
             for path, linear in layer.linears().items()}  # fmt: skip
     for name, linear in fake_quant_linears(model).items():
-        want, got = fits[name].fitted(), linear.fitted()
+        want, got = fits[name].fitted().on(recipe.grid), linear.fitted()
+        assert got.grid == recipe.grid
         # Groups of one sign, or with levels that coincide, LDP cannot quite represent.
         assert (got.codes != want.codes).float().mean() < 0.01, name
         error = (got.dequantize() - want.dequantize()).norm() / want.dequantize().norm()
         assert error < 0.02, (name, error)
 
 
-def test_what_is_trained():
-    model = prepared()
+@pytest.mark.parametrize(
+    "recipe, quantizer",
+    [
+        ({}, ("beta", "gamma", "s1", "s2")),
+        ({"weight_bits": 3}, ("beta", "gamma", "s1", "s2", "s3", "s4", "s5", "s6")),
+        ({"weight_bits": 3, "weight_grid": "uniform"}, ("step",)),
+    ],
+    ids=str,
+)
+def test_what_is_trained(recipe, quantizer):
+    model = prepared(**recipe)
     trained = {
         name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
     }
-    names = ("weight", "beta", "gamma", "s1", "s2", "act_clip")
+    names = ("weight", *quantizer, "act_clip")
     assert trained == {f"{linear}.{name}" for linear in fake_quant_linears(model) for name in names}
     loss = model(prompt(2, 16), labels=prompt(2, 16), use_cache=False).loss
     loss.backward()
@@ -108,8 +123,9 @@ def test_what_is_trained():
         assert grad is not None and bool(torch.isfinite(grad).all()) and bool(grad.any()), name
 
 
-def test_fixed_quantizer_parameters():
-    model = prepared(**{"training.grid": "uniform", "training.learn_act_clip": False})
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fixed_quantizer_parameters(bits):
+    model = prepared(**{"training.grid": "uniform", "training.learn_act_clip": False, "weight_bits": bits})
     for linear in fake_quant_linears(model).values():
         assert not linear.s1.requires_grad and not linear.act_clip.requires_grad
         levels = linear.fitted().levels.float()
@@ -117,8 +133,9 @@ def test_fixed_quantizer_parameters():
         assert (steps.amax(-1) - steps.amin(-1)).max() <= 2  # equal but for rounding
 
 
-def test_a_step_of_training_lowers_the_loss():
-    model, ids = prepared(), prompt(4, 24)
+@pytest.mark.parametrize("recipe", [{}, {"weight_bits": 3}], ids=str)
+def test_a_step_of_training_lowers_the_loss(recipe):
+    model, ids = prepared(**recipe), prompt(4, 24)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
     losses = []
     for _ in range(8):
@@ -159,7 +176,7 @@ def test_saved_after_training(tmp_path):
 
 
 @pytest.mark.parametrize("value", [-1e6, -0.5, 0.0])
-@pytest.mark.parametrize("bits, name", [(2, "act_clip"), (4, "act_clip"), (4, "step")])
+@pytest.mark.parametrize("bits, name", [(2, "act_clip"), (3, "act_clip"), (4, "act_clip"), (4, "step")])
 def test_a_clip_or_step_that_went_below_0_is_packed_and_loaded(bits, name, value, tmp_path):
     """Training may overstep: what it computes with then is positive, and is what is packed."""
     model, ids = prepared(weight_bits=bits), prompt()

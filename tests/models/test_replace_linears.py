@@ -219,7 +219,7 @@ CHANGES = {
     "a name that is a number": (more_names(3), "names holds 3"),
     "no names": (part(names=[]), "names holds nothing"),
     "names no list": (part(names="embed_out"), "names='embed_out': give a list"),
-    "three bits": (part(weight_bits=3), "weight_bits=3: give one of 2, 4"),
+    "five bits": (part(weight_bits=5), "weight_bits=5: give one of 2, 3, 4"),
     "other bits": (part(weight_bits=4, grid="uniform"), "expected U8|not what|weight_bits"),
     "another grid": (part(grid="uniform"), "grid='uniform' with weight_bits=2: give 'codebook'"),
     "16 activation bits": (part(act_bits=16), "act_bits|does not ask for"),

@@ -60,7 +60,7 @@ def linear_inputs(bits, tokens, out, features, group, act_group=-1, bias=None):
     if bits == 4:
         weight = pack(torch.randint(-8, 8, (out, features), dtype=torch.int8), 4)
         return a_codes, a_scale, weight, scale, bias, group
-    weight = pack(torch.randint(0, 4, (out, features), dtype=torch.int8), 2)
-    levels = torch.randint(-128, 128, (out, features // group, 4), dtype=torch.int8)
-    levels[:, :, 0], levels[:, :, 3] = -128, 127
+    weight = pack(torch.randint(0, 2**bits, (out, features), dtype=torch.int8), bits)
+    levels = torch.randint(-128, 128, (out, features // group, 2**bits), dtype=torch.int8)
+    levels[:, :, 0], levels[:, :, -1] = -128, 127
     return a_codes, a_scale, weight, levels, scale, bias, group

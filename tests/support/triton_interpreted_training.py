@@ -106,7 +106,7 @@ def test_ldp(out, features, group, dtype):
     w[0, :group] = w[0, :group].abs()  # one sign: the levels come out of order
     parameters = [torch.randn(out, features // group) for _ in range(4)]
     grad = torch.randn(out, features).to(dtype)
-    call = (lambda *t: quantizers.ldp_fake_quant(*t, group)), (w, *parameters), grad
+    call = (lambda w, *t: quantizers.ldp_fake_quant(w, t, group)), (w, *parameters), grad
     got, *gradients = with_gradients(*call)
     exact, wanted = in_pytorch(*call)
     assert_close(got, in_dtype(exact, dtype))
@@ -118,13 +118,13 @@ def test_ldp(out, features, group, dtype):
 def test_ldp_is_what_is_packed(size):
     """To the bit, also where float16 holds the scale in a few bits or not at all."""
     w, parameters = torch.randn(6, 128) * size, [torch.randn(6, 4) for _ in range(4)]
-    got = quantizers.ldp_fake_quant(w, *parameters, 32)
-    levels, scale = quantizers.ldp_to_codebook(w, *parameters, 32)
+    got = quantizers.ldp_fake_quant(w, parameters, 32)
+    levels, scale = quantizers.ldp_to_codebook(w, parameters, 32)
     codes = quantizers.nearest_codes(w.unflatten(1, (-1, 32)), levels, scale).long()
     assert_close((levels.float() * scale.float()[..., None]).gather(-1, codes).flatten(1), got)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "backend", "reference")
-        wanted = quantizers.ldp_to_codebook(w, *parameters, 32)
+        wanted = quantizers.ldp_to_codebook(w, parameters, 32)
     assert torch.equal(levels, wanted[0]) and torch.equal(scale, wanted[1])
 
 
@@ -132,7 +132,7 @@ def test_ldp_is_what_is_packed(size):
 def test_ldp_shows_what_is_not_finite(bad):
     w, parameters = torch.randn(3, 64), [torch.randn(3, 2) for _ in range(4)]
     w[1, 40] = bad
-    y = quantizers.ldp_fake_quant(w, *parameters, 32).unflatten(1, (2, 32))
+    y = quantizers.ldp_fake_quant(w, parameters, 32).unflatten(1, (2, 32))
     assert y[1, 1].isnan().all() and y[[0, 2]].isfinite().all() and y[1, 0].isfinite().all()
 
 

@@ -37,7 +37,8 @@ def test_yaml_and_dict_round_trip(recipe, tmp_path):
 
 def test_every_field_can_be_overridden():
     others = {
-        "name": "x", "smooth": 0.5, "weight_bits": 4, "weight_method": "rtn", "group_size": -1,
+        "name": "x", "smooth": 0.5, "weight_bits": 4, "weight_grid": "uniform",
+        "weight_method": "rtn", "group_size": -1,
         "act_bits": 16, "act_clip": 0.8, "act_group_size": 64, "o_proj_act": "token", "kv_bits": 16,
         "kv_clip": 1.0, "sink_tokens": 4, "head_bits": 16,
         "embed_bits": 16, "gptq_damp": 0.1, "gptq_block": 64, "gptq_act_order": False, "gptq_refine": 0,
@@ -77,7 +78,12 @@ def test_every_field_can_be_overridden():
         ({"bits": 2}, "unknown recipe key 'bits'; known keys: name, rotation.r1"),
         ({"rotation.r5": "none"}, "unknown recipe key 'rotation.r5'"),
         ({"name.x": 1}, "unknown recipe key 'name.x'"),
-        ({"weight_bits": 3}, "weight_bits=3: give one of 2, 4, 16"),
+        ({"weight_bits": 5}, "weight_bits=5: give one of 2, 3, 4, 16"),
+        (
+            {"weight_bits": 4, "weight_grid": "codebook"},
+            "weight_grid='codebook' with weight_bits=4: a codebook",
+        ),
+        ({"weight_grid": "lloyd"}, "weight_grid='lloyd': give one of 'auto', 'codebook', 'uniform'"),
         ({"weight_bits": "2"}, "weight_bits='2'"),
         ({"group_size": 2}, "group_size=2"),
         ({"group_size": "big"}, "group_size='big'"),

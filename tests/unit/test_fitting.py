@@ -1,16 +1,21 @@
 """Fitting: Lloyd-Max against its known optimum, GPTQ against rounding, order and refits."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from w2a4.errors import RecipeError
 from w2a4.format.fake_quant import nearest_codes
+from w2a4.format.grid import Codebook, Uniform
 from w2a4.format.groups import resolve_group_size
 from w2a4.format.lloyd import fit_levels
-from w2a4.format.rtn import fit_grid, fit_rtn
+from w2a4.format.rtn import fit_rtn
 from w2a4.format.weight import QuantizedWeight
-from w2a4.quantization.fit.gptq import GPTQOptions, _Grid, _polish, _refit_grid, _sweep, fit_gptq
+from w2a4.quantization.fit.gptq import GPTQOptions, _Grids, _polish, _refit_grid, _sweep, fit_gptq
 from w2a4.quantization.fit.moments import Moments
+
+GRIDS = [Codebook(4), Codebook(8), Uniform(2), Uniform(3), Uniform(4)]
 
 
 def correlated_inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -59,17 +64,24 @@ def test_importance_moves_levels_to_what_matters():
     assert error[1] <= error[0] and error[1] < 0.05
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+def test_lloyd_finds_the_gaussian_optimum_of_eight_levels():
+    x = torch.erfinv(torch.linspace(-1, 1, 200_003, dtype=torch.float64)[1:-1]).float() * 2**0.5
+    levels, scale = fit_levels(x[None], iterations=200, count=8)
+    values = (levels.float() * scale.float()[..., None])[0]
+    half = torch.tensor([0.2451, 0.7560, 1.3439, 2.1520])
+    # int8 levels: half a step of 2.152 / 127.
+    torch.testing.assert_close(values, torch.cat([-half.flip(0), half]), atol=9e-3, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, Uniform(8)], ids=str)
 @pytest.mark.parametrize("group_size", [32, -1])
-def test_rtn_codes_are_the_nearest_grid_points(bits, group_size):
+def test_rtn_codes_are_the_nearest_grid_points(grid, group_size):
     weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
-    fitted = fit_rtn(weight, bits, group_size)
+    fitted = fit_rtn(weight, grid, group_size)
     size = resolve_group_size(96, group_size)
-    points = (
-        fitted.levels.float() * fitted.scale.float()[..., None]
-        if bits == 2
-        else torch.arange(-8, 8).float() * fitted.scale.float()[..., None]
-    )
+    half = 2 ** (grid.bits - 1)
+    integers = fitted.levels if isinstance(grid, Codebook) else torch.arange(-half, half)
+    points = integers.float() * fitted.scale.float()[..., None]
     distance = (weight.unflatten(1, (-1, size))[..., None] - points[:, :, None, :]).abs()
     chosen = (fitted.dequantize() - weight).abs().unflatten(1, (-1, size))
     torch.testing.assert_close(chosen, distance.amin(-1), rtol=1e-6, atol=1e-7)
@@ -83,7 +95,7 @@ def test_w4_clip_search_beats_no_clip():
     assert (searched - weight).square().sum() < 0.97 * (plain - weight).square().sum()
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", GRIDS, ids=str)
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("group_size", [32, -1])
 def test_gptq_beats_rounding_and_refinement_beats_gptq(bits, act_order, group_size):
@@ -98,10 +110,11 @@ def test_gptq_beats_rounding_and_refinement_beats_gptq(bits, act_order, group_si
     assert reported == pytest.approx(output_error(weight, refined, hessian), rel=0.1)
 
 
-def test_gptq_without_correlation_is_rounding():
+@pytest.mark.parametrize("bits", GRIDS, ids=str)
+def test_gptq_without_correlation_is_rounding(bits):
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(4))
-    fitted, _ = fit_gptq(weight, torch.eye(64) * 7, 4, 32, GPTQOptions(refine=0))
-    assert torch.equal(fitted.codes, fit_rtn(weight, 4, 32).codes)
+    fitted, _ = fit_gptq(weight, torch.eye(64) * 7, bits, 32, GPTQOptions(refine=0))
+    assert torch.equal(fitted.codes, fit_rtn(weight, bits, 32).codes)
 
 
 def test_act_order_returns_codes_in_the_order_of_the_weight():
@@ -116,20 +129,20 @@ def test_sweep_does_not_depend_on_the_block_size():
     x = correlated_inputs(1024, 64).double()
     hessian = (x.T @ x + torch.eye(64)).float()
     weight = torch.randn(8, 64)
-    scale, levels = fit_grid(weight.unflatten(1, (-1, 32)), 2)
-    codes = [_sweep(weight, hessian, _Grid(scale, levels, 32), None, block) for block in (1, 7, 64)]
+    grids = _Grids(Codebook(4), *Codebook(4).fit(weight.unflatten(1, (-1, 32))), 32)
+    codes = [_sweep(weight, hessian, grids, None, block) for block in (1, 7, 64)]
     # Blocks only reorder additions: a code may differ where a value lies on a threshold.
     assert all((c != codes[0]).float().mean() < 0.02 for c in codes)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", GRIDS, ids=str)
 @pytest.mark.parametrize("group_size", [32, 96])
 def test_polishing_never_raises_the_error(bits, group_size):
     x = correlated_inputs(1024, 96)
     hessian = x.T @ x + torch.eye(96) * 0.1
     weight = torch.randn(16, 96)
     fitted = fit_rtn(weight, bits, group_size)
-    grid, codes = _Grid(fitted.scale, fitted.levels, group_size), fitted.codes.T.contiguous()
+    grid, codes = _Grids(bits, fitted.scale, fitted.levels, group_size), fitted.codes.T.contiguous()
     errors = [output_error(weight, fitted, hessian)]
     for _ in range(4):
         _polish(weight, hessian, codes, grid, block=20)
@@ -140,14 +153,14 @@ def test_polishing_never_raises_the_error(bits, group_size):
     )
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", GRIDS, ids=str)
 def test_refit_solves_the_least_squares_problem(bits):
     """A weight that a grid of other numbers represents exactly: the refit finds that grid."""
     x = correlated_inputs(1024, 32)
     hessian = x.T @ x + torch.eye(32) * 0.1
     start = fit_rtn(torch.randn(4, 32), bits, 32)
-    true = QuantizedWeight(start.codes, (start.scale * 1.25).half(), start.levels, 32).dequantize()
-    grid, codes = _Grid(start.scale, start.levels, 32), start.codes.T.contiguous()
+    true = dataclasses.replace(start, scale=(start.scale * 1.25).half()).dequantize()
+    grid, codes = _Grids(bits, start.scale, start.levels, 32), start.codes.T.contiguous()
     current = start.dequantize().T.contiguous()
     _refit_grid(hessian, hessian @ (true.T - current), current, codes, grid, 0)
     torch.testing.assert_close(

@@ -8,7 +8,9 @@ from torch import nn
 
 import w2a4
 from w2a4.errors import CheckpointError, RecipeError, W2A4Error
+from w2a4.format.grid import grid_of
 from w2a4.format.linear import PACKED_LINEARS
+from w2a4.format.rtn import fit_rtn
 from w2a4.ops import reference
 
 
@@ -17,7 +19,7 @@ def linear(inputs: int, outputs: int, bias: bool = True, seed: int = 0) -> nn.Li
     return nn.Linear(inputs, outputs, bias)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(
     "inputs, group_size", [(128, 128), (192, 64), (96, 32), (30, -1), (91, -1), (256, 128)]
 )
@@ -35,7 +37,7 @@ def test_forward_is_the_fake_quantised_linear(bits, inputs, group_size, bias):
     assert layer(x).dtype == x.dtype and (layer(x).double() - expected).abs().max() < bound
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_activation_groups_and_16_bit_activations(bits):
     source = linear(192, 8)
     x = torch.randn(3, 192) * torch.tensor([1.0, 30.0, 0.1]).repeat_interleave(64)
@@ -45,6 +47,22 @@ def test_activation_groups_and_16_bit_activations(bits):
     whole = PACKED_LINEARS[bits].from_linear(source, 64)
     error = [(layer(x) - exact(x)).square().mean() for layer in (grouped, whole)]
     assert error[0] < error[1]
+
+
+@pytest.mark.parametrize("kind", ["codebook", "uniform"])
+def test_bits_a_weight_of_three_bits(kind):
+    """A uniform grid is stored as a codebook of its steps: as large, and the same weight."""
+    source = linear(256, 8, bias=False)
+    fitted = fit_rtn(source.weight.detach(), grid_of(3, kind), 128)
+    layer = w2a4.W3A4Linear.from_linear(source, fitted=fitted)
+    tensors = {name: p for name, p in layer.named_parameters() if name != "act_clip"}
+    assert {name: p.dtype for name, p in tensors.items()} == {
+        "weight": torch.uint8, "levels": torch.int8, "scale": torch.float16
+    }  # fmt: skip
+    assert sum(p.nbytes for p in tensors.values()) * 8 / (256 * 8) == 3 + 80 / 128
+    assert torch.equal(layer.dequantize(), fitted.dequantize())
+    again = layer.fitted().on(fitted.grid)
+    assert torch.equal(again.codes, fitted.codes) and again.levels.shape == fitted.levels.shape
 
 
 def test_bits_a_weight():
@@ -102,8 +120,21 @@ def test_replace_linears_serves_any_model():
     assert model[2]["x"](model[1](model[0](torch.randn(2, 64)))).shape == (2, 5)
     with pytest.raises(ValueError, match="no nn.Linear"):
         w2a4.replace_linears(nn.Sequential(nn.ReLU()))
-    with pytest.raises(ValueError, match="bits=3"):
-        w2a4.replace_linears(nn.Sequential(nn.Linear(4, 4)), bits=3)
+    with pytest.raises(ValueError, match=r"bits=5: give one of \[2, 3, 4\]"):
+        w2a4.replace_linears(nn.Sequential(nn.Linear(4, 4)), bits=5)
+
+
+@pytest.mark.parametrize("kind", ["auto", "uniform"])
+def test_replace_linears_by_three_bits(kind):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 5))
+    errors = []
+    for bits in (2, 3, 4):
+        packed = w2a4.replace_linears(copy.deepcopy(model), bits=bits, weight_grid=kind)
+        errors.append(float((packed[0].dequantize() - model[0].weight).square().mean()))
+        assert packed(torch.randn(4, 64)).shape == (4, 5)
+    assert errors[0] > errors[1] > errors[2]
+    assert isinstance(w2a4.replace_linears(model, bits=3)[0], w2a4.W3A4Linear)
 
 
 def test_replace_linears_keeps_what_is_shared():

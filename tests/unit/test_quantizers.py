@@ -187,7 +187,7 @@ def ldp_case(out: int = 6, inputs: int = 64, group_size: int = 32, dtype: torch.
 class TestLDP:
     def test_levels(self):
         beta, gamma, s1, s2 = (torch.logit(torch.tensor([v])) for v in (0.5, 0.8, 0.25, 0.6))
-        levels = ldp_levels(beta, gamma, s1, s2, torch.tensor([-2.0]), torch.tensor([5.0]))
+        levels = ldp_levels((beta, gamma, s1, s2), torch.tensor([-2.0]), torch.tensor([5.0]))
         # lo -1, hi 4; widths 0.25, 0.75 * 0.6 = 0.45, 0.3 of 5.
         torch.testing.assert_close(levels, torch.tensor([[-1.0, 0.25, 2.5, 4.0]]))
 
@@ -196,7 +196,7 @@ class TestLDP:
     )
     def test_forward_is_the_packed_form(self, out, inputs, group_size):
         w, parameters, group_size = ldp_case(out, inputs, group_size)
-        levels, scale = ldp_to_codebook(w, *parameters, group_size)
+        levels, scale = ldp_to_codebook(w, parameters, group_size)
         groups = scale.shape[1]
         assert levels.dtype == torch.int8 and levels.shape == (out, groups, 4)
         assert scale.dtype == torch.float16 and levels.abs().amax(-1).min() >= 126
@@ -204,13 +204,13 @@ class TestLDP:
         codes = nearest_codes(w.unflatten(1, (groups, -1)), levels, scale)
         stored = unpack(pack(codes.flatten(1), 2), 2, inputs).long().unflatten(1, (groups, -1))
         expected = (levels.gather(2, stored).float() * scale.float()[..., None]).flatten(1)
-        fake = ldp_fake_quant(w, *parameters, group_size)
+        fake = ldp_fake_quant(w, parameters, group_size)
         assert torch.equal(fake, expected)
         assert set(codes.unique().tolist()) == {0, 1, 2, 3}
 
     def test_codes_are_nearest(self):
         w, parameters, group_size = ldp_case()
-        levels, scale = ldp_to_codebook(w, *parameters, group_size)
+        levels, scale = ldp_to_codebook(w, parameters, group_size)
         groups = w.unflatten(1, (-1, group_size))
         values = levels.float() * scale.float()[..., None]
         codes = nearest_codes(groups, levels, scale)
@@ -220,17 +220,17 @@ class TestLDP:
 
     def test_bfloat16_weights(self):
         w, parameters, group_size = ldp_case()
-        fake = ldp_fake_quant(w.bfloat16(), *parameters, group_size)
-        exact = ldp_fake_quant(w.bfloat16().float(), *parameters, group_size)
+        fake = ldp_fake_quant(w.bfloat16(), parameters, group_size)
+        exact = ldp_fake_quant(w.bfloat16().float(), parameters, group_size)
         assert fake.dtype == torch.bfloat16 and torch.equal(fake, exact.bfloat16())
 
     def test_gradient_to_the_weight_is_the_identity_inside_the_clip_range(self):
         w, parameters, group_size = ldp_case()
         w.requires_grad_()
         upstream = randn(*w.shape, seed=9)
-        ldp_fake_quant(w, *parameters, group_size).backward(upstream)
+        ldp_fake_quant(w, parameters, group_size).backward(upstream)
         groups = w.detach().unflatten(1, (-1, group_size))
-        levels = ldp_levels(*parameters, groups.amin(-1), groups.amax(-1)).detach()
+        levels = ldp_levels(parameters, groups.amin(-1), groups.amax(-1)).detach()
         inside = ((groups >= levels[..., :1]) & (groups <= levels[..., 3:])).flatten(1)
         assert 0 < inside.sum() < inside.numel()
         assert torch.equal(w.grad, upstream * inside)
@@ -240,13 +240,13 @@ class TestLDP:
         w, parameters, group_size = ldp_case(2, 64, 32, torch.float64)
         upstream = randn(*w.shape, seed=9, dtype=torch.float64)
         groups = w.unflatten(1, (-1, group_size))
-        codes = nearest_codes(groups, *ldp_to_codebook(w, *parameters, group_size)).long()
+        codes = nearest_codes(groups, *ldp_to_codebook(w, parameters, group_size)).long()
 
         def fixed(*parameters):
-            levels = ldp_levels(*parameters, groups.amin(-1), groups.amax(-1))
+            levels = ldp_levels(parameters, groups.amin(-1), groups.amax(-1))
             return (levels.gather(-1, codes).flatten(1) * upstream).sum()
 
-        loss = (ldp_fake_quant(w, *parameters, group_size) * upstream).sum()
+        loss = (ldp_fake_quant(w, parameters, group_size) * upstream).sum()
         gradients = torch.autograd.grad(loss, parameters)
         step = 1e-6
         for i, gradient in enumerate(gradients):
@@ -265,7 +265,7 @@ class TestLDP:
         groups = (50 * w).unflatten(1, (-1, group_size))
 
         def soft(*parameters):
-            levels = ldp_levels(*parameters, groups.amin(-1), groups.amax(-1))
+            levels = ldp_levels(parameters, groups.amin(-1), groups.amax(-1))
             share = (-4 * (groups[..., None] - levels[..., None, :]).square()).softmax(-1)
             return (share * levels[..., None, :]).sum(-1)
 
@@ -279,13 +279,13 @@ class TestLDP:
         optimizer = torch.optim.Adam(parameters, lr=0.05)
         losses = []
         for _ in range(150):
-            loss = (ldp_fake_quant(w, *parameters, -1) - w).square().mean()
+            loss = (ldp_fake_quant(w, parameters, -1) - w).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
         assert losses[0] > 0.2 and losses[-1] < 0.125
-        levels, scale = ldp_to_codebook(w, *parameters, -1)
+        levels, scale = ldp_to_codebook(w, parameters, -1)
         mean = (levels.float() * scale.float()[..., None]).mean((0, 1))
         torch.testing.assert_close(mean, torch.tensor([-1.510, -0.453, 0.453, 1.510]), rtol=0, atol=0.08)
 
@@ -296,7 +296,7 @@ class TestLDP:
         levels, scale = fit_levels(groups)
         parameters = codebook_to_ldp(w, levels, scale)
         assert all(p.shape == scale.shape and p.dtype == torch.float32 for p in parameters)
-        again, again_scale = ldp_to_codebook(w, *parameters, group_size)
+        again, again_scale = ldp_to_codebook(w, parameters, group_size)
         exact = (again == levels).all(-1) & (again_scale == scale)
         # A level at the group's very end is held 0.001 off it.
         assert exact.float().mean() > 0.9
@@ -320,10 +320,10 @@ class TestLDP:
         )
         levels, scale = fit_levels(w[:, None])
         parameters = [p.requires_grad_() for p in codebook_to_ldp(w, levels, scale)]
-        fake = ldp_fake_quant(w.requires_grad_(), *parameters, -1)
+        fake = ldp_fake_quant(w.requires_grad_(), parameters, -1)
         fake.sum().backward()
         assert all(p.isfinite().all() and p.grad.isfinite().all() for p in (w, *parameters))
-        again, again_scale = ldp_to_codebook(w, *parameters, -1)
+        again, again_scale = ldp_to_codebook(w, parameters, -1)
         assert (again.int().diff(dim=-1) >= 0).all()
         codes = nearest_codes(w.detach()[:, None], again, again_scale).long()
         assert torch.equal(fake, (again.gather(2, codes).float() * again_scale.float()[..., None]).flatten(1))
@@ -335,10 +335,10 @@ class TestLDP:
     def test_levels_stay_ascending_when_lo_passes_hi(self):
         w = -randn(1, 32).abs() - 1
         parameters = [torch.tensor([[v]]) for v in (-3.0, 3.0, 0.0, 0.0)]
-        levels, _ = ldp_to_codebook(w, *parameters, -1)
+        levels, _ = ldp_to_codebook(w, parameters, -1)
         assert (levels.int().diff(dim=-1) > 0).all()
 
     def test_compiles_in_one_graph(self):
         w, parameters, group_size = ldp_case()
         compiled = torch.compile(ldp_fake_quant, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(w, *parameters, group_size), ldp_fake_quant(w, *parameters, group_size))
+        assert torch.equal(compiled(w, parameters, group_size), ldp_fake_quant(w, parameters, group_size))

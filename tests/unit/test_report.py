@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from w2a4.errors import CheckpointError
 from w2a4.evaluate import report
 from w2a4.evaluate.report import Report
+from w2a4.ops.packing import packed_width
 from w2a4.recipe import RECIPES, Recipe
 
 # Odd on purpose: 13 does not fill a byte of 2-bit codes, 3 heads of 6 are not hidden_size.
@@ -32,11 +33,11 @@ def packed_tensors(bits: int) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, (rows, columns) in shapes.items():
         name = f"model.layers.0.{name}"
-        tensors[f"{name}.weight"] = torch.zeros(rows, -(-columns * bits // 8), dtype=torch.uint8)
+        tensors[f"{name}.weight"] = torch.zeros(rows, packed_width(columns, bits), dtype=torch.uint8)
         tensors[f"{name}.scale"] = torch.ones(rows, 1, dtype=torch.float16)
         tensors[f"{name}.act_clip"] = torch.ones(1)
-        if bits == 2:
-            tensors[f"{name}.levels"] = torch.zeros(rows, 1, 4, dtype=torch.int8)
+        if bits < 4:
+            tensors[f"{name}.levels"] = torch.zeros(rows, 1, 2**bits, dtype=torch.int8)
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(18)
     tensors["model.layers.0.input_layernorm.weight"] = torch.ones(HIDDEN)
     tensors["model.norm.weight"] = torch.ones(HIDDEN)
@@ -69,7 +70,7 @@ def write_checkpoint(directory, bits=2, shards=1, **quantization):
     return tensors
 
 
-@pytest.mark.parametrize(("bits", "shards"), [(2, 1), (2, 3), (4, 1)])
+@pytest.mark.parametrize(("bits", "shards"), [(2, 1), (2, 3), (3, 1), (4, 1)])
 def test_summary_counts_every_byte_and_weight(tmp_path, bits, shards):
     tensors = write_checkpoint(tmp_path / "c", bits, shards)
     summary = report.checkpoint_summary(tmp_path / "c")
@@ -81,7 +82,7 @@ def test_summary_counts_every_byte_and_weight(tmp_path, bits, shards):
     linears = 18 * HIDDEN + HIDDEN * 18 + INNER * HIDDEN + HIDDEN * INNER
     rows = 18 + HIDDEN + INNER + HIDDEN
     assert summary["weights"] == {"linears": linears, "model": linears + 18 + 2 * HIDDEN + 2 * VOCAB * HIDDEN}
-    assert size["levels"] == (rows * 4 if bits == 2 else 0)
+    assert size["levels"] == (rows * 2**bits if bits < 4 else 0)
     assert size["scales"] == rows * 2
     codes = sum(t.nbytes for name, t in tensors.items() if name.endswith("proj.weight"))
     assert size["codes"] == codes
@@ -95,12 +96,12 @@ def test_summary_counts_every_byte_and_weight(tmp_path, bits, shards):
 
 
 def test_bits_a_weight_of_the_format():
-    """2 + 48 / g and 4 + 16 / g, as the stored form promises."""
-    for bits, group, expected in ((2, 128, 2.375), (2, 64, 2.75), (4, 64, 4.25)):
+    """2 + 48 / g, 3 + 80 / g and 4 + 16 / g, as the stored form promises."""
+    for bits, group, expected in ((2, 128, 2.375), (2, 64, 2.75), (3, 128, 3.625), (4, 64, 4.25)):
         tensors = {
             "x.up_proj.weight": ("U8", (8, 256 * bits // 8)),
             "x.up_proj.scale": ("F16", (8, 256 // group)),
-            **({"x.up_proj.levels": ("I8", (8, 256 // group, 4))} if bits == 2 else {}),
+            **({"x.up_proj.levels": ("I8", (8, 256 // group, 2**bits))} if bits < 4 else {}),
         }
         measured = report.measure_tensors(tensors, {"hidden_size": 256})
         assert measured["bits_per_weight"]["linears"] == expected

@@ -183,15 +183,15 @@ def _fused_a4(draw: Draw) -> OpCase:
 
 
 def _linear_a4(draw: Draw) -> OpCase:
-    bits, groups = draw.pick((2, 4)), draw.number(1, 4)
+    bits, groups = draw.pick((2, 3, 4)), draw.number(1, 4)
     group, out = draw.pick((1, 3, 10, 16, 32, 64)), draw.number(0, 20)
     features = group * groups
     act = draw.pick([g for g in (-1, group, 2 * group) if g == -1 or features % g == 0])
     a = reference.quantize_a4(_randn(draw, *_tokens(draw), features, size=1.0), torch.tensor([0.8]), act)
-    low, high = (0, 4) if bits == 2 else (-8, 8)
+    low, high = (-8, 8) if bits == 4 else (0, 2**bits)
     weight = pack(_integers(draw, low, high, out, features), bits)
     scale = (_randn(draw, out, groups, dtype=torch.float64).abs() + 2.0**-24).clamp(max=6e4).half()
-    levels = [_integers(draw, -128, 128, out, groups, 4)] if bits == 2 else []
+    levels = [] if bits == 4 else [_integers(draw, -128, 128, out, groups, 2**bits)]
     bias = draw.pick((None, _randn(draw, out, size=1.0)))
     args = [*a, weight, *levels, scale, bias, group, draw.pick(FLOATS)]
     return OpCase(f"linear_w{bits}a4", args, exact)
@@ -345,13 +345,14 @@ def _fake_quant_rows_backward(draw: Draw) -> OpCase:
 
 def _packed_linear(draw: Draw, features: int, out: int) -> tuple[list[Tensor], int, int]:
     """Tensors as `decoder_layer` takes them, and the groups of weights and of inputs."""
-    bits, group = draw.pick((2, 4)), draw.pick([g for g in (1, 2, 8, 16, 32, features) if features % g == 0])
+    sizes = [size for size in (1, 2, 8, 16, 32, features) if features % size == 0]
+    bits, group = draw.pick((2, 3, 4)), draw.pick(sizes)
     act = draw.pick([-1, *[g for g in (group, 2 * group) if features % g == 0]])
-    low, high = (0, 4) if bits == 2 else (-8, 8)
+    low, high = (-8, 8) if bits == 4 else (0, 2**bits)
     tensors = [pack(_integers(draw, low, high, out, features), bits)]
     tensors += [_randn(draw, out, features // group, dtype=torch.float16, size=0.05).abs(), _clip(draw)]
-    if bits == 2:
-        tensors.append(_integers(draw, -128, 128, out, features // group, 4))
+    if bits < 4:
+        tensors.append(_integers(draw, -128, 128, out, features // group, 2**bits))
     if draw.number(0, 1):
         tensors.append(_randn(draw, out, size=0.1))
     return tensors, group, act

@@ -45,7 +45,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 def main() -> None:
     """LLaMA with 2-bit weights, 4-bit activations and a 4-bit KV cache.
 
-    MODEL is a transformers directory, a hub id, or a .gguf file of the llama architecture; DIR is what
+    MODEL is a transformers directory, a hub id, or a .gguf file; DIR is what
     `w2a4 quantize` wrote.
     """
 

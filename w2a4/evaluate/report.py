@@ -24,6 +24,7 @@ from ..format.files import json_text, write_atomically
 from ..format.files import write_json as write_json
 from ..format.headers import read_config, safetensors_header, shards_of
 from ..format.manifest import is_replacement, read_manifest
+from ..ops.packing import packed_width
 from ..recipe import Recipe
 from ..version import VERSION
 
@@ -250,9 +251,8 @@ def measure_tensors(
         size[part] += math.prod(shape) * _BYTES.get(dtype, 1)
         if part == "codes":
             module = name.rpartition(".")[0]
-            logical = shape[0] * _in_features(
-                module, shape[1], 2 if f"{module}.levels" in tensors else 4, config
-            )
+            _, levels = tensors.get(f"{module}.levels", ("", (2**4,)))  # 4 bits have none
+            logical = shape[0] * _in_features(module, shape[1], levels[-1].bit_length() - 1, config)
             weights["linears"] += logical
         else:
             # Experts of transformers 5 are parameters of three dimensions without such an ending.
@@ -303,7 +303,7 @@ def _in_features(module: str, width: int, bits: int, config: Mapping[str, Any]) 
         inputs = hidden
     if inputs is None:
         return capacity
-    if not capacity - 8 // bits < inputs <= capacity:
+    if packed_width(inputs, bits) != width:
         raise CheckpointError(
             f"{module}: rows of {width} bytes hold {capacity} codes of {bits} bits, but config.json says "
             f"{inputs} inputs; the checkpoint and its config do not belong together"
@@ -405,7 +405,7 @@ def model_card(report: Report) -> str:
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["w2a4", "quantized", "llama", str(report.recipe.get("name"))],
+        "tags": ["w2a4", "quantized", str(report.recipe.get("name"))],
     }
     if "/" in report.source:
         front["base_model"] = report.source

@@ -32,6 +32,12 @@ _KEYS = (
     "rope_theta", "rope_scaling", "rope_parameters",
 )  # fmt: skip
 
+#: Those of some families, kept where a config has them: digests of before say nothing of them.
+_FAMILY_KEYS = (
+    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers",
+    "partial_rotary_factor",
+)  # fmt: skip
+
 #: Kinds of RoPE whose angles depend on how many positions a model says it has.
 _ROPE_OF_LENGTH = ("dynamic", "longrope", "yarn")
 
@@ -47,6 +53,9 @@ def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a config; null where it says nothing, which is not the same as a default."""
     quantization = config.get("quantization_config") or {}
     kept = {key: config.get(key) for key in _KEYS}
+    kept |= {key: config[key] for key in _FAMILY_KEYS if config.get(key) is not None}
+    if config.get("model_type") != "llama":  # as for these keys: there was no other family
+        kept["model_type"] = config.get("model_type")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type")) in _ROPE_OF_LENGTH:
         kept["max_position_embeddings"] = config.get("max_position_embeddings")

@@ -6,6 +6,8 @@ rounding straight through (STE) and stop where a value is clipped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from .groups import resolve_group_size
 #: How close to 0 or 1 a sigmoid of LDP is initialised. Nearer, its parameter would hardly move; at
 #: 0.001 of the range a level is off by less than the rounding to int8 (1 / 254).
 _MARGIN = 1e-3
+
+#: Levels of a group that the kernels of training know: the 2-bit format.
+KERNEL_LEVELS = 4
 
 #: Least number above 0 in float16.
 SMALLEST_SCALE = 2.0**-24
@@ -105,51 +110,52 @@ def _half(x: Tensor) -> Tensor:
     return straight_through(x, x.half().float())
 
 
-def ldp_levels(beta: Tensor, gamma: Tensor, s1: Tensor, s2: Tensor, wmin: Tensor, wmax: Tensor) -> Tensor:
-    """The four levels of learnable direct partitioning, before their rounding to int8.
+def ldp_levels(shares: Sequence[Tensor], wmin: Tensor, wmax: Tensor) -> Tensor:
+    """The levels of learnable direct partitioning (LDP), before their rounding to int8.
 
-    `lo = sigmoid(beta) * wmin` and `hi = sigmoid(gamma) * wmax` are the end levels. Between them lie
-    three intervals of the relative widths a, (1 - a) b and (1 - a)(1 - b), a = sigmoid(s1), b = sigmoid(s2).
+    `lo = sigmoid(beta) * wmin` and `hi = sigmoid(gamma) * wmax` are the end levels. Between them each share
+    `sigmoid(s)` takes that part of what the shares before it have left, and the last interval is the rest:
+    with s1 and s2 three intervals of the relative widths a, (1 - a) b and (1 - a)(1 - b).
 
     Args:
-        beta, gamma, s1, s2: floating `[...]`, before the sigmoid.
+        shares: beta, gamma, s1, s2, ..., as many as there are levels: floating `[...]`, before the sigmoid.
         wmin, wmax: `[...]`, least and greatest weight of the group.
 
     Returns:
-        `[..., 4]`, lo first and hi last; ascending if lo <= hi, which weights of both signs ensure.
+        `[..., levels]`, lo first and hi last; ascending if lo <= hi, which weights of both signs ensure.
 
-    Source: RCP (arXiv 2502.15779).
+    Source: RCP (arXiv 2502.15779) for four levels; more are the same construction.
     """
+    beta, gamma, *inner = shares
     low, high = torch.sigmoid(beta) * wmin, torch.sigmoid(gamma) * wmax
-    first = torch.sigmoid(s1)
-    second = first + (1 - first) * torch.sigmoid(s2)
     span = high - low
-    return torch.stack([low, low + span * first, low + span * second, high], -1)
+    positions = []  # of the inner levels, as parts of the span
+    for share in inner:
+        part = torch.sigmoid(share)
+        positions.append(positions[-1] + (1 - positions[-1]) * part if positions else part)
+    return torch.stack([low, *(low + span * position for position in positions), high], -1)
 
 
-def ldp_fake_quant(
-    w: Tensor, beta: Tensor, gamma: Tensor, s1: Tensor, s2: Tensor, group_size: int | str = 128
-) -> Tensor:
-    """Latent weights as their packed 2-bit form gives them back: `scale * levels[code]` to the bit.
+def ldp_fake_quant(w: Tensor, shares: Sequence[Tensor], group_size: int | str = 128) -> Tensor:
+    """Latent weights as their packed form gives them back: `scale * levels[code]` to the bit.
 
     Gradients: to w the identity where lo <= w <= hi, else 0 (the group's least and greatest weight count
-    as constants); to beta, gamma, s1 and s2 exactly that of the chosen level, with its rounding to
-    int8 passed through.
+    as constants); to the shares exactly that of the chosen level, with its rounding to int8 passed through.
 
     Args:
         w: floating `[out, in]`.
-        beta, gamma, s1, s2: float32 `[out, G]`, see `ldp_levels`; G = in / group_size.
-        group_size: divides `in`; -1 or `auto` as in `config.resolve_group_size`.
+        shares: float32 `[out, G]` each, see `ldp_levels`; G = in / group_size. Kernels know four levels.
+        group_size: divides `in`; -1 or `auto` as in `groups.resolve_group_size`.
 
     Returns:
         `[out, in]` in w's dtype.
     """
-    size = resolve_group_size(w.shape[-1], group_size)
-    if dispatch.has_triton_training(w.device, w.dtype):
-        return _Partition.apply(w.unflatten(-1, (-1, size)), beta, gamma, s1, s2).flatten(-2)
+    size, four = resolve_group_size(w.shape[-1], group_size), len(shares) == KERNEL_LEVELS
+    if four and dispatch.has_triton_training(w.device, w.dtype):
+        return _Partition.apply(w.unflatten(-1, (-1, size)), *shares).flatten(-2)
     # Kernels take 16 bits as they are, and no copy in float32 is kept for backward.
-    groups = w.unflatten(-1, (-1, size)) if ops.has_training_kernels(w) else _groups(w, size)
-    return _Codebook.apply(groups, _sorted_levels(groups, beta, gamma, s1, s2)).flatten(-2).to(w.dtype)
+    groups = w.unflatten(-1, (-1, size)) if four and ops.has_training_kernels(w) else _groups(w, size)
+    return _Codebook.apply(groups, _sorted_levels(groups, shares)).flatten(-2).to(w.dtype)
 
 
 class _Partition(torch.autograd.Function):
@@ -168,7 +174,7 @@ class _Partition(torch.autograd.Function):
 
 
 class _Codebook(torch.autograd.Function):
-    """Groups `[..., g]` as the nearest of their levels `[..., 4]`, ascending, in their stored form.
+    """Groups `[..., g]` as the nearest of their levels `[..., n]`, ascending, in their stored form.
 
     By hand, since a whole model's weights pass through it: beside its input, backward needs a byte a
     weight, or nothing where kernels are compiled.
@@ -178,15 +184,16 @@ class _Codebook(torch.autograd.Function):
     def forward(ctx, groups: Tensor, soft: Tensor) -> Tensor:
         ints, scale = _round_levels(soft)
         exact = ints.to(soft.dtype) * scale.to(soft.dtype)[..., None]
-        ctx.compiled = ops.has_training_kernels(groups)
+        ctx.compiled = soft.shape[-1] == KERNEL_LEVELS and ops.has_training_kernels(groups)
         if ctx.compiled:
             ctx.save_for_backward(groups, soft, exact)
             return ops.snap(groups, exact)
         codes = nearest_codes(groups, ints, scale)
         ctx.save_for_backward(groups, soft, codes)
-        first, second, third, fourth = (exact[..., i : i + 1] for i in range(4))
-        low, high = torch.where(codes > 0, second, first), torch.where(codes > 2, fourth, third)
-        return torch.where(codes > 1, high, low)
+        y = exact[..., :1].expand_as(groups)
+        for k in range(1, soft.shape[-1]):
+            y = torch.where(codes >= k, exact[..., k : k + 1], y)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,13 +201,14 @@ class _Codebook(torch.autograd.Function):
             return ops.snap_backward(grad, *ctx.saved_tensors)
         groups, soft, codes = ctx.saved_tensors
         # Sums over "code >= k", whose differences are those of one code each.
-        above = [grad.sum(-1), *((grad * (codes > k)).sum(-1) for k in range(3)), 0 * grad[..., 0]]
-        inside = (groups >= soft[..., :1]) & (groups <= soft[..., 3:])
+        steps = range(soft.shape[-1] - 1)
+        above = [grad.sum(-1), *((grad * (codes > k)).sum(-1) for k in steps), 0 * grad[..., 0]]
+        inside = (groups >= soft[..., :1]) & (groups <= soft[..., -1:])
         return grad * inside, -torch.stack(above, -1).diff(dim=-1)
 
 
-def lsq_fake_quant(w: Tensor, step: Tensor, group_size: int | str = 128) -> Tensor:
-    """Latent weights as their packed 4-bit form gives them back: `scale * code` to the bit.
+def lsq_fake_quant(w: Tensor, step: Tensor, group_size: int | str = 128, bits: int = 4) -> Tensor:
+    """Latent weights as their packed form gives them back: `scale * code` to the bit.
 
     Gradients: to w the identity where it is not clipped, else 0; to step exactly that of
     `scale * code` with both roundings passed through.
@@ -209,6 +217,7 @@ def lsq_fake_quant(w: Tensor, step: Tensor, group_size: int | str = 128) -> Tens
         w: floating `[out, in]`.
         step: float32 `[out, G]`, positive; its float16 is the scale.
         group_size: as in `ldp_fake_quant`.
+        bits: codes are -2**(bits - 1) .. 2**(bits - 1) - 1.
 
     Returns:
         `[out, in]` in w's dtype.
@@ -217,59 +226,52 @@ def lsq_fake_quant(w: Tensor, step: Tensor, group_size: int | str = 128) -> Tens
     """
     step = step.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
     scale = straight_through(step, fp16_scale(step).to(step.dtype))[..., None]
-    codes = (_groups(w, group_size) / scale).clamp(-8, 7)
+    codes = (_groups(w, group_size) / scale).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return (straight_through(codes, codes.round()) * scale).flatten(-2).to(w.dtype)
 
 
 @torch.no_grad()
-def lsq_to_codes(w: Tensor, step: Tensor, group_size: int | str = 128) -> tuple[Tensor, Tensor]:
-    """The stored form: codes int8 `[out, in]` and scale float16 `[out, G]`. Args: as `lsq_fake_quant`."""
-    scale = fp16_scale(step)
-    groups = _groups(w, group_size)
-    return (groups / scale.to(groups.dtype)[..., None]).round().clamp(-8, 7).to(torch.int8).flatten(-2), scale
-
-
-@torch.no_grad()
 def ldp_to_codebook(
-    w: Tensor, beta: Tensor, gamma: Tensor, s1: Tensor, s2: Tensor, group_size: int | str = 128
+    w: Tensor, shares: Sequence[Tensor], group_size: int | str = 128
 ) -> tuple[Tensor, Tensor]:
     """The stored form of the levels; with `nearest_codes`, `scale * levels[code]` is `ldp_fake_quant`.
 
     Args: as for `ldp_fake_quant`.
 
     Returns:
-        levels int8 `[out, G, 4]`, ascending; scale float16 `[out, G]`.
+        levels int8 `[out, G, n]`, ascending; scale float16 `[out, G]`.
     """
-    if dispatch.has_triton_training(w.device, w.dtype):
+    if len(shares) == KERNEL_LEVELS and dispatch.has_triton_training(w.device, w.dtype):
         size = resolve_group_size(w.shape[-1], group_size)
-        groups, shares = w.unflatten(-1, (-1, size)).contiguous(), (beta, gamma, s1, s2)
+        groups = w.unflatten(-1, (-1, size)).contiguous()
         return torch.ops.w2a4.ldp_forward.default(groups, *(share.contiguous() for share in shares))[2:]
-    return _round_levels(_sorted_levels(_groups(w, group_size), beta, gamma, s1, s2))
+    return _round_levels(_sorted_levels(_groups(w, group_size), shares))
 
 
 @torch.no_grad()
-def codebook_to_ldp(w: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LDP parameters that give these levels for these weights: where training starts after a Lloyd-Max fit.
+def codebook_to_ldp(w: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """The shares that give these levels for these weights: where training starts after a Lloyd-Max fit.
 
     Every sigmoid stays between 0.001 and 0.999, so that its parameter can still learn.
 
     Args:
         w: floating `[out, in]`.
-        levels: int8 `[out, G, 4]`, ascending.
+        levels: int8 `[out, G, n]`, ascending.
         scale: float16 `[out, G]`.
 
     Returns:
-        beta, gamma, s1, s2, each float32 `[out, G]` (float64 for float64 weights).
+        beta, gamma, s1, s2, ..., n in all, each float32 `[out, G]` (float64 for float64 weights).
     """
     groups = _groups(w, w.shape[1] // scale.shape[1])
     values = levels.to(groups.dtype) * scale.to(groups.dtype)[..., None]
     low, high = groups.amin(-1), groups.amax(-1)
     widths = values.diff(dim=-1)
+    first, last = values[..., 0], values[..., -1]
+    inner = range(levels.shape[-1] - 2)
     return (
-        _logit(values[..., 0], low),
-        _logit(values[..., 3], high),
-        _logit(widths[..., 0], values[..., 3] - values[..., 0]),
-        _logit(widths[..., 1], values[..., 3] - values[..., 1]),
+        _logit(first, low),
+        _logit(last, high),
+        *(_logit(widths[..., k], last - values[..., k]) for k in inner),
     )
 
 
@@ -278,15 +280,15 @@ def nearest_codes(groups: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         groups: floating `[..., G, group_size]`.
-        levels: int8 `[..., G, 4]`, ascending.
+        levels: int8 `[..., G, n]`, ascending.
         scale: float16 `[..., G]`.
 
     Returns:
-        int8 `[..., G, group_size]`, 0..3.
+        int8 `[..., G, group_size]`, 0..n-1.
     """
     values = levels.to(groups.dtype) * scale.to(groups.dtype)[..., None]
     middles = (values[..., 1:] + values[..., :-1]) / 2
-    return sum((groups > middles[..., i : i + 1]).to(torch.int8) for i in range(3))
+    return sum((groups > middles[..., i : i + 1]).to(torch.int8) for i in range(middles.shape[-1]))
 
 
 def _groups(w: Tensor, group_size: int | str) -> Tensor:
@@ -295,16 +297,16 @@ def _groups(w: Tensor, group_size: int | str) -> Tensor:
     return w.unflatten(-1, (-1, resolve_group_size(w.shape[-1], group_size)))
 
 
-def _sorted_levels(groups: Tensor, beta: Tensor, gamma: Tensor, s1: Tensor, s2: Tensor) -> Tensor:
+def _sorted_levels(groups: Tensor, shares: Sequence[Tensor]) -> Tensor:
     """`ldp_levels` of the groups, ascending also where one sign of weights lets lo pass hi."""
     low, high = groups.detach().amin(-1), groups.detach().amax(-1)
     if groups.dtype != torch.float64:
         low, high = low.float(), high.float()
-    return ldp_levels(beta, gamma, s1, s2, low, high).sort(-1).values
+    return ldp_levels(shares, low, high).sort(-1).values
 
 
 def _round_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels `[..., 4]` as int8 `[..., 4]` and a float16 scale `[...]`."""
+    """Levels `[..., n]` as int8 `[..., n]` and a float16 scale `[...]`."""
     levels = levels.detach()
     scale = fp16_scale(divide(levels.abs().amax(-1), 127))
     ints = (levels / scale.to(levels.dtype)[..., None]).round().clamp(-127, 127)

@@ -1,4 +1,4 @@
-"""Drop-in layers over packed weights: W2A4Linear, W4A4Linear, W8Linear, W8Embedding.
+"""Drop-in layers over packed weights: W2A4Linear, W3A4Linear, W4A4Linear, W8Linear, W8Embedding.
 
 Each holds its tensors as parameters without gradient under the names a checkpoint stores them by,
 and `validate()`s them after loading. Casting a module (`.half()`, `.to(dtype)`) never touches codes,
@@ -17,6 +17,7 @@ from ..ops import gradients
 from ..ops.packing import pack, packed_width, unpack
 from ..ops.reference import divide
 from .fake_quant import fp16_scale
+from .grid import Codebook, Grid, Uniform, no_levels
 from .groups import resolve_group_size
 from .online import OnlineRotation
 from .rtn import fit_rtn
@@ -80,9 +81,13 @@ class _PackedModule(nn.Module):
 
 
 class _PackedLinear(_PackedModule):
-    """What W2A4Linear and W4A4Linear share. See them for arguments."""
+    """What W2A4Linear, W3A4Linear and W4A4Linear share. See them for arguments.
 
-    bits: int
+    Attributes:
+        grid: what the stored codes mean.
+    """
+
+    grid: Grid
 
     def __init__(
         self,
@@ -104,9 +109,12 @@ class _PackedLinear(_PackedModule):
         self.rotation = rotation
         groups = in_features // self.group_size
         self._declare("weight", (out_features, packed_width(in_features, self.bits)), torch.uint8, device)
-        if self.bits == 2:
-            self._declare("levels", (out_features, groups, 4), torch.int8, device)
-        self._declare("scale", (out_features, groups), torch.float16, device)
+        stored = {
+            "levels": ((out_features, groups, self.grid.level_count), torch.int8),
+            "scale": ((out_features, groups), torch.float16),
+        }
+        for name in self.grid.tensors:
+            self._declare(name, *stored[name], device)
         if act_bits == 4:
             self._declare("act_clip", (1,), torch.float32, device)
         if bias:
@@ -136,24 +144,24 @@ class _PackedLinear(_PackedModule):
             act_clip: activations are clipped at this fraction of their largest magnitude.
             act_group_size: activations that share a scale; -1 is the whole token.
             rotation: applied to the input first; `linear` expects rotated inputs already.
-            fitted: codes from a better fit than round to nearest; must have this group size.
+            fitted: codes from a better fit than round to nearest, or on another grid of as many bits.
 
         Raises:
             RecipeError: the group size does not divide.
+            ValueError: `fitted` has another number of bits.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"from_linear takes an nn.Linear, not {type(linear).__name__}")
         weight = linear.weight.detach()
-        fitted = fitted or fit_rtn(weight, cls.bits, group_size)
+        fitted = (fitted or fit_rtn(weight, cls.grid, group_size)).on(cls.grid)
         layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None, fitted.group_size,
             act_bits=act_bits, act_group_size=act_group_size, rotation=rotation,
             dtype=weight.dtype, device="meta",
         )  # fmt: skip
-        layer._set("weight", pack(fitted.codes, cls.bits))
-        if cls.bits == 2:
-            layer._set("levels", fitted.levels)
-        layer._set("scale", fitted.scale)
+        layer._set("weight", pack(fitted.codes, cls.grid.bits))
+        for name in cls.grid.tensors:
+            layer._set(name, getattr(fitted, name))
         if act_bits == 4:
             layer._set("act_clip", torch.tensor([act_clip], dtype=torch.float32, device=weight.device))
         if linear.bias is not None:
@@ -162,8 +170,14 @@ class _PackedLinear(_PackedModule):
 
     def fitted(self) -> QuantizedWeight:
         """Unpacked codes, levels and scales."""
-        codes = unpack(self.weight, self.bits, self.in_features, signed=self.bits == 4)
-        return QuantizedWeight(codes, self.scale, self.levels if self.bits == 2 else None, self.group_size)
+        codes = unpack(self.weight, self.bits, self.in_features, signed=self.grid.least < 0)
+        levels = self._parameters.get("levels", no_levels(self.scale))
+        return QuantizedWeight(codes, self.scale, levels, self.group_size, self.grid)
+
+    @property
+    def bits(self) -> int:
+        """Of a weight's code."""
+        return self.grid.bits
 
     def dequantize(self) -> Tensor:
         """The float32 weight `[out, in]` that the codes stand for."""
@@ -203,7 +217,7 @@ class W2A4Linear(_PackedLinear):
     torch.Size([3, 8])
     """
 
-    bits = 2
+    grid = Codebook(4)
 
     def _linear(
         self, codes: Tensor, scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
@@ -214,13 +228,32 @@ class W2A4Linear(_PackedLinear):
         )
 
 
+class W3A4Linear(_PackedLinear):
+    """`nn.Linear` with 3-bit weights and 4-bit activations.
+
+    As `W2A4Linear`, but `weight` is uint8 `[out, ceil(in / 4) + ceil(in / 8)]` (two planes, see `packing`)
+    and `levels` int8 `[out, G, 8]`: `3 + 80 / group_size` bits a weight. A uniform grid is stored as the
+    levels -4..3, in as many bytes, so that one kernel serves both.
+    """
+
+    grid = Codebook(8)
+
+    def _linear(
+        self, codes: Tensor, scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
+        p = self._parameters
+        return ops.linear_w3a4(
+            codes, scale, p["weight"], p["levels"], p["scale"], p["bias"], self.group_size, dtype, residual
+        )
+
+
 class W4A4Linear(_PackedLinear):
     """`nn.Linear` with symmetric 4-bit weights and 4-bit activations.
 
     As `W2A4Linear`, but `weight` is uint8 `[out, ceil(in / 2)]` and there are no `levels`.
     """
 
-    bits = 4
+    grid = Uniform(4)
 
     def _linear(
         self, codes: Tensor, scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None
@@ -231,7 +264,9 @@ class W4A4Linear(_PackedLinear):
         )
 
 
-PACKED_LINEARS: dict[int, type[_PackedLinear]] = {2: W2A4Linear, 4: W4A4Linear}
+PACKED_LINEARS: dict[int, type[_PackedLinear]] = {
+    layer.grid.bits: layer for layer in (W2A4Linear, W3A4Linear, W4A4Linear)
+}
 
 
 def _fit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

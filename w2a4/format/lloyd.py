@@ -1,6 +1,6 @@
-"""Lloyd-Max: the four levels of each group that minimise its weighted squared error.
+"""Lloyd-Max: the levels of each group that minimise its weighted squared error.
 
-For a unit Gaussian the optimum is +-0.453, +-1.510 with thresholds 0, +-0.982 (METHOD, quantisers).
+Source: J. Max, Quantizing for minimum distortion, 1960, whose table I has the optima for a unit Gaussian.
 """
 
 from __future__ import annotations
@@ -11,34 +11,38 @@ from torch import Tensor
 from ..ops.reference import divide
 from .fake_quant import fp16_scale
 
-#: Where the iterations start, in standard deviations: the optimum for a Gaussian.
-GAUSSIAN_LEVELS = (-1.510, -0.453, 0.453, 1.510)
+#: Where the iterations start, in standard deviations, by the number of levels: the optimum for a Gaussian.
+GAUSSIAN_LEVELS = {
+    4: (-1.510, -0.453, 0.453, 1.510),
+    8: (-2.152, -1.344, -0.756, -0.245, 0.245, 0.756, 1.344, 2.152),
+}
 
 
 def fit_levels(
-    groups: Tensor, importance: Tensor | None = None, iterations: int = 15
+    groups: Tensor, importance: Tensor | None = None, iterations: int = 15, count: int = 4
 ) -> tuple[Tensor, Tensor]:
-    """Fit four int8 levels and one fp16 scale to each group.
+    """Fit int8 levels and one fp16 scale to each group.
 
     Args:
         groups: float32 `[..., group_size]`.
         importance: float32, broadcastable to groups, non-negative weights of the squared errors.
         iterations: rounds of nearest-level assignment and weighted means.
+        count: levels of a group, 4 or 8.
 
     Returns:
-        levels int8 `[..., 4]`, ascending; scale float16 `[...]`.
+        levels int8 `[..., count]`, ascending; scale float16 `[...]`.
     """
     importance = (
         torch.ones(1, dtype=torch.float32, device=groups.device) if importance is None else importance
     )
     importance = importance.expand(groups.shape)
     std, mean = torch.std_mean(groups, -1, keepdim=True, correction=0)
-    levels = mean + std * torch.tensor(GAUSSIAN_LEVELS, dtype=torch.float32, device=groups.device)
-    # Group moments below a threshold are differences of sums over "code >= k": three masks, not four.
+    levels = mean + std * torch.tensor(GAUSSIAN_LEVELS[count], dtype=torch.float32, device=groups.device)
+    # Group moments below a threshold are differences of sums over "code >= k": a mask less than levels.
     total_w, total_x = importance.sum(-1), (importance * groups).sum(-1)
     for _ in range(iterations):
         weight_above, value_above = [total_w], [total_x]
-        for k in range(3):
+        for k in range(count - 1):
             above = importance * (groups > (levels[..., k : k + 1] + levels[..., k + 1 : k + 2]) / 2)
             weight_above.append(above.sum(-1))
             value_above.append((above * groups).sum(-1))
@@ -52,7 +56,7 @@ def fit_levels(
 
 
 def round_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Float levels `[..., 4]` as ascending int8 levels and a float16 scale `[...]`."""
+    """Float levels `[..., n]` as ascending int8 levels and a float16 scale `[...]`."""
     levels = levels.sort(-1).values
     scale = fp16_scale(divide(levels.abs().amax(-1), 127))
     return (levels / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8), scale

@@ -28,8 +28,9 @@ FORMAT_VERSION = 2
 #: The oldest w2a4 that reads `FORMAT_VERSION`; raised with it.
 NEEDS_W2A4 = "0.1.0"
 
-#: Codes of a weight, by its bits: 2 index four int8 levels a group, 4 are signed steps, 16 are the floats.
-GRIDS = {2: "codebook", 4: "uniform", 16: "float"}
+#: Codes of a weight, by its bits: 2 and 3 index four and eight int8 levels a group (which hold a uniform grid
+#: too), 4 are signed steps, 16 are the floats.
+GRIDS = {2: "codebook", 3: "codebook", 4: "uniform", 16: "float"}
 
 _SCHEMA = schema.Schema("manifest", CheckpointError)
 
@@ -87,7 +88,7 @@ class Manifest:
     """
 
     family: str
-    weight_bits: Literal[2, 4, 16]
+    weight_bits: Literal[2, 3, 4, 16]
     grid: Literal["codebook", "uniform", "float"]
     group_size: int | Literal["auto"]
     act_bits: Literal[4, 16]
@@ -161,7 +162,7 @@ class ReplacedLinears:
     """
 
     names: tuple
-    weight_bits: Literal[2, 4]
+    weight_bits: Literal[2, 3, 4]
     grid: Literal["codebook", "uniform"]
     group_size: int | Literal["auto"]
     act_bits: Literal[4, 16]

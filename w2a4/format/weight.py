@@ -7,31 +7,58 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .grid import Codebook, Grid, Uniform, no_levels
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A 2-bit (with levels) or 4-bit (without) weight matrix.
+    """A weight matrix as codes on the grids of its groups.
 
     Attributes:
-        codes: int8 `[out, in]`; 0..3 with levels, -8..7 without.
+        codes: int8 `[out, in]`, `grid.least` .. `grid.least + 2**grid.bits - 1`.
         scale: float16 `[out, in / group_size]`.
-        levels: int8 `[out, in / group_size, 4]`, ascending, or None.
-        group_size: inputs that share a scale.
+        levels: int8 `[out, in / group_size, grid.level_count]`, ascending.
+        group_size: inputs that share a grid.
+        grid: what codes, scale and levels stand for.
     """
 
     codes: Tensor
     scale: Tensor
-    levels: Tensor | None
+    levels: Tensor
     group_size: int
+    grid: Grid
 
     def dequantize(self) -> Tensor:
         """Float32 `[out, in]`: `scale * levels[code]`, or `scale * code`."""
-        ints = self.codes.unflatten(1, (-1, self.group_size))
-        if self.levels is not None:
-            ints = torch.gather(self.levels, 2, ints.long())
-        return (ints.float() * self.scale.float()[..., None]).flatten(1)
+        codes = self.codes.unflatten(1, (-1, self.group_size))
+        return self.grid.decode(codes, self.scale, self.levels).flatten(1)
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """Output rows start..stop-1."""
-        levels = None if self.levels is None else self.levels[start:stop]
-        return QuantizedWeight(self.codes[start:stop], self.scale[start:stop], levels, self.group_size)
+        rows = slice(start, stop)
+        return QuantizedWeight(
+            self.codes[rows], self.scale[rows], self.levels[rows], self.group_size, self.grid
+        )
+
+    def on(self, grid: Grid) -> QuantizedWeight:
+        """The same weight as another grid stores it: a uniform one as a codebook of its steps, or back.
+
+        Raises:
+            ValueError: a number of bits that differs, or a codebook whose levels are not equal steps.
+        """
+        if grid == self.grid:
+            return self
+        if grid.bits != self.grid.bits:
+            raise ValueError(f"a weight on {self.grid} has no form on {grid}: the bits differ")
+        least = Uniform(grid.bits).least
+        steps = torch.arange(least, -least, dtype=torch.int8, device=self.codes.device)
+        steps = steps.expand(*self.scale.shape, -1)
+        if isinstance(grid, Codebook):
+            codes, levels = self.codes - least, steps.contiguous()
+        else:
+            if not torch.equal(self.levels, steps):
+                raise ValueError(
+                    f"levels of this {self.grid} are not the steps of {grid}; fit the weight to that"
+                )
+            codes, levels = self.codes + least, no_levels(self.scale)
+        return QuantizedWeight(codes, self.scale, levels, self.group_size, grid)

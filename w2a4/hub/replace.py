@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from ..errors import RecipeError, W2A4Error
+from ..format.grid import Kind, grid_of
 from ..format.groups import resolve_group_size
 from ..format.linear import PACKED_LINEARS, _PackedLinear
+from ..format.rtn import fit_rtn
 
 #: Names that the tensors of a packed linear may have.
 _TENSORS = ("weight", "levels", "scale", "act_clip", "bias")
@@ -26,6 +28,7 @@ def replace_linears(
     group_size: int | str = "auto",
     *,
     act_clip: float = 0.9,
+    weight_grid: Kind = "auto",
     skip: tuple[str, ...] = ("lm_head",),
 ) -> nn.Module:
     """Replace every `nn.Linear` of any model by a packed one (round to nearest), in place.
@@ -36,9 +39,10 @@ def replace_linears(
 
     Args:
         model: any module.
-        bits: 2 or 4.
+        bits: 2, 3 or 4.
         group_size: see `groups.resolve_group_size`.
         act_clip: see `W2A4Linear.from_linear`.
+        weight_grid: see `grid.grid_of`.
         skip: module names (or their last parts) to leave alone.
 
     Returns:
@@ -51,6 +55,7 @@ def replace_linears(
     """
     if bits not in PACKED_LINEARS:
         raise ValueError(f"bits={bits}: give one of {sorted(PACKED_LINEARS)}")
+    grid = grid_of(bits, weight_grid)
     saves = is_of_transformers(model)
     if saves:
         from . import replaced
@@ -72,7 +77,8 @@ def replace_linears(
     packed: dict[nn.Module, _PackedLinear] = {}
     for name, linear in linears.items():
         if linear not in packed:
-            packed[linear] = PACKED_LINEARS[bits].from_linear(linear, group_size, act_clip=act_clip)
+            fitted = fit_rtn(linear.weight.detach(), grid, group_size)
+            packed[linear] = PACKED_LINEARS[bits].from_linear(linear, fitted=fitted, act_clip=act_clip)
         model.set_submodule(name, packed[linear])
     if saves:
         replaced.record(model, tuple(linears), bits, group_size)

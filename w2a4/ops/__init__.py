@@ -159,6 +159,23 @@ def linear_w2a4(
     return _linear_a4(2, a_codes, a_scale, (weight, levels), scale, bias, group_size, out_dtype, residual)
 
 
+def linear_w3a4(
+    a_codes: Tensor, a_scale: Tensor, weight: Tensor, levels: Tensor, scale: Tensor,
+    bias: Tensor | None, group_size: int, out_dtype: torch.dtype, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `linear_w2a4` with eight levels a group: `weight` is uint8 `[out, ceil(in / 4) + ceil(in / 8)]`,
+    3-bit codes as `packing` draws them, and `levels` int8 `[out, in / group_size, 8]`.
+
+    There is a kernel for CPUs; other devices run the reference, slowly.
+
+    Equivalent: `dequantize_a4(a_codes, a_scale, in) @ (scale * levels[codes]).T + bias`.
+    """
+    return _ops.linear_w3a4.default(
+        a_codes.contiguous(), a_scale.contiguous(), weight, levels, scale, bias, group_size, out_dtype,
+        residual if residual is None else residual.contiguous(),
+    )  # fmt: skip
+
+
 def linear_w4a4(
     a_codes: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor,
     bias: Tensor | None, group_size: int, out_dtype: torch.dtype, residual: Tensor | None = None,
@@ -309,7 +326,7 @@ def attention_kv4(
 
 
 def round_columns(
-    work: Tensor, coupling: Tensor, current: Tensor | None, grid: Tensor, group: Tensor
+    work: Tensor, coupling: Tensor, current: Tensor | None, grid: Tensor, group: Tensor, bits: int = 4
 ) -> tuple[Tensor, Tensor]:
     """Columns of a weight matrix to the nearest values of their grids, one after another.
 
@@ -319,14 +336,15 @@ def round_columns(
         work: float32 `[columns, out]`, the transposed weight.
         coupling: float32 `[columns, columns]`, row j that of column j to the others.
         current: float32 `[columns, out]` that changes are counted from; None counts from work.
-        grid: float32 `[G, 4, out]`, points in ascending order, or `[G, 1, out]`, the scale of -8..7.
+        grid: float32 `[G, 4, out]` or `[G, 8, out]`, points in ascending order, or `[G, 1, out]`, a scale.
         group: int64 `[columns]` into grid.
+        bits: points of a scale are its multiples -2**(bits - 1) .. 2**(bits - 1) - 1.
 
     Returns:
         codes int8 and changes float32, both `[columns, out]`.
     """
     return _ops.round_columns.default(
-        work.contiguous(), coupling.contiguous(), current, grid.contiguous(), group
+        work.contiguous(), coupling.contiguous(), current, grid.contiguous(), group, bits
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .activations import quantize_a4, rmsnorm_a4, silu_mul_hadamard_a4
 from .kv import attention_kv4, rope_append_kv4
-from .linear import linear_w2a4, linear_w4a4
+from .linear import linear_w2a4, linear_w3a4, linear_w4a4
 from .table import fake_of, op
 
 
@@ -58,7 +58,8 @@ class _Linear:
         rest = self.scale, self.bias, self.group_size, dtype
         if self.levels is None:
             return linear_w4a4(codes, a_scale, self.weight, *rest)
-        return linear_w2a4(codes, a_scale, self.weight, self.levels, *rest)
+        linear = linear_w3a4 if self.levels.shape[-1] == 8 else linear_w2a4
+        return linear(codes, a_scale, self.weight, self.levels, *rest)
 
 
 @fake_of(decoder_layer)

@@ -66,13 +66,45 @@ def linear_w2a4(
     Returns:
         `[..., out]`.
     """
-    codes = unpack(weight, 2, scale.shape[1] * group_size).long()
-    ints = torch.gather(levels, 2, codes.unflatten(1, (-1, group_size))).flatten(1)
+    ints = _picked_levels(weight, 2, levels, group_size)
+    y = _linear(a_codes, a_scale, ints, scale, bias, group_size, out_dtype)
+    return y if residual is None else y + residual
+
+
+def _picked_levels(weight: Tensor, bits: int, levels: Tensor, group_size: int) -> Tensor:
+    """int8 `[out, in]`: of each packed code its level."""
+    codes = unpack(weight, bits, levels.shape[1] * group_size).long()
+    return torch.gather(levels, 2, codes.unflatten(1, (-1, group_size))).flatten(1)
+
+
+@op(
+    "(Tensor a_codes, Tensor a_scale, Tensor weight, Tensor levels, Tensor scale, Tensor? bias, int "
+    "group_size, ScalarType out_dtype, Tensor? residual=None) -> Tensor",
+    kernels="cpu",
+)
+def linear_w3a4(
+    a_codes: Tensor,
+    a_scale: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_dtype: torch.dtype,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`a @ W.T + bias + residual` with 4-bit activations and 3-bit weights, on any eight levels.
+
+    As `linear_w2a4`, but `weight` is uint8 `[out, ceil(in / 4) + ceil(in / 8)]` of 3-bit codes and
+    `levels` int8 `[out, in / group_size, 8]`.
+    """
+    ints = _picked_levels(weight, 3, levels, group_size)
     y = _linear(a_codes, a_scale, ints, scale, bias, group_size, out_dtype)
     return y if residual is None else y + residual
 
 
 @fake_of(linear_w2a4)
+@fake_of(linear_w3a4)
 def _(a_codes, a_scale, weight, levels, scale, bias, group_size, out_dtype, residual=None):
     one_device(a_codes=a_codes, a_scale=a_scale, weight=weight, levels=levels, scale=scale, bias=bias,
                 residual=residual)  # fmt: skip

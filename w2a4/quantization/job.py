@@ -18,6 +18,7 @@ from ..errors import RotationError, W2A4Error
 from ..evaluate.data import TextSource, calibration_ids
 from ..evaluate.report import Report, source_name, versions
 from ..format.directories import atomic_directory, check_out_dir
+from ..format.grid import Uniform
 from ..format.linear import W8Embedding, W8Linear, _PackedModule
 from ..hub.generation import check_generation
 from ..hub.gguf import load_gguf
@@ -200,7 +201,7 @@ def quantize(
     for entry in (entry for layer in state.entries for entry in layer):
         report.add_layer(**entry)
     if recipe.head_bits == 8:
-        check_weight("lm_head", model.lm_head.weight, 8)
+        check_weight("lm_head", model.lm_head.weight, Uniform(8))
         model.lm_head = W8Linear.from_linear(model.lm_head)
     report.seconds = time.perf_counter() - started
     report.peak_memory_mb = peak_memory_mb(device or model.device)
@@ -241,7 +242,7 @@ def _quantize_layers(
     full = [embed(batch).to(device) for batch in batches]
     dtype = full[0].dtype
     if recipe.embed_bits == 8:
-        check_weight("model.embed_tokens", embed.weight, 8)
+        check_weight("model.embed_tokens", embed.weight, Uniform(8))
         model.model.embed_tokens = embed = W8Embedding.from_embedding(embed)
     streams = Streams(full, [embed(batch).to(device) for batch in batches])
     positions = torch.arange(ids.shape[1], device=device)[None]

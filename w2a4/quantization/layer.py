@@ -20,6 +20,7 @@ from .. import ops
 from ..arch.architecture import Architecture, Site, activation
 from ..arch.forward import decoder_layer
 from ..errors import W2A4Error
+from ..format.grid import Grid
 from ..format.linear import PACKED_LINEARS, _PackedLinear
 from ..format.online import OnlineRotation
 from ..format.rtn import fit_rtn
@@ -34,7 +35,7 @@ from .fit.moments import Moments
 ACT_CLIPS = tuple(round(0.6 + 0.05 * step, 2) for step in range(9))
 
 #: Root mean square of weights by their bits: below, the least float16 scale is too coarse for them.
-LEAST_SIZES = {2: 1e-7, 4: 4e-7, 8: 1e-6}
+LEAST_SIZES = {2: 1e-7, 3: 2e-7, 4: 4e-7, 8: 1e-6}
 
 
 @dataclass
@@ -167,9 +168,9 @@ class LayerQuantizer:
         clip = self._act_clip(inputs.quantized, act_group)
         weight = torch.cat([linear.weight.detach().float() for linear in group])
         for name, linear in zip(names, group, strict=True):
-            check_weight(name, linear.weight, recipe.weight_bits)
+            check_weight(name, linear.weight, recipe.grid)
         if recipe.weight_method == "rtn":
-            fitted = fit_rtn(weight, recipe.weight_bits, recipe.group_size)
+            fitted = fit_rtn(weight, recipe.grid, recipe.group_size)
             error = None
         else:
             moments = Moments(weight.shape[1], recipe.gptq_target == "full", weight.device)
@@ -182,7 +183,7 @@ class LayerQuantizer:
             )
             try:
                 fitted, error = fit_gptq(
-                    weight, moments.hessian, recipe.weight_bits, recipe.group_size, options, moments.cross
+                    weight, moments.hessian, recipe.grid, recipe.group_size, options, moments.cross
                 )
             except W2A4Error as fault:
                 raise W2A4Error(f"{', '.join(names)}: {fault}") from fault
@@ -229,10 +230,10 @@ def _outputs(layer: nn.Module, site: Site, x: Tensor) -> Tensor:
     return out[0] if len(out) == 1 else torch.cat(out, -1)
 
 
-def check_weight(name: str, weight: Tensor, bits: int) -> None:
+def check_weight(name: str, weight: Tensor, grid: Grid) -> None:
     """Raise W2A4Error for a weight that is not finite, or that float16 scales do not reach."""
-    weight = weight.detach()
-    most, least = torch.finfo(torch.float16).max * {2: 127, 4: 7, 8: 127}[bits], LEAST_SIZES[bits]
+    weight, bits = weight.detach(), grid.bits
+    most, least = torch.finfo(torch.float16).max * grid.most, LEAST_SIZES[bits]
     largest = float(weight.abs().max()) if weight.numel() else 0.0
     if not largest <= most:
         raise W2A4Error(

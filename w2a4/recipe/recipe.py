@@ -23,6 +23,8 @@ from .training import Training
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
+    from ..format.grid import Grid
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -34,8 +36,11 @@ class Recipe:
         rotation_learning: see `RotationLearning`.
         smooth: before rotating, how much of outlier channels moves from activations into weights
             (SmoothQuant's alpha), in [0, 1]; 0 is off. See `smooth.smooth`.
-        weight_bits: 2 (four int8 levels and one fp16 scale a group), 4 (symmetric) or 16 (kept).
-        weight_method: `rtn` (MSE clip at 4 bits, Lloyd-Max at 2) or `gptq`.
+        weight_bits: 2, 3, 4 or 16 (kept).
+        weight_grid: `codebook` (2 and 3 bits: four or eight int8 levels and one fp16 scale a group),
+            `uniform` (symmetric steps of one scale), or `auto`: a codebook at 2 and 3 bits, else uniform.
+        weight_method: `rtn` (Lloyd-Max for a codebook, the clip of least squared error for a uniform grid)
+            or `gptq`.
         group_size: inputs that share one scale; -1 is the whole row; `auto` the first of
             128, 64, 32 that divides, else -1.
         act_bits: 4 (per token, dynamic, symmetric) or 16 (kept).
@@ -64,7 +69,8 @@ class Recipe:
     rotation: RotationConfig = field(default_factory=RotationConfig)
     rotation_learning: RotationLearning = field(default_factory=RotationLearning)
     smooth: float = 0.0
-    weight_bits: Literal[2, 4, 16] = 2
+    weight_bits: Literal[2, 3, 4, 16] = 2
+    weight_grid: Literal["auto", "codebook", "uniform"] = "auto"
     weight_method: Literal["rtn", "gptq"] = "gptq"
     group_size: int | Literal["auto"] = "auto"
     act_bits: Literal[4, 16] = 4
@@ -89,6 +95,11 @@ class Recipe:
     def __post_init__(self) -> None:
         SCHEMA.check(self)
         check_formats(self, RecipeError)
+        if self.weight_grid == "codebook" and self.weight_bits not in (2, 3):
+            raise RecipeError(
+                f"weight_grid='codebook' with weight_bits={self.weight_bits}: a codebook has 2 or 3 bits; "
+                "give 'uniform' or 'auto'"
+            )
         if self.act_clip != "search" and not 0 < self.act_clip <= 1:
             raise RecipeError(f"act_clip={self.act_clip}: give a number in (0, 1]")
         least = {"gptq_block": 1, "gptq_refine": 0, "calib_samples": 1, "calib_seqlen": 2}
@@ -103,6 +114,13 @@ class Recipe:
             raise RecipeError(f"gptq_damp={self.gptq_damp}: give a number in (0, 1)")
         if not 0 <= self.first_token < float("inf"):
             raise RecipeError(f"first_token={self.first_token}: give a number >= 0; 0 is off")
+
+    @property
+    def grid(self) -> Grid:
+        """That of the weights; they have one where `weight_bits` is less than 16."""
+        from ..format.grid import grid_of  # recipes are read before torch is imported
+
+        return grid_of(self.weight_bits, self.weight_grid)
 
     def override(self, **changes: Any) -> Recipe:
         """A copy with fields replaced; nested ones as `{"rotation.r4": "none"}`.

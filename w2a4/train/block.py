@@ -107,9 +107,8 @@ def _read_errors(path: Path) -> dict[int, tuple[float, float]]:
 def _replace(layer: nn.Module, quantizer: LayerQuantizer, training: Training) -> None:
     """Trainable linears, from the layer's packed fits and the reference's weights."""
     layer.requires_grad_(False)
-    for trained in make_trainable(
-        layer, quantizer.family.linears(layer), quantizer.reference, quantizer.family, training
-    ):
+    reference, family, grid = quantizer.reference, quantizer.family, quantizer.recipe.grid
+    for trained in make_trainable(layer, family.linears(layer), reference, family, training, grid):
         trained.set_trainable(training.learn_act_clip)
 
 

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arch import Architecture
-from ..format.fake_quant import (
-    codebook_to_ldp,
-    fake_quant_a4,
-    ldp_fake_quant,
-    ldp_to_codebook,
-    lsq_fake_quant,
-    lsq_to_codes,
-    nearest_codes,
-)
+from ..format.fake_quant import fake_quant_a4
+from ..format.grid import Form, Grid
 from ..format.linear import PACKED_LINEARS, _PackedLinear
-from ..format.lloyd import round_levels
 from ..format.online import OnlineRotation
 from ..format.weight import QuantizedWeight
-from ..ops.reference import divide
 from ..recipe import Training
-
-#: Parameters of the weight quantiser by bits; `act_clip` is that of the activations.
-QUANTIZER_PARAMETERS = {2: ("beta", "gamma", "s1", "s2"), 4: ("step",)}
-
-#: Those of them that a grid does not learn.
-FIXED_PARAMETERS = {"ldp": set(), "uniform": {"s1", "s2"}, "minmax": {"beta", "gamma", "s1", "s2"}}
 
 #: A latent weight starts inside the cell of its code, at least this share of a cell from its borders.
 _CELL_MARGIN = 0.1
 
 #: A trained clip counts as at least this: a step may take it below 0, which no packed layer may have.
 _LEAST_CLIP = 2.0**-10
-
-#: The outermost weight of a group lies this much outside its end level, so that its share can be learned.
-_END_MARGIN = 0.02
 
 
 class FakeQuantLinear(nn.Module):
@@ -50,8 +30,8 @@ class FakeQuantLinear(nn.Module):
     runs the packed layer's op, so that what is evaluated is what `to_packed` will be.
 
     Parameters: `weight` (latent, floating `[out, in]`), `bias`, `act_clip` float32 `[1]`, and of the
-    weight quantiser float32 `[out, G]`: `beta`, `gamma`, `s1`, `s2` (`quantizers.ldp_fake_quant`) at
-    2 bits, `step` (`quantizers.lsq_fake_quant`) at 4.
+    weight quantiser float32 `[out, G]`: `beta`, `gamma`, `s1`, `s2`, ... (`fake_quant.ldp_fake_quant`)
+    for a codebook, `step` (`fake_quant.lsq_fake_quant`) for a uniform grid.
     """
 
     def __init__(
@@ -59,32 +39,36 @@ class FakeQuantLinear(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         start: _PackedLinear,
-        grid: Literal["ldp", "uniform", "minmax"] = "ldp",
+        form: Form = "ldp",
         minmax: bool = False,
         keep_codes: bool = True,
+        grid: Grid | None = None,
     ):
         """
         Args:
             weight: full-precision `[out, in]`, rotated as `start` expects it.
             bias: `[out]` or None.
             start: a packed fit of this weight; training begins with its levels.
-            grid: at 2 bits, see `config.Training`.
-            minmax: begin with the plain range of the weights instead of the fit; grid `minmax` always does.
+            form: how a codebook is trained, see `grid` in `recipe.Training`.
+            minmax: begin with the plain range of the weights instead of the fit; form `minmax` always does.
             keep_codes: begin with the codes of `start` too, not with those nearest to the weight.
+            grid: of the weights, where `start` stores a uniform one as a codebook; None is that of `start`.
         """
         super().__init__()
         self.in_features, self.out_features = start.in_features, start.out_features
         self.bits, self.group_size = start.bits, start.group_size
         self.act_bits, self.act_group_size = start.act_bits, start.act_group_size
         self.rotation: OnlineRotation | None = start.rotation
-        fitted, minmax = start.fitted(), minmax or grid == "minmax"
+        fitted, minmax = start.fitted(), minmax or form == "minmax"
+        fitted = fitted.on(grid or fitted.grid)
+        self.grid = fitted.grid
         latent = weight.detach().float()
         if keep_codes and not minmax:
             latent = _inside_cells(latent, fitted)
         self.weight = nn.Parameter(latent.to(weight.dtype))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        values = _grid_parameters(latent, fitted, grid, minmax)
-        for name, value in zip(QUANTIZER_PARAMETERS[self.bits], values, strict=True):
+        values = self.grid.start(latent, fitted.scale, fitted.levels, form, minmax)
+        for name, value in zip(self.grid.parameters, values, strict=True):
             self.register_parameter(name, nn.Parameter(value))
         clip = (
             start.act_clip.detach().clone()
@@ -92,7 +76,7 @@ class FakeQuantLinear(nn.Module):
             else torch.ones(1, dtype=torch.float32, device=weight.device)
         )
         self.act_clip = nn.Parameter(clip)
-        self._fixed = FIXED_PARAMETERS[grid] if self.bits == 2 else set()
+        self._fixed = self.grid.fixed(form)
         self._packed: tuple[tuple, _PackedLinear] | None = None
         self.set_trainable()
 
@@ -104,7 +88,10 @@ class FakeQuantLinear(nn.Module):
 
     def quantizer_parameters(self) -> list[nn.Parameter]:
         """Those of the weight quantiser and of the activations, for an optimiser group of their own."""
-        return [getattr(self, name) for name in (*QUANTIZER_PARAMETERS[self.bits], "act_clip")]
+        return [*self._values(), self.act_clip]
+
+    def _values(self) -> list[nn.Parameter]:
+        return [self._parameters[name] for name in self.grid.parameters]
 
     def train(self, mode: bool = True) -> FakeQuantLinear:
         # Fused optimisers change parameters without raising their version.
@@ -113,9 +100,7 @@ class FakeQuantLinear(nn.Module):
 
     def fake_quant_weight(self) -> Tensor:
         """The weight as its packed form gives it back, `[out, in]`, differentiable."""
-        values = [getattr(self, name) for name in QUANTIZER_PARAMETERS[self.bits]]
-        quantize = ldp_fake_quant if self.bits == 2 else lsq_fake_quant
-        return quantize(self.weight, *values, self.group_size)
+        return self.grid.fake_quant(self.weight, self._values(), self.group_size)
 
     def positive_clip(self) -> Tensor:
         """`act_clip` as it is used and packed, with a gradient that still reaches one that is too small."""
@@ -145,16 +130,10 @@ class FakeQuantLinear(nn.Module):
     @torch.no_grad()
     def fitted(self) -> QuantizedWeight:
         """Codes, scales and levels of the latent weight."""
-        values = [getattr(self, name) for name in QUANTIZER_PARAMETERS[self.bits]]
-        if self.bits == 4:
-            return QuantizedWeight(
-                *lsq_to_codes(self.weight, *values, self.group_size), None, self.group_size
-            )
-        levels, scale = ldp_to_codebook(self.weight, *values, self.group_size)
+        scale, levels = self.grid.trained(self.weight, self._values(), self.group_size)
         groups = self.weight.float().unflatten(1, (-1, self.group_size))
-        return QuantizedWeight(
-            nearest_codes(groups, levels, scale).flatten(1), scale, levels, self.group_size
-        )
+        codes = self.grid.nearest(groups, scale, levels).flatten(1)
+        return QuantizedWeight(codes, scale, levels, self.group_size, self.grid)
 
     def _cached_packed(self) -> _PackedLinear:
         key = tuple((p.data_ptr(), p._version) for p in self._parameters.values() if p is not None)
@@ -164,27 +143,9 @@ class FakeQuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, grid={self.grid}, "
             f"group_size={self.group_size}, act_bits={self.act_bits}, act_group_size={self.act_group_size}"
         )
-
-
-def _grid_parameters(latent: Tensor, fitted: QuantizedWeight, grid: str, minmax: bool) -> tuple[Tensor, ...]:
-    """What `QUANTIZER_PARAMETERS` names, each float32 `[out, G]`."""
-    groups = latent.unflatten(1, (-1, fitted.group_size))
-    if fitted.levels is None:
-        return (divide(groups.abs().amax(-1), 7) if minmax else fitted.scale.float(),)
-    levels, scale = fitted.levels, fitted.scale
-    if minmax or grid != "ldp":
-        ends = torch.stack([groups.amin(-1), groups.amax(-1)], -1)
-        if not minmax:
-            ends = levels[..., [0, 3]].float() * scale.float()[..., None]
-        thirds = torch.arange(4, dtype=torch.float32, device=latent.device) / 3
-        levels, scale = round_levels(ends[..., :1] + thirds * ends.diff(dim=-1))
-    beta, gamma, s1, s2 = codebook_to_ldp(latent, levels, scale)
-    if grid != "ldp":  # sigmoid: 1/3, then 1/2 of the rest
-        s1, s2 = torch.full_like(s1, math.log(0.5)), torch.zeros_like(s2)
-    return beta, gamma, s1, s2
 
 
 def _inside_cells(weight: Tensor, fitted: QuantizedWeight) -> Tensor:
@@ -194,13 +155,8 @@ def _inside_cells(weight: Tensor, fitted: QuantizedWeight) -> Tensor:
     a latent weight left at its full-precision value would undo that.
     """
     groups = weight.unflatten(1, (-1, fitted.group_size))
-    codes = fitted.codes.unflatten(1, (-1, fitted.group_size)).long()
-    if fitted.levels is None:
-        levels = torch.arange(-8, 8, device=weight.device, dtype=torch.float32)
-        levels = (levels * fitted.scale.float()[..., None]).expand(*groups.shape[:2], -1)
-        codes = codes + 8
-    else:
-        levels = fitted.levels.float() * fitted.scale.float()[..., None]
+    codes = fitted.codes.unflatten(1, (-1, fitted.group_size)).long() - fitted.grid.least
+    levels = fitted.grid.points(fitted.scale, fitted.levels)
     middles = (levels[..., 1:] + levels[..., :-1]) / 2
     margin = _CELL_MARGIN * levels.diff(dim=-1)
     infinite = torch.full_like(levels[..., :1], float("inf"))
@@ -208,27 +164,15 @@ def _inside_cells(weight: Tensor, fitted: QuantizedWeight) -> Tensor:
     high = torch.cat([middles - margin, infinite], -1).gather(-1, codes)
     # Levels that coincide have no cell, only themselves.
     latent = torch.where(low > high, levels.gather(-1, codes), groups.clamp(low, high))
-    if fitted.levels is not None:
-        _reach(latent, levels[..., 0], torch.argmin)
-        _reach(latent, levels[..., 3], torch.argmax)
-    return latent.flatten(1)
+    return fitted.grid.reach_ends(latent, levels).flatten(1)
 
 
-def _reach(latent: Tensor, end: Tensor, outermost: Callable[..., Tensor]) -> None:
-    """Let the outermost weights of groups `[out, G, g]` pass their end levels `[out, G]`, in place.
-
-    LDP's end levels are shares of the least and the greatest weight.
-    """
-    index = outermost(latent, -1, keepdim=True)
-    weight, wanted = latent.gather(-1, index), (1 + _END_MARGIN) * end[..., None]
-    short = (weight * wanted > 0) & (weight.abs() < wanted.abs())
-    latent.scatter_(-1, index, torch.where(short, wanted, weight))
-
-
-def fake_quant_linear(linear: nn.Linear, fit: _PackedLinear, training: Training) -> FakeQuantLinear:
-    """A linear layer that begins at its packed fit."""
+def fake_quant_linear(
+    linear: nn.Linear, fit: _PackedLinear, training: Training, grid: Grid
+) -> FakeQuantLinear:
+    """A linear layer that begins at its packed fit, with weights on `grid`."""
     minmax = training.init == "minmax"
-    return FakeQuantLinear(linear.weight, linear.bias, fit, training.grid, minmax, training.keep_codes)
+    return FakeQuantLinear(linear.weight, linear.bias, fit, training.grid, minmax, training.keep_codes, grid)
 
 
 def share_act_clips(layer: nn.Module, family: Architecture) -> None:
@@ -241,12 +185,15 @@ def share_act_clips(layer: nn.Module, family: Architecture) -> None:
 
 def make_trainable(
     layer: nn.Module, fits: Mapping[str, nn.Module], source: nn.Module, family: Architecture,
-    training: Training,
+    training: Training, grid: Grid,
 ) -> list[FakeQuantLinear]:  # fmt: skip
-    """Put trainable linears into a layer: `fits` are packed ones by path, `source` has the weights."""
+    """Put trainable linears into a layer: `fits` are packed ones by path, `source` has the weights.
+
+    Weights are trained on `grid`, see `FakeQuantLinear`.
+    """
     made = []
     for path, linear in family.linears(source).items():
-        made.append(fake_quant_linear(linear, fits[path], training))
+        made.append(fake_quant_linear(linear, fits[path], training, grid))
         layer.set_submodule(path, made[-1])
     share_act_clips(layer, family)
     return made

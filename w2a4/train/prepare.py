@@ -63,7 +63,7 @@ def prepare(
     refine = BlockTrainer(recipe, steps) if steps else None
     report = pipeline.quantize(packed, tokenizer, start, calibration, progress, resume, refine)
     for layer, fit in zip(model.model.layers, packed.model.layers, strict=True):
-        make_trainable(layer, fit.linears(), layer, family, recipe.training)
+        make_trainable(layer, fit.linears(), layer, family, recipe.training, recipe.grid)
     _freeze(model, packed, recipe.training)
     before: W2A4Config = packed.config.quantization_config
     set_attention(model, before.quantized_by(recipe.override(**before.rotated_by)))
@@ -74,7 +74,9 @@ def prepare(
 def check_trainable(model: nn.Module, recipe: Recipe) -> None:
     """Raise W2A4Error if `prepare` would refuse the model or the recipe; cheap, for before any work."""
     if recipe.weight_bits == 16:
-        raise W2A4Error(f"recipe {recipe.name!r} has weight_bits=16: there is nothing to train; give 2 or 4")
+        raise W2A4Error(
+            f"recipe {recipe.name!r} has weight_bits=16: there is nothing to train; give 2, 3 or 4"
+        )
     pipeline.check_quantizable(model, recipe)
 
 

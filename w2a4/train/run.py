@@ -48,7 +48,7 @@ def train(
     """Prepare, train and pack a LLaMA, in place.
 
     Args:
-        model: LlamaForCausalLM, float; its full-precision copy is the teacher.
+        model: of a family in `arch`, float; its full-precision copy is the teacher.
         recipe: with `training`, see `recipe.Training`.
         work: a directory for the packed fit and the checkpoints, shared by all processes. If it holds an
             interrupted run of the same model, recipe and text, that run is resumed. Remove it yourself

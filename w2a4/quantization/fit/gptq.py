@@ -22,10 +22,8 @@ from torch import Tensor
 
 from ... import ops
 from ...errors import W2A4Error
-from ...format.fake_quant import fp16_scale
+from ...format.grid import Grid, grid_of
 from ...format.groups import resolve_group_size
-from ...format.lloyd import round_levels
-from ...format.rtn import fit_grid
 from ...format.weight import QuantizedWeight
 
 #: The least that is added to the diagonal of a Hessian whose mean is near 1, which is of float32.
@@ -45,7 +43,7 @@ class GPTQOptions:
 def fit_gptq(
     weight: Tensor,
     hessian: Tensor,
-    bits: int,
+    bits: int | Grid,
     group_size: int | str,
     options: GPTQOptions | None = None,
     cross: Tensor | None = None,
@@ -55,8 +53,8 @@ def fit_gptq(
     Args:
         weight: floating `[out, in]`.
         hessian: float32 `[in, in]`, sum of `x_q^T x_q`.
-        bits: 2 or 4.
-        group_size: divides `in`; -1 or `auto` as in `config.resolve_group_size`.
+        bits: 2 to 8, for `grid_of(bits)`, or a grid.
+        group_size: divides `in`; -1 or `auto` as in `groups.resolve_group_size`.
         cross: float32 `[in, in]`, sum of `x^T x_q`, to aim at the full-precision output; or None.
 
     Returns:
@@ -69,7 +67,10 @@ def fit_gptq(
     group_size = resolve_group_size(weight.shape[1], group_size)
     weight = weight.float()
     hessian, target = _condition(weight, hessian, cross, options.damp)
-    grid = _Grid(*fit_grid(target.unflatten(1, (-1, group_size)), bits, hessian.diagonal()), group_size)
+    kind = bits if isinstance(bits, Grid) else grid_of(bits)
+    groups = target.unflatten(1, (-1, group_size))
+    importance = hessian.diagonal().unflatten(0, groups.shape[1:])
+    grid = _Grids(kind, *kind.fit(groups, importance), group_size)
     order = torch.argsort(hessian.diagonal(), descending=True) if options.act_order else None
     codes = _sweep(target, hessian, grid, order, options.block)
     for _ in range(options.refine):
@@ -119,39 +120,40 @@ def _damped(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     return damped, factor
 
 
-class _Grid:
-    """The grids of all groups and rows, transposed: what one input column needs is contiguous.
+class _Grids:
+    """The grids of all groups and rows, a group's together.
 
     Attributes:
+        kind: what they are.
         scale: float32 `[groups, out]`, each a float16 number.
-        levels: int8 `[groups, 4, out]`, or None for a uniform grid.
+        levels: int8 `[groups, out, kind.level_count]`.
     """
 
-    def __init__(self, scale: Tensor, levels: Tensor | None, group_size: int):
-        self.group_size = group_size
+    def __init__(self, kind: Grid, scale: Tensor, levels: Tensor, group_size: int):
+        self.kind, self.group_size = kind, group_size
         self.scale = scale.float().T.contiguous()
-        self.levels = None if levels is None else levels.permute(1, 2, 0).contiguous()
+        self.levels = levels.transpose(0, 1).contiguous()
 
-    def points(self, group: int | slice) -> Tensor:
-        """Grid values float32 `[4, out]` of a group, ascending; if they are uniform the scale `[1, out]`."""
-        scale = self.scale[group].unsqueeze(-2)
-        return scale if self.levels is None else self.levels[group].float() * scale
+    def numbers(self, group: int | slice) -> Tensor:
+        """`Grid.numbers` of a group, float32 `[n, out]`, or of several."""
+        return self.kind.numbers(self.scale[group], self.levels[group]).mT.contiguous()
 
     def values(self, codes: Tensor, group: int) -> Tensor:
         """Float32 values of codes `[n, out]`."""
-        if self.levels is None:
-            return codes * self.scale[group]
-        return self.points(group).gather(0, codes.long())
+        return self.kind.decode(codes.T, self.scale[group], self.levels[group]).T.contiguous()
+
+    def keep(self, group: int, rows: Tensor, scale: Tensor, levels: Tensor) -> None:
+        """Replace a group's scale `[out]` and levels `[out, level_count]` where `rows` `[out]` is True."""
+        self.scale[group] = torch.where(rows, scale.float(), self.scale[group])
+        self.levels[group] = torch.where(rows[:, None], levels, self.levels[group])
 
     def weight(self, codes: Tensor) -> QuantizedWeight:
         """The weight of codes `[in, out]`."""
-        levels = None if self.levels is None else self.levels.permute(2, 0, 1).contiguous()
-        return QuantizedWeight(
-            codes.T.contiguous(), self.scale.T.contiguous().half(), levels, self.group_size
-        )
+        scale, levels = self.scale.T.contiguous().half(), self.levels.transpose(0, 1).contiguous()
+        return QuantizedWeight(codes.T.contiguous(), scale, levels, self.group_size, self.kind)
 
 
-def _sweep(target: Tensor, hessian: Tensor, grid: _Grid, order: Tensor | None, block: int) -> Tensor:
+def _sweep(target: Tensor, hessian: Tensor, grid: _Grids, order: Tensor | None, block: int) -> Tensor:
     """One GPTQ pass; codes int8 `[in, out]`. Grids are fixed, so any column order is allowed."""
     columns = target.shape[1]
     order = torch.arange(columns, device=target.device) if order is None else order
@@ -159,25 +161,27 @@ def _sweep(target: Tensor, hessian: Tensor, grid: _Grid, order: Tensor | None, b
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order].double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
     codes = torch.empty(work.shape, dtype=torch.int8, device=target.device)
-    points, pivots = grid.points(slice(None)), upper.diagonal()
+    numbers, pivots = grid.numbers(slice(None)), upper.diagonal()
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         here, places = slice(start, stop), order[start:stop]
         # What is left of a column after rounding, times its row of the factor, goes into the later ones.
         coupling = -upper[here, here] / pivots[here, None]
-        codes[places], change = _round_columns(work[here], coupling, None, points, places // grid.group_size)
+        codes[places], change = _round_columns(
+            work[here], coupling, None, numbers, places // grid.group_size, bits=grid.kind.bits
+        )
         work[stop:].addmm_(upper[here, stop:].T, change / pivots[here, None])
     return codes
 
 
-def _round_columns(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+def _round_columns(*arguments: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
     """`ops.round_columns` on the CPU: one column after another is no work for a GPU, and a block is small."""
     device = arguments[0].device
-    codes, changes = ops.round_columns(*(None if each is None else each.cpu() for each in arguments))
+    codes, changes = ops.round_columns(*(None if each is None else each.cpu() for each in arguments), bits)
     return codes.to(device), changes.to(device)
 
 
-def _polish(target: Tensor, hessian: Tensor, codes: Tensor, grid: _Grid, block: int = 64) -> None:
+def _polish(target: Tensor, hessian: Tensor, codes: Tensor, grid: _Grids, block: int = 64) -> None:
     """One round over the groups, in place: refit the group's grid, then descend over its codes.
 
     Both steps are exact minimisations with everything else fixed, so the objective never rises.
@@ -204,7 +208,7 @@ def _descend(
     gradient: Tensor,
     current: Tensor,
     codes: Tensor,
-    grid: _Grid,
+    grid: _Grids,
     group: int,
     start: int,
     stop: int,
@@ -216,25 +220,22 @@ def _descend(
     # The best value of a column, all others fixed; a move of one shifts it for the later ones.
     codes[here], moves = _round_columns(
         current[here] + gradient[here] / pivots, (block / pivots).T, current[here].contiguous(),
-        grid.points(group)[None], torch.zeros(stop - start, dtype=torch.long, device=codes.device),
+        grid.numbers(group)[None], torch.zeros(stop - start, dtype=torch.long, device=codes.device),
+        bits=grid.kind.bits,
     )  # fmt: skip
     current[here] += moves
     return moves
 
 
 def _refit_grid(
-    hessian: Tensor, gradient: Tensor, current: Tensor, codes: Tensor, grid: _Grid, group: int
+    hessian: Tensor, gradient: Tensor, current: Tensor, codes: Tensor, grid: _Grids, group: int
 ) -> None:
     """Least-squares levels (or scale) of one group for its codes; kept by the rows they serve better.
 
-    With B the matrix `[group_size, n]` that maps a row's n numbers (four levels, or one scale) to its
+    With B the matrix `[group_size, n]` that maps a row's n numbers (its levels, or one scale) to its
     values, they solve (B^T H B) numbers = B^T (H current + gradient).
     """
-    if grid.levels is None:
-        basis, old = codes.float()[None], grid.scale[group][None]
-    else:
-        basis = torch.stack([(codes == k).float() for k in range(4)])
-        old = grid.points(group)
+    basis, old = grid.kind.basis(codes), grid.numbers(group)
     projected = (hessian @ basis.permute(1, 0, 2).flatten(1)).view(len(codes), len(basis), -1)
     normal = torch.stack([(b[:, None] * projected).sum(0) for b in basis])  # [n, n, out]
     right = (basis * (hessian @ current + gradient)).sum(1)
@@ -243,18 +244,10 @@ def _refit_grid(
     pull = 1e-4 * diagonal.mean(0).clamp_min(1e-12)
     diagonal += pull
     solved = _solve(normal, right + pull * old)
-    if grid.levels is None:
-        levels, scale = None, fp16_scale(solved[0]).float()
-        new = codes * scale
-    else:
-        levels, scale = round_levels(solved.T)
-        levels, scale = levels.T, scale.float()
-        new = (levels.float() * scale).gather(0, codes.long())
-    change = new - current
+    scale, levels = grid.kind.from_numbers(solved.T)
+    change = grid.kind.decode(codes.T, scale, levels).T.contiguous() - current
     better = (change * (hessian @ change - 2 * gradient)).sum(0) < 0
-    grid.scale[group] = torch.where(better, scale, grid.scale[group])
-    if levels is not None:
-        grid.levels[group] = torch.where(better, levels, grid.levels[group])
+    grid.keep(group, better, scale, levels)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ from .network import OBJECTIVES, act_group_sizes
 
 #: Recipe fields that learning depends on; the others may change between learning and quantising.
 RECIPE_FIELDS = (
-    "rotation", "rotation_learning", "weight_bits", "group_size", "act_bits", "act_clip", "act_group_size",
-    "o_proj_act", "kv_bits", "kv_clip", "sink_tokens",
+    "rotation", "rotation_learning", "weight_bits", "weight_grid", "group_size", "act_bits", "act_clip",
+    "act_group_size", "o_proj_act", "kv_bits", "kv_clip", "sink_tokens",
 )  # fmt: skip
 
 #: Recipe fields that learning depends on besides, if the model is smoothed first.

@@ -21,11 +21,9 @@ from ... import arch
 from ...arch.architecture import Rows, Site, activation
 from ...arch.forward import decoder_layer
 from ...format.fake_quant import fake_quant_a4
+from ...format.grid import Uniform
 from ...format.groups import resolve_group_size
-from ...format.lloyd import fit_levels
 from ...format.online import OnlineRotation
-from ...format.rtn import nearest
-from ...format.weight import QuantizedWeight
 from ...recipe import Recipe
 from ...runtime.attention import KVSettings
 from ...runtime.heads import attend
@@ -172,7 +170,7 @@ class _RotatedLayer:
         if bias is not None:
             bias = _cat([_turn(bias[a:b], left) for a, b, left in lefts]).to(x.dtype)
         if recipe.rotation_learning.weights == "recipe":
-            weight = _fake_weight(weight, recipe.weight_bits, recipe.group_size)
+            weight = _fake_weight(weight, recipe)
         return F.linear(x, weight.to(x.dtype), bias)
 
 
@@ -209,23 +207,22 @@ def _turn(x: Tensor, r: Tensor | None) -> Tensor:
     return x if r is None else (x.to(r.dtype).unflatten(-1, (-1, r.shape[0])) @ r).flatten(-2)
 
 
-def _fake_weight(weight: Tensor, bits: int, group_size: int | str) -> Tensor:
+def _fake_weight(weight: Tensor, recipe: Recipe) -> Tensor:
     """Weights `[out, in]` rounded, with the gradient passed straight through.
 
-    Grids are cheap, since every step needs new ones: at 2 bits the best levels for a Gaussian of the group's
-    mean and deviation, since rotated weights are nearly Gaussian; at 4 bits a fixed clip.
+    Grids are cheap, since every step needs new ones: a codebook has the best levels for a Gaussian of the
+    group's mean and deviation, since rotated weights are nearly Gaussian; a uniform grid has a fixed clip.
     """
-    if bits == 16:
+    if recipe.weight_bits == 16:
         return weight
-    group_size = resolve_group_size(weight.shape[1], group_size)
-    if bits == 4:
+    group_size = resolve_group_size(weight.shape[1], recipe.group_size)
+    if recipe.grid == Uniform(4):  # as activations, with a gradient through the scale
         return fake_quant_a4(
             weight, torch.tensor([CLIP], dtype=torch.float32, device=weight.device), group_size
         )
     groups = weight.detach().float().unflatten(1, (-1, group_size))
-    levels, scale = fit_levels(groups, iterations=0)
-    codes = nearest(groups, scale, levels).flatten(1)
-    rounded = QuantizedWeight(codes, scale, levels, group_size).dequantize()
+    scale, levels = recipe.grid.rough(groups, CLIP)
+    rounded = recipe.grid.decode(recipe.grid.nearest(groups, scale, levels), scale, levels).flatten(1)
     return rounded.to(weight.dtype) + (weight - weight.detach())
 
 
