@@ -121,6 +121,13 @@ def test_another_dtype_at_load_is_that_of_a_cast(case, tmp_path):
         assert loaded.dtype == dtype and outputs(loaded, case).isfinite().all()
 
 
+@pytest.mark.parametrize("arguments", [dict(bits=3), dict(bits=3, weight_grid="uniform"), dict(bits=4)])
+def test_other_bits_and_grids(arguments, tmp_path):
+    model, directory = saved(tmp_path, "qwen2", group_size=32, **arguments)
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert torch.equal(outputs(loaded, "qwen2"), outputs(model, "qwen2"))
+
+
 def test_kinds_side_by_side_and_skipped(tmp_path):
     model = model_of("gpt_neox")
     w2a4.replace_linears(model, bits=4, group_size=32, skip=("embed_out", "query_key_value"))
