@@ -99,7 +99,7 @@ def test_saved_and_loaded_to_the_bit(case, dtype, tmp_path):
     assert expected.isfinite().all() and not torch.equal(expected, outputs(plain, case))
     model.save_pretrained(tmp_path / "m")
     assert w2a4.verify(tmp_path / "m")["compared"]
-    loaded = type(plain).from_pretrained(tmp_path / "m")
+    loaded = type(plain).from_pretrained(tmp_path / "m", dtype="auto")
     assert type(loaded).__name__ == type(plain).__name__ and loaded.dtype == dtype
     assert packed_names(loaded) == packed_names(model)
     assert torch.equal(outputs(loaded, case), expected)
@@ -280,7 +280,7 @@ def test_tensors_are_checked_as_those_of_any_packed_model(tmp_path):
 
 
 def test_other_classes_and_doors(tmp_path, capsys):
-    _, directory = saved(tmp_path)
+    model, directory = saved(tmp_path)
     with pytest.raises(
         CheckpointError, match="of a 'GPTNeoXForCausalLM' were replaced.*loads as GPTNeoXModel"
     ):
@@ -292,7 +292,7 @@ def test_other_classes_and_doors(tmp_path, capsys):
     command(["verify", str(directory)], standalone_mode=False)
     command(["info", str(directory)], standalone_mode=False)
     told = capsys.readouterr().out
-    assert "all as they were written" in told and "8 linears replaced" in told
+    assert "all as they were written" in told and f"{len(packed_names(model))} linears replaced" in told
 
 
 def test_a_plain_module_stays_plain():

@@ -14,9 +14,9 @@ from ..errors import CheckpointError, shown
 from ..format.digests import compare_config, compare_digests
 from ..format.directories import atomic_directory as atomic_directory
 from ..format.directories import is_unfinished
-from ..format.headers import read_config
+from ..format.headers import read_config, shards_of
 from ..format.linear import _PackedModule
-from .consistency import FLOATS, LIMITS, check_any_sizes, check_directory, check_sizes, is_packed
+from .consistency import FLOATS, LIMITS, bin_only, check_any_sizes, check_directory, check_sizes, is_packed
 from .replace import tied_parameters
 
 #: safetensors' dtype names of the dtypes the format uses for packed tensors, and of those of buffers.
@@ -122,6 +122,14 @@ def check_config_beside(files: list[str], digests: bool = True) -> None:
         check_directory(directory)
         for file in files if digests else ():
             compare_config(Path(file), config)
+
+
+def local_shards(config: Any) -> list[str] | None:
+    """The safetensors files that a config was read beside; None where that is no directory or has none."""
+    directory = Path(getattr(config, "_name_or_path", "") or os.devnull)
+    if not (directory / "config.json").is_file() or bin_only(directory):
+        return None
+    return list(map(str, shards_of(directory)))
 
 
 def check_placement(device_map: Any) -> None:

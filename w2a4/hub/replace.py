@@ -109,7 +109,7 @@ def fixed_linears(model: nn.Module) -> set[str]:
     transformers ties parameters by their names when it loads, and casts some by theirs; either would write
     into packed tensors.
     """
-    tied, patterns = tied_parameters(model), list(_float32_patterns(model))
+    tied, patterns = tied_parameters(model), list(float32_patterns(model))
     fixed = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is nn.Linear:
@@ -134,7 +134,7 @@ def tied_parameters(model: nn.Module) -> set[str]:
     return tied | {name for name in parameters if any(pattern.search(name) for pattern in patterns)}
 
 
-def _float32_patterns(model: nn.Module) -> Iterable[re.Pattern[str]]:
+def float32_patterns(model: nn.Module) -> Iterable[re.Pattern[str]]:
     """Of the names that transformers casts to float32 where it loads a model in 16 bits."""
     for module in model.modules():
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):

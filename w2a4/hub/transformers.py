@@ -39,11 +39,13 @@ from .checkpoint import (
     check_parallel,
     check_placement,
     check_values,
+    local_shards,
+    packed_tensors,
 )
 from .model import PackedModelMixin, report_beside
 from .plugin import METHOD
 from .portable import check_rope
-from .replace import tied_parameters
+from .replace import float32_patterns, tied_parameters
 from .replaced import float_dtype, install_replaced, prepare_replaced
 
 
@@ -157,6 +159,8 @@ class W2A4Quantizer(HfQuantizer):
         check_placement(device_map)
         check_parallel(model)
         self._asked = float_dtype(model)
+        if checkpoint_files is None and self._replaced:  # transformers 4.57 does not say
+            checkpoint_files = local_shards(model.config)
         if checkpoint_files:
             check_config_beside(checkpoint_files)
         prepare_skeleton(model, self.quantization_config)
@@ -210,13 +214,12 @@ def _register() -> None:
 
 
 def _cast_unpacked(model: nn.Module, dtype: torch.dtype) -> None:
-    for module in model.modules():
-        for name, value in module.named_parameters(recurse=False):
-            packed = isinstance(module, _PackedModule) and name in module._format
-            if value.is_floating_point() and not packed and value.dtype != dtype:
-                setattr(
-                    module, name, nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad)
-                )
+    """Cast floats, in place since some are tied, that neither the format nor the model has a dtype for."""
+    packed, kept = packed_tensors(model), list(float32_patterns(model))
+    for name, value in model.named_parameters():
+        fixed = name in packed or any(pattern.search(name) for pattern in kept)
+        if value.is_floating_point() and not fixed and value.dtype != dtype:
+            value.data = value.detach().to(dtype)
 
 
 def check_original(model: nn.Module) -> None:
