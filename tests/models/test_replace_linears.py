@@ -153,9 +153,28 @@ def test_tied_weights_and_what_stays_in_float32_are_left_alone():
     tied = w2a4.replace_linears(model_of("tied llama"), skip=())
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert "lm_head" in packed_names(w2a4.replace_linears(model_of("llama"), skip=()))
-    with pytest.raises(ValueError, match="no nn.Linear outside .* but for tied weights"):
+    with pytest.raises(ValueError, match="no nn.Linear outside .* but for those that are tied"):
         everything = [name.rpartition(".")[2] for name in packed_names(tied)]
         w2a4.replace_linears(model_of("tied llama"), skip=(*everything,))
+
+
+def test_linears_whose_weight_the_code_reads_are_left_alone(tmp_path):
+    config = AutoConfig.for_model("mamba", vocab_size=131, hidden_size=64, num_hidden_layers=2, state_size=8)
+    model = w2a4.replace_linears(transformers.MambaForCausalLM(config).eval())
+    kinds = {name.rpartition(".")[2]: type(m) for name, m in model.backbone.layers[0].mixer.named_children()}
+    assert kinds["dt_proj"] is nn.Linear and kinds["in_proj"] is w2a4.W2A4Linear
+    expected = outputs(model, "mamba")
+    model.save_pretrained(tmp_path / "m")
+    loaded = type(model).from_pretrained(tmp_path / "m", dtype="auto")
+    assert torch.equal(outputs(loaded, "mamba"), expected)
+
+
+def test_models_split_among_processes_are_refused(tmp_path):
+    model, directory = saved(tmp_path)
+    config = AutoConfig.from_pretrained(directory)
+    config.distributed_config = {"tp_size": 2}
+    with pytest.raises(CheckpointError, match="tensor parallelism"):
+        type(model).from_pretrained(directory, config=config)
 
 
 def test_copies_pickles_and_a_second_class(tmp_path):

@@ -5,6 +5,9 @@ Nothing here imports transformers, since plain modules need none; `replaced` doe
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -34,8 +37,9 @@ def replace_linears(
     """Replace every `nn.Linear` of any model by a packed one (round to nearest), in place.
 
     A model of transformers records what was replaced in its config, so that what its `save_pretrained`
-    writes is read by `from_pretrained` of the same class once w2a4 is imported. Its linears whose parameters
-    have another name too (tied weights), or that it keeps in float32, are left alone.
+    writes is read by `from_pretrained` of the same class once w2a4 is imported. Its linears are left alone
+    where parameters have another name too (tied weights), where it keeps them in float32, and where its code
+    reads `.weight` besides calling them.
 
     Args:
         model: any module.
@@ -61,7 +65,7 @@ def replace_linears(
         from . import replaced
 
         replaced.check_replaceable(model)
-    fixed = fixed_linears(model) if saves else set()
+    fixed = fixed_linears(model) | linears_read_by_code(model) if saves else set()
     linears = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)  # one may have several names
@@ -70,7 +74,7 @@ def replace_linears(
     if not linears.keys() - fixed:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear outside skip={skip} to replace"
-            + (", but for tied weights and what it keeps in float32" if linears else "")
+            + (", but for those that are tied, kept in float32 or read by its code" if linears else "")
         )
     linears = {name: linear for name, linear in linears.items() if name not in fixed}
     _check(linears, group_size, act_clip)
@@ -118,6 +122,27 @@ def fixed_linears(model: nn.Module) -> set[str]:
             if cast or not tied.isdisjoint(tensors):
                 fixed.add(name)
     return fixed
+
+
+def linears_read_by_code(model: nn.Module) -> set[str]:
+    """Names of linears whose `.weight` the class that holds them reads: to multiply by it, or its dtype."""
+    found = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        parent, _, leaf = name.rpartition(".")
+        if type(module) is nn.Linear and f".{leaf}.weight" in _source(type(model.get_submodule(parent))):
+            found.add(name)
+    return found
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    """The source of a class of transformers or of a model's own code; empty where there is none."""
+    parts = []
+    for base in kind.__mro__:
+        if base.__module__.startswith(("transformers.models.", "transformers_modules.")):
+            with contextlib.suppress(OSError, TypeError):
+                parts.append(inspect.getsource(base))
+    return "".join(parts)
 
 
 def tied_parameters(model: nn.Module) -> set[str]:
