@@ -95,6 +95,9 @@ GATES = (
     # Heads of up to 256 elements, and up to 8 query rows.
     Gate(r"\battention_kv4_kernel<\d, \d, true>", mma="IMMA.16832", registers=128, warps=16, in_flight=4,
          whole=True),
+    # The same of paged caches, whose copies look up blocks.
+    Gate(r"\battention_kv4_paged_kernel<1, [24], true>", registers=64, warps=32),
+    Gate(r"\battention_kv4_paged_kernel", registers=128, warps=16),
     # lm_head: 32 warps with 1 KB of loads each are what an H200 needs under way.
     Gate(r"\blinear_w8_kernel<.*, true>", registers=64, warps=32),
     # Shapes that no model has: right, not fast.

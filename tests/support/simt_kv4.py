@@ -46,7 +46,7 @@ def rope_append(qkv, cos, sin, had_k, block, kv, start, starts=None, q_heads=1, 
         None if slots is None else slots.numpy(),
     )  # fmt: skip
     assert intact()
-    assert served == (wide == ALWAYS)
+    assert served == (wide == ALWAYS), f"the kernel for many tokens served: {served}"
     return q
 
 

@@ -238,6 +238,23 @@ def _append_kv4(draw: Draw) -> OpCase:
     return OpCase("append_kv4", args, exact, (1, 2))
 
 
+def _paged_append_kv4(draw: Draw) -> OpCase:
+    batch, heads, tokens, head_dim = (
+        draw.number(0, 2),
+        draw.number(0, 3),
+        draw.number(0, 5),
+        2 * draw.number(1, 20),
+    )
+    blocks, size = draw.number(0, 4), draw.pick((1, 3, 16))
+    free, slots = list(range(blocks * size)), []
+    for _ in range(batch * tokens):
+        skipped = not free or draw.number(0, 4) == 0
+        slots.append(-draw.number(1, 9) if skipped else free.pop(draw.number(0, len(free) - 1)))
+    slots = torch.tensor(slots, dtype=torch.long).view(draw.pick(((batch, tokens), (batch * tokens,))))
+    args = [_randn(draw, batch, heads, tokens, head_dim), *_caches(draw, blocks, heads, size, head_dim)]
+    return OpCase("append_kv4", [*args, 0, 0.95, None, slots], exact, (1, 2))
+
+
 def _rope_append_kv4(draw: Draw) -> OpCase:
     batch, tokens, kv_heads = draw.number(0, 2), draw.number(0, 5), draw.number(1, 2)
     q_heads, start = draw.number(1, 4), draw.number(0, 5)
@@ -251,6 +268,22 @@ def _rope_append_kv4(draw: Draw) -> OpCase:
     ]
     args = [qkv, angles.cos().to(rope), angles.sin().to(rope), had_k, block, *caches, start, 0.95]
     return OpCase("rope_append_kv4", [*args, _starts(draw, batch, start)], cached(head_dim), (5, 6, 7, 8))
+
+
+def _paged_attention_kv4(draw: Draw) -> OpCase:
+    """As `_attention_kv4`; blocks may be shared by sequences."""
+    case = _attention_kv4(draw)
+    batch, kv_heads, length, half = (
+        len(case.args[0]),
+        case.args[1].shape[1],
+        case.args[5],
+        case.args[1].shape[3],
+    )
+    blocks, size = draw.number(1, 6), draw.pick((1, 3, 16))
+    case.args[1:5] = [t for _ in range(2) for t in _caches(draw, blocks, kv_heads, size, 2 * half)]
+    columns = -(-length // size) + draw.number(0, 1)
+    case.args.append(_integers(draw, 0, blocks, batch, columns, dtype=torch.int32))
+    return case
 
 
 def _attention_kv4(draw: Draw) -> OpCase:
@@ -419,8 +452,9 @@ def _layer_of_ops(
 
 CASES = (
     _hadamard, _quantize_a4, _fused_a4, _fused_a4, _linear_a4, _linear_a4, _linear_w8, _quantize_kv4,
-    _append_kv4, _rope_append_kv4, _attention_kv4, _attention_kv4, _round_columns, _snap, _fake_quant_rows,
-    _snap_backward, _fake_quant_rows_backward, _decoder_layer, _decoder_layer,
+    _append_kv4, _paged_append_kv4, _rope_append_kv4, _attention_kv4, _attention_kv4, _paged_attention_kv4,
+    _round_columns, _snap, _fake_quant_rows, _snap_backward, _fake_quant_rows_backward, _decoder_layer,
+    _decoder_layer,
 )  # fmt: skip
 
 #: Numbers that no argument should be taken at its word for.
