@@ -46,6 +46,9 @@ MODELS = {
     "siglip": ("SiglipModel", "siglip", {
         "text_config": {**SMALL, "projection_size": 64, "pad_token_id": 0},
         "vision_config": {**SMALL, "image_size": 16, "patch_size": 4}}),
+    "llava": ("LlavaForConditionalGeneration", "llava", {
+        "text_config": {**TEXT, "model_type": "llama"}, "image_token_index": 130,
+        "vision_config": {**SMALL, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 4}}),
     "llama": ("LlamaForCausalLM", "llama", TEXT),
     "tied llama": ("LlamaForCausalLM", "llama", {**TEXT, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2ForCausalLM", "qwen2", TEXT),

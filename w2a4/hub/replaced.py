@@ -36,7 +36,11 @@ class ReplacedModelMixin(WholeSaves):
             raise W2A4Error(
                 "save_original_format=True: packed linears have no tensors of an older format; leave it out"
             )
-        super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
+        self.__dict__["_checkpoint_conversion_mapping"] = {}  # by which 4.57 goes back to older names
+        try:
+            super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
+        finally:
+            del self.__dict__["_checkpoint_conversion_mapping"]
 
     def _write_beside(self, directory: Path) -> None:
         """Nothing: there is no recipe and no report."""
