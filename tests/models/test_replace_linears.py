@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import w2a4
 from support.packed import packed_model
-from support.tiny_models import tiny_llama
+from support.tiny_models import tiny_llama, tiny_model, tiny_tokenizer
 from w2a4.cli.main import main as command
 from w2a4.errors import CheckpointError, W2A4Error
 from w2a4.format.manifest import FORMAT_VERSION, Replacement, read_manifest
@@ -243,7 +243,7 @@ CHANGES = {
     "an unknown name": (more_names("gpt_neox.layers.7.mlp.dense_4h_to_h"), "layers.7.*not packed codes"),
     "a module that is no linear": (more_names("gpt_neox.embed_in"), "embed_in.*not packed codes"),
     "a name twice": (
-        lambda c: more_names(*c["quantization_config"]["manifest"]["replaced"][0]["names"])(c), "twice"),
+        lambda c: more_names(*c["quantization_config"]["manifest"]["replaced"][0]["names"])(c), "2 times"),
     "a long name": (more_names("x" * 100_000), "was replaced, but its weight is missing"),
     "a name that is a number": (more_names(3), "names holds 3"),
     "no names": (part(names=[]), "names holds nothing"),
@@ -278,6 +278,14 @@ def test_a_changed_config_is_refused(change, match, tmp_path):
         type(model).from_pretrained(directory)
     with pytest.raises(CheckpointError):
         w2a4.verify(directory)
+
+
+def test_sizes_in_a_part_of_a_config_are_refused_before_anything_is_built(tmp_path):
+    model, directory = saved(tmp_path, "llava")
+    edited(directory, lambda config: config["text_config"].update(num_hidden_layers=10**9))
+    for read in (type(model).from_pretrained, w2a4.verify):
+        with pytest.raises(CheckpointError, match="text_config.num_hidden_layers=1000000000"):
+            read(directory)
 
 
 def test_tensors_are_checked_as_those_of_any_packed_model(tmp_path):
@@ -315,6 +323,19 @@ def test_other_classes_and_doors(tmp_path, capsys):
     command(["info", str(directory)], standalone_mode=False)
     told = capsys.readouterr().out
     assert "all as they were written" in told and f"{len(packed_names(model))} linears replaced" in told
+
+
+def test_a_language_model_goes_through_the_doors_of_w2a4(tmp_path):
+    model = tiny_model(hidden_size=64, intermediate_size=96)
+    w2a4.save(w2a4.replace_linears(model), tiny_tokenizer(), tmp_path / "m")
+    loaded, tokenizer = w2a4.load_model(tmp_path / "m")
+    ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    engine = w2a4.Engine(loaded, max_length=64)
+    assert torch.equal(engine.generate([ids[0].tolist()], 8)[0], expected)
+    for refused in (w2a4.rotate, lambda m: w2a4.prepare(m, tokenizer, "w2a4kv4-rcp")):
+        with pytest.raises(W2A4Error, match="quantised.* already; start from the original"):
+            refused(loaded)
 
 
 def test_a_plain_module_stays_plain():

@@ -11,6 +11,7 @@ There are two kinds: `Manifest` describes a model of a family in `arch` that was
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -206,11 +207,11 @@ class Replacement:
 
     def __post_init__(self) -> None:
         _SCHEMA.check(self)
-        names = [name for part in self.replaced for name in part.names]
-        if len(names) != len(set(names)):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"replaced names {shown(twice)} twice; one linear has one kind")
-        if not names:
+        times = Counter(name for part in self.replaced for name in part.names)
+        for name, count in times.most_common(1):
+            if count > 1:
+                raise CheckpointError(f"replaced names {shown(name)} {count} times; a linear has one kind")
+        if not times:
             raise CheckpointError("replaced is empty: give the linears that are packed")
 
     @property

@@ -101,8 +101,10 @@ def check_config(config: Any, any_family: bool = False) -> None:
     Raises:
         CheckpointError: sizes that no model has, or that the tensors do not have.
     """
-    told = {name: getattr(config, name, None) for name in ("model_type", *LIMITS)}
-    check_any_sizes(told) if any_family else check_sizes(told)
+    if any_family:
+        check_any_sizes(config.to_dict())
+    else:
+        check_sizes({name: getattr(config, name, None) for name in ("model_type", *LIMITS)})
     directory = Path(getattr(config, "_name_or_path", "") or os.devnull)
     if (directory / "config.json").is_file():
         check_config_beside([str(directory / "config.json")], digests=False)

@@ -26,6 +26,9 @@ LIMITS = {
     "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "vocab_size": 1 << 26,
     "num_hidden_layers": MAX_LAYERS,
 }  # fmt: skip
+#: Fields that count layers, in configs of any model.
+_LAYERS = re.compile(r"(layers?|blocks|depth)$")
+
 _OPTIONAL = ("num_key_value_heads", "head_dim")
 
 #: Fields of a config that say how many rows an output of a linear has.
@@ -78,18 +81,22 @@ def is_packed(config: Mapping[str, Any]) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == "w2a4"
 
 
-def check_any_sizes(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if a config of any model has a number that is no size.
+def check_any_sizes(config: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise CheckpointError if a config of any model, or a part of it, has a number that is no size.
 
-    What is not a whole number is left to the model's own class: some have a size a stage.
+    What is not a whole number is left to the model's own class: some have a size a stage. Layers have many
+    names, and a billion of any would be built before a tensor is looked for.
     """
-    for key, limit in LIMITS.items():
-        value = config.get(key)
-        if type(value) is int and not 0 <= value <= limit:
-            raise CheckpointError(
-                f"config.json says {key}={str(value)[:40]}, not a number in 0..{limit}; it is damaged or of "
-                "another model"
-            )
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_any_sizes(value, f"{prefix}{key}.")
+        limit = LIMITS.get(key, MAX_LAYERS if _LAYERS.search(str(key)) else None)
+        if limit is None or type(value) is not int or value <= limit:
+            continue
+        raise CheckpointError(
+            f"config.json says {prefix}{key}={str(value)[:40]}, more than {limit}; it is damaged or of "
+            "another model"
+        )
 
 
 def check_replaced(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
