@@ -1,4 +1,4 @@
-"""The choice among kernels: every row of the README's table, W2A4_BACKEND, warnings, torch.compile.
+"""The choice among kernels: every row of the table in docs/kernels.md, W2A4_BACKEND, warnings, torch.compile.
 
 What runs on Triton is compared with the CPU's kernels in `triton_interpreted.py`, on a GPU in
 `test_gpu_gemm.py`.

@@ -1,4 +1,4 @@
-"""Which kernel runs, where an op has more than one: the rule behind the table under "Kernels" in the README.
+"""Which kernel runs, where an op has more than one: the rule behind the table in `docs/kernels.md`.
 
 `W2A4_BACKEND`, read once, forces a choice: `cuda` (w2a4._cuda), `triton`, `reference`, or `auto`.
 

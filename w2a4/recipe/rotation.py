@@ -12,7 +12,9 @@ from .limits import SCHEMA
 
 @dataclass(frozen=True)
 class RotationConfig:
-    """Which rotation goes where (METHOD: R1 residual stream, R2 value heads, R3 q/k, R4 down_proj).
+    """Which rotation goes where (R1 residual stream, R2 value heads, R3 q/k, R4 down_proj).
+
+    `docs/method.md` has the formulas.
 
     Attributes:
         r1: rotation of the residual stream, `hidden_size` wide, folded into the weights.

@@ -11,7 +11,7 @@ from .limits import SCHEMA
 
 @dataclass(frozen=True)
 class Training:
-    """How `w2a4 train` trains a prepared model (METHOD: RCP).
+    """How `w2a4 train` trains a prepared model (RCP, see `docs/method.md`).
 
     Attributes:
         route: `end_to_end`, or `block`: each decoder layer alone against the full-precision layer's output,
