@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from . import runtime as runtime
     from . import train as train
     from .evaluate.report import Report
-    from .format.linear import W2A4Linear, W3A4Linear, W4A4Linear, W8Embedding, W8Linear, replace_linears
+    from .format.linear import W2A4Linear, W3A4Linear, W4A4Linear, W8Embedding, W8Linear
+    from .hub.replace import replace_linears
     from .hub.transformers import W2A4Config
     from .hub.verification import verify
     from .quantization.job import load_model, quantize, rotate, save
@@ -65,7 +66,7 @@ _NAMES = {
     "load_model": "quantization.job",
     "prepare": "train.prepare",
     "quantize": "quantization.job",
-    "replace_linears": "format.linear",
+    "replace_linears": "hub.replace",
     "rotate": "quantization.job",
     "save": "quantization.job",
     "verify": "hub.verification",

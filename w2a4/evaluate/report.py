@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 from ..format.files import json_text, write_atomically
 from ..format.files import write_json as write_json
 from ..format.headers import read_config, safetensors_header, shards_of
+from ..format.manifest import is_replacement, read_manifest
 from ..ops.packing import packed_width
 from ..recipe import Recipe
 from ..version import VERSION
@@ -254,7 +255,9 @@ def measure_tensors(
             logical = shape[0] * _in_features(module, shape[1], levels[-1].bit_length() - 1, config)
             weights["linears"] += logical
         else:
-            logical = math.prod(shape) if name.endswith((".weight", ".bias")) else 0
+            # Experts of transformers 5 are parameters of three dimensions without such an ending.
+            counts = name.endswith((".weight", ".bias")) or (part == "other" and len(shape) > 2)
+            logical = math.prod(shape) if counts else 0
         weights["model"] += logical
     total = sum(size.values())
     linears = size["codes"] + size["levels"] + size["scales"]
@@ -282,8 +285,13 @@ def _part(name: str, shape: Sequence[int], packed: set[str]) -> str:
 
 
 def _in_features(module: str, width: int, bits: int, config: Mapping[str, Any]) -> int:
-    """Inputs of a packed linear: from the config, since the last byte of a row may be padded."""
+    """Inputs of a packed linear: from the config, since the last byte of a row may be padded.
+
+    Configs of any model do not say which size a linear has: where linears were replaced, padding counts.
+    """
     capacity = width * 8 // bits
+    if is_replacement(config.get("quantization_config")):
+        return capacity
     hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     head_dim = _size(config, "head_dim") or (hidden // heads if hidden and heads else None)
     last = module.rpartition(".")[2]
@@ -368,8 +376,13 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     if summary["quantized"]:
         recipe = summary["recipe"]
         made_by = f"format {summary['format_version']}, w2a4 {summary['w2a4_version']}"
-        lines.append(f"recipe {recipe.get('name')}, {made_by}")
-        lines.append(f"rotations: {_rotations(recipe)}")
+        if is_replacement(summary):
+            lines.append(
+                f"{len(read_manifest(summary).kinds)} linears replaced, rounded to nearest; {made_by}"
+            )
+        else:
+            lines.append(f"recipe {recipe.get('name')}, {made_by}")
+            lines.append(f"rotations: {_rotations(recipe)}")
         if bits["linears"] is None:  # rotated only, or quantised in the embeddings and the cache
             lines.append(f"no linear is quantised; bits a weight: {_bits(bits['model'])} in the whole model")
         else:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import CheckpointError, RecipeError, W2A4Error
+from ..errors import CheckpointError, W2A4Error
 from ..ops import gradients
 from ..ops.packing import pack, packed_width, unpack
 from ..ops.reference import divide
 from .fake_quant import fp16_scale
-from .grid import Codebook, Grid, Kind, Uniform, grid_of, no_levels
+from .grid import Codebook, Grid, Uniform, no_levels
 from .groups import resolve_group_size
 from .online import OnlineRotation
 from .rtn import fit_rtn
@@ -353,54 +353,3 @@ class W8Embedding(_PackedModule):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}"
-
-
-def replace_linears(
-    model: nn.Module,
-    bits: int = 2,
-    group_size: int | str = "auto",
-    *,
-    act_clip: float = 0.9,
-    weight_grid: Kind = "auto",
-    skip: tuple[str, ...] = ("lm_head",),
-) -> nn.Module:
-    """Replace every `nn.Linear` of any model by a packed one (round to nearest), in place.
-
-    Args:
-        model: any module.
-        bits: 2, 3 or 4.
-        group_size: see `groups.resolve_group_size`.
-        act_clip: see `W2A4Linear.from_linear`.
-        weight_grid: see `grid.grid_of`.
-        skip: module names (or their last parts) to leave alone.
-
-    Returns:
-        the same model.
-
-    Raises:
-        ValueError: nothing was left to replace.
-        W2A4Error: a group size, a clip or a weight that cannot be; nothing was replaced then.
-    """
-    if bits not in PACKED_LINEARS:
-        raise ValueError(f"bits={bits}: give one of {sorted(PACKED_LINEARS)}")
-    grid = grid_of(bits, weight_grid)
-    linears = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)  # one may have several names
-        if name and type(module) is nn.Linear and name not in skip and name.rpartition(".")[2] not in skip
-    }
-    if not linears:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear outside skip={skip} to replace")
-    if not 0 < act_clip <= 1:
-        raise RecipeError(f"act_clip={act_clip}: give a number in (0, 1]")
-    for name, linear in linears.items():
-        resolve_group_size(linear.in_features, group_size)
-        if not bool(torch.isfinite(linear.weight.detach()).all()):
-            raise W2A4Error(f"{name}.weight holds NaN or infinity; the model is damaged")
-    packed: dict[nn.Module, _PackedLinear] = {}
-    for name, linear in linears.items():
-        if linear not in packed:
-            fitted = fit_rtn(linear.weight.detach(), grid, group_size)
-            packed[linear] = PACKED_LINEARS[bits].from_linear(linear, fitted=fitted, act_clip=act_clip)
-        model.set_submodule(name, packed[linear])
-    return model

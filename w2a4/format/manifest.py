@@ -4,10 +4,14 @@ In format 2, `quantization_config` of config.json holds `manifest`, which is che
 `recipe` and `provenance`, which say how the model was made and are not read when it is loaded: a recipe of
 another version, with fields that this one does not have, is no obstacle. Format 1 had no manifest; its facts
 stand among the fields of the recipe, and `Manifest.from_format1` takes them from there.
+
+There are two kinds: `Manifest` describes a model of a family in `arch` that was rotated or quantised, and
+`Replacement` a model of any transformers class some of whose linears were replaced by packed ones.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -147,7 +151,92 @@ class Manifest:
         return schema.to_dict(self)
 
 
-def read_manifest(quantization: Mapping[str, Any]) -> Manifest:
+@dataclass(frozen=True)
+class ReplacedLinears:
+    """Linears of one kind that stand in place of a model's own; each has its clip among its tensors.
+
+    Attributes:
+        names: of the modules, as `named_modules` of the model that was saved gives them.
+        weight_bits, grid: see `GRIDS`.
+        group_size: inputs that share one scale; -1 is the whole row; see `groups.resolve_group_size`.
+        act_bits: 4 (per token, dynamic, symmetric) or 16 (not quantised).
+    """
+
+    names: tuple
+    weight_bits: Literal[2, 3, 4]
+    grid: Literal["codebook", "uniform"]
+    group_size: int | Literal["auto"]
+    act_bits: Literal[4, 16]
+
+    def __post_init__(self) -> None:
+        _SCHEMA.check(self)
+        if self.grid != GRIDS[self.weight_bits]:
+            raise CheckpointError(
+                f"grid={self.grid!r} with weight_bits={self.weight_bits}: give {GRIDS[self.weight_bits]!r}"
+            )
+        if isinstance(self.group_size, int) and self.group_size != -1 and self.group_size < 1:
+            raise CheckpointError(f"group_size={self.group_size}: give -1, 'auto' or a number >= 1")
+        wrong = [name for name in self.names if not isinstance(name, str) or not name]
+        if wrong or not self.names:
+            found = shown(wrong[0]) if wrong else "nothing"
+            raise CheckpointError(f"names holds {found}: give the names of modules")
+
+    @classmethod
+    def from_dict(cls, data: Any) -> ReplacedLinears:
+        if isinstance(data, Mapping):
+            data = {**data, "names": _sequence("names", data.get("names"))}
+        return _SCHEMA.from_dict(cls, data)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What the packed tensors of a model mean that `w2a4.replace_linears` has changed.
+
+    Attributes:
+        family: `model_type` of config.json; any.
+        model_class: the transformers class that was saved, whose modules the names are of.
+        replaced: `ReplacedLinears`, one a kind; no name is in two of them.
+
+    Raises:
+        CheckpointError: a value that no field has, or a name that stands there twice.
+    """
+
+    family: str
+    model_class: str
+    replaced: tuple
+
+    def __post_init__(self) -> None:
+        _SCHEMA.check(self)
+        times = Counter(name for part in self.replaced for name in part.names)
+        for name, count in times.most_common(1):
+            if count > 1:
+                raise CheckpointError(f"replaced names {shown(name)} {count} times; a linear has one kind")
+        if not times:
+            raise CheckpointError("replaced is empty: give the linears that are packed")
+
+    @property
+    def kinds(self) -> dict[str, ReplacedLinears]:
+        """What stands under each name."""
+        return {name: part for part in self.replaced for name in part.names}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Replacement:
+        parts = _sequence("replaced", data.get("replaced"))
+        return _SCHEMA.from_dict(cls, {**data, "replaced": tuple(map(ReplacedLinears.from_dict, parts))})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON with every field."""
+        parts = [schema.to_dict(part) | {"names": list(part.names)} for part in self.replaced]
+        return schema.to_dict(self) | {"replaced": parts}
+
+
+def is_replacement(quantization: Any) -> bool:
+    """Whether a `quantization_config` of w2a4, as config.json holds it, is of a `Replacement`."""
+    manifest = quantization.get("manifest") if isinstance(quantization, Mapping) else None
+    return isinstance(manifest, Mapping) and "replaced" in manifest
+
+
+def read_manifest(quantization: Mapping[str, Any]) -> Manifest | Replacement:
     """The manifest of a `quantization_config` of any format up to `FORMAT_VERSION`.
 
     Raises:
@@ -166,6 +255,8 @@ def read_manifest(quantization: Mapping[str, Any]) -> Manifest:
     try:
         if version == 1:
             return Manifest.from_format1(quantization.get("recipe"), quantization.get("rotation"))
+        if is_replacement(quantization):
+            return Replacement.from_dict(quantization["manifest"])
         return _SCHEMA.from_dict(Manifest, quantization.get("manifest"))
     except (CheckpointError, RotationError) as error:
         raise CheckpointError(
@@ -178,6 +269,12 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise CheckpointError(f"{name}={shown(value)} is not a mapping")
     return value or {}
+
+
+def _sequence(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise CheckpointError(f"{name}={shown(value)}: give a list")
+    return tuple(value)
 
 
 def _online(data: Any) -> Mapping[str, Any] | None:

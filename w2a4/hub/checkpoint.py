@@ -10,25 +10,40 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..format.digests import compare_config, compare_digests
 from ..format.directories import atomic_directory as atomic_directory
 from ..format.directories import is_unfinished
-from ..format.headers import read_config
-from .consistency import FLOATS, LIMITS, check_directory, check_sizes, is_packed
+from ..format.headers import read_config, shards_of
+from ..format.linear import _PackedModule
+from .consistency import FLOATS, LIMITS, bin_only, check_any_sizes, check_directory, check_sizes, is_packed
+from .replace import tied_parameters
 
-#: safetensors' dtype names of the dtypes the format uses for packed tensors.
-SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
+#: safetensors' dtype names of the dtypes the format uses for packed tensors, and of those of buffers.
+SAFETENSORS_DTYPES = {
+    torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32",
+    torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def check_headers(files: list[str], expected: dict[str, torch.Tensor]) -> None:
+def packed_tensors(model: nn.Module) -> set[str]:
+    """Names of the tensors of a model whose dtype is part of the format."""
+    return {
+        f"{name}.{tensor}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _PackedModule)
+        for tensor in module._format
+    }
+
+
+def check_headers(files: list[str], model: nn.Module) -> None:
     """Compare safetensors headers with the tensors a model expects, before any is read.
 
     Tensors are compared with their digests, and config.json with what it was when they were written.
 
     Args:
         files: the shards.
-        expected: name to tensor, on any device (`model.state_dict()` of a meta model).
+        model: what they are of, on any device. Tensors that are tied may be missing.
 
     Raises:
         CheckpointError: a shard that cannot be read, a tensor missing, too many, of another shape or dtype,
@@ -46,12 +61,16 @@ def check_headers(files: list[str], expected: dict[str, torch.Tensor]) -> None:
                 f"{Path(file).name} cannot be read ({error}); it is truncated or damaged, "
                 "download or write it again"
             ) from None
+    expected, packed = model.state_dict(), packed_tensors(model)
+    tied = tied_parameters(model) - packed
     for name, tensor in expected.items():
+        if name not in found and name in tied:
+            continue
         if name not in found:
             raise CheckpointError(
                 f"{name} is missing from the checkpoint; a shard is missing or of another model"
             )
-        _check_kind(name, *found[name], tensor)
+        _check_kind(name, *found[name], tensor, name in packed)
     unknown = sorted(set(found) - set(expected))
     if unknown:
         raise CheckpointError(
@@ -62,10 +81,9 @@ def check_headers(files: list[str], expected: dict[str, torch.Tensor]) -> None:
         compare_digests(Path(file))
 
 
-def _check_kind(name: str, shape: list[int], dtype: str, tensor: torch.Tensor) -> None:
+def _check_kind(name: str, shape: list[int], dtype: str, tensor: torch.Tensor, packed: bool) -> None:
     wanted = SAFETENSORS_DTYPES.get(tensor.dtype)
-    packed = tensor.dtype in (torch.uint8, torch.int8) or name.endswith((".scale", ".act_clip"))
-    right = dtype == wanted if packed else dtype in FLOATS
+    right = dtype == wanted if packed or not tensor.is_floating_point() else dtype in FLOATS
     if list(shape) != list(tensor.shape) or not right:
         raise CheckpointError(
             f"{name} is {dtype} {list(shape)}, expected {wanted or tensor.dtype} {list(tensor.shape)}; "
@@ -73,16 +91,20 @@ def _check_kind(name: str, shape: list[int], dtype: str, tensor: torch.Tensor) -
         )
 
 
-def check_config(config: Any) -> None:
+def check_config(config: Any, any_family: bool = False) -> None:
     """The config of a packed model before anything is built of it: its sizes, and those of its tensors.
 
     Args:
         config: as transformers has read it; where it comes from a directory, that is looked at.
+        any_family: the model is of any class, and some of its linears were replaced.
 
     Raises:
-        CheckpointError: sizes that no LLaMA has, or that the tensors do not have.
+        CheckpointError: sizes that no model has, or that the tensors do not have.
     """
-    check_sizes({name: getattr(config, name, None) for name in ("model_type", *LIMITS)})
+    if any_family:
+        check_any_sizes(config.to_dict())
+    else:
+        check_sizes({name: getattr(config, name, None) for name in ("model_type", *LIMITS)})
     directory = Path(getattr(config, "_name_or_path", "") or os.devnull)
     if (directory / "config.json").is_file():
         check_config_beside([str(directory / "config.json")], digests=False)
@@ -104,6 +126,14 @@ def check_config_beside(files: list[str], digests: bool = True) -> None:
             compare_config(Path(file), config)
 
 
+def local_shards(config: Any) -> list[str] | None:
+    """The safetensors files that a config was read beside; None where that is no directory or has none."""
+    directory = Path(getattr(config, "_name_or_path", "") or os.devnull)
+    if not (directory / "config.json").is_file() or bin_only(directory):
+        return None
+    return list(map(str, shards_of(directory)))
+
+
 def check_placement(device_map: Any) -> None:
     """Raise CheckpointError if accelerate would offload part of a packed model.
 
@@ -122,18 +152,29 @@ def check_placement(device_map: Any) -> None:
             )
 
 
+def check_parallel(model: nn.Module) -> None:
+    """Raise CheckpointError if transformers is to split the linears of a packed model among processes."""
+    asked = getattr(model.config, "distributed_config", None)
+    if asked is not None:
+        raise CheckpointError(
+            f"distributed_config={shown(asked)}: the rows and groups of packed linears are not split by "
+            "tensor parallelism; leave tp_plan, tp_size and distributed_config out"
+        )
+
+
 @torch.no_grad()
 def check_values(model: nn.Module) -> None:
     """Raise CheckpointError if a tensor that is not packed is not finite, or levels do not ascend."""
+    packed = packed_tensors(model)
     for name, value in model.named_parameters():
         if value.device.type != "meta":
-            check_value(name, value)
+            check_value(name, value, name in packed)
 
 
-def check_value(name: str, value: torch.Tensor) -> None:
+def check_value(name: str, value: torch.Tensor, packed: bool) -> None:
     """The same for one tensor; scales and clips are positive besides."""
     if value.is_floating_point():
-        positive = name.endswith((".scale", ".act_clip"))
+        positive = packed and name.endswith((".scale", ".act_clip"))
         for part in value.detach().reshape(-1).split(1 << 24):
             good = torch.isfinite(part) & (part > 0) if positive else torch.isfinite(part)
             if not bool(good.all()):
@@ -141,5 +182,5 @@ def check_value(name: str, value: torch.Tensor) -> None:
                     f"{name} holds {float(part[~good][0])}, but its values are finite"
                     f"{' and positive' if positive else ''}; the checkpoint is damaged"
                 )
-    elif name.endswith(".levels") and not bool((value[..., 1:] >= value[..., :-1]).all()):
+    elif packed and name.endswith(".levels") and not bool((value[..., 1:] >= value[..., :-1]).all()):
         raise CheckpointError(f"{name} does not ascend; the checkpoint is damaged or not of w2a4")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import arch
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..format.headers import read_config, safetensors_header, shards_of
-from ..format.manifest import Manifest, read_manifest
+from ..format.manifest import Manifest, Replacement, is_replacement, read_manifest
 from ..format.online import OnlineRotation
 
 #: More layers than any model; where headers can be read, they say how many there are.
@@ -26,6 +26,9 @@ LIMITS = {
     "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "vocab_size": 1 << 26,
     "num_hidden_layers": MAX_LAYERS,
 }  # fmt: skip
+#: Fields that count layers, in configs of any model.
+_LAYERS = re.compile(r"(layers?|blocks|depth)$")
+
 _OPTIONAL = ("num_key_value_heads", "head_dim")
 
 #: Fields of a config that say how many rows an output of a linear has.
@@ -50,12 +53,16 @@ def check_directory(directory: Path) -> dict[str, Any]:
         CheckpointError: not a LLaMA, sizes that are none or that the tensors do not have.
     """
     config = read_config(directory)
-    check_sizes(config)
+    replaced = is_packed(config) and is_replacement(config["quantization_config"])
+    check_any_sizes(config) if replaced else check_sizes(config)
     if bin_only(directory):
         return config
     tensors = {}
     for shard in shards_of(directory):
         tensors |= safetensors_header(shard)
+    if replaced:
+        check_replaced(config, tensors)
+        return config
     named = {PREFIXES.sub("", name): value for name, value in tensors.items()}
     _check_layers(config, named)
     _check_shapes(config, named)
@@ -72,6 +79,50 @@ def bin_only(directory: Path) -> bool:
 def is_packed(config: Mapping[str, Any]) -> bool:
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == "w2a4"
+
+
+def check_any_sizes(config: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise CheckpointError if a config of any model, or a part of it, has a number that is no size.
+
+    What is not a whole number is left to the model's own class: some have a size a stage. Layers have many
+    names, and a billion of any would be built before a tensor is looked for.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_any_sizes(value, f"{prefix}{key}.")
+        limit = LIMITS.get(key, MAX_LAYERS if _LAYERS.search(str(key)) else None)
+        if limit is None or type(value) is not int or value <= limit:
+            continue
+        raise CheckpointError(
+            f"config.json says {prefix}{key}={str(value)[:40]}, more than {limit}; it is damaged or of "
+            "another model"
+        )
+
+
+def check_replaced(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Every linear that a manifest calls replaced has packed codes, as its header says.
+
+    Raises:
+        CheckpointError: see above; or another `model_type` than the manifest's.
+    """
+    manifest = read_manifest(config["quantization_config"])
+    _check_family(manifest, config)
+    for name in manifest.kinds:
+        kind, shape = tensors.get(f"{name}.weight", ("missing", ()))
+        if kind != "U8" or len(shape) != 2:
+            raise CheckpointError(
+                f"quantization_config says that {shown(name)} was replaced, but its weight is {kind} "
+                f"{list(shape)} in the checkpoint, not packed codes; config.json was changed, copy or "
+                "download it again"
+            )
+
+
+def _check_family(manifest: Manifest | Replacement, config: Mapping[str, Any]) -> None:
+    if manifest.family != config.get("model_type"):
+        raise CheckpointError(
+            f"config.json says model_type={config.get('model_type')!r}, its manifest "
+            f"family={manifest.family!r}; config.json was changed, copy or download it again"
+        )
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
@@ -138,11 +189,7 @@ def check_packed(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tup
             f"'dtype': {right!r}"
         )
     manifest = read_manifest(config["quantization_config"])
-    if manifest.family != config.get("model_type"):
-        raise CheckpointError(
-            f"config.json says model_type={config.get('model_type')!r}, its manifest "
-            f"family={manifest.family!r}; config.json was changed, copy or download it again"
-        )
+    _check_family(manifest, config)
     check_rotations(manifest, config)
 
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .transformers import W2A4Config
 
 
-class PackedModelMixin(Derived):
-    """Mixed in by `hf.install`."""
+class WholeSaves(Derived):
+    """Base of mixins: what is saved is whole, and instances are made as of the original class."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """`type(model)(config)` is a model of transformers, which nothing was done to yet."""
@@ -39,6 +39,46 @@ class PackedModelMixin(Derived):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As of the transformers class: what is loaded decides whether it is packed."""
         return original(cls).from_pretrained(*args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        *args,
+        push_to_hub: bool = False,
+        variant: str | None = None,
+        **kwargs,
+    ) -> None:
+        """As transformers', but whole or not at all, with digests and what `_write_beside` adds."""
+        if push_to_hub:
+            raise ValueError("save first, then upload the directory: push_to_hub=True is not supported here")
+        if variant is not None:
+            raise W2A4Error(
+                f"variant={variant!r} is not supported: the files of a packed model have one name; leave it "
+                "out, and save each variant into a directory of its own"
+            )
+        if not is_main_process:  # the main process writes for all
+            return
+        with atomic_directory(save_directory) as directory:
+            if any(value.is_inference() for value in self.parameters()):  # transformers does not save these
+                kwargs.setdefault("state_dict", {n: v.clone() for n, v in self.state_dict().items()})
+            with as_it_came(self, directory):
+                super().save_pretrained(directory, True, *args, **kwargs)
+            self._mend_config(directory / "config.json")
+            add_digests(directory)
+            self._write_beside(directory)
+
+    def _mend_config(self, path: Path) -> None:
+        """Write config.json so that all versions of transformers read it alike."""
+        portable.write_config(path, self.dtype)
+
+    def _write_beside(self, directory: Path) -> None:
+        """Write the files beside config and tensors."""
+        raise NotImplementedError
+
+
+class PackedModelMixin(WholeSaves):
+    """Mixed in by `transformers.install`."""
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         forget_capturing(self)  # its hooks cannot be pickled
@@ -99,40 +139,16 @@ class PackedModelMixin(Derived):
             )
         return parts[0] if same else super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process: bool = True,
-        *args,
-        push_to_hub: bool = False,
-        variant: str | None = None,
-        **kwargs,
-    ) -> None:
-        """As transformers', but whole or not at all, with recipe.yaml, report.json and a model card."""
-        if push_to_hub:
-            raise ValueError("save first, then upload the directory: push_to_hub=True is not supported here")
-        if variant is not None:
-            raise W2A4Error(
-                f"variant={variant!r} is not supported: the files of a packed model have one name; leave it "
-                "out, and save each variant into a directory of its own"
-            )
-        if not is_main_process:  # the main process writes for all
-            return
+    def _write_beside(self, directory: Path) -> None:
+        """recipe.yaml, report.json and a model card."""
         config: W2A4Config = self.config.quantization_config
-        with atomic_directory(save_directory) as directory:
-            if any(value.is_inference() for value in self.parameters()):  # transformers does not save these
-                kwargs.setdefault("state_dict", {n: v.clone() for n, v in self.state_dict().items()})
-            with as_it_came(self, directory):
-                super().save_pretrained(directory, True, *args, **kwargs)
-            portable.write_config(directory / "config.json", self.dtype)
-            add_digests(directory)
-            write_yaml(directory / "recipe.yaml", config.recipe)
-            report = self.w2a4_report or Report(
-                source=config.provenance.get("source", "unknown"), recipe=config.recipe
-            )
-            report.sizes = checkpoint_summary(directory)["bytes"]
-            report.to_json(directory / "report.json")
-            write_atomically(directory / "README.md", model_card(report))
+        write_yaml(directory / "recipe.yaml", config.recipe)
+        report = self.w2a4_report or Report(
+            source=config.provenance.get("source", "unknown"), recipe=config.recipe
+        )
+        report.sizes = checkpoint_summary(directory)["bytes"]
+        report.to_json(directory / "report.json")
+        write_atomically(directory / "README.md", model_card(report))
 
 
 def report_beside(source: str) -> Report | None:

@@ -18,16 +18,16 @@ DEFAULT_THETA = 10000.0
 TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
-def write_config(path: Path, dtype: torch.dtype) -> None:
-    """Mend config.json.
+def write_config(path: Path, dtype: torch.dtype, rope: bool = True) -> None:
+    """Mend config.json: its dtype, and its RoPE unless `rope` is false.
 
     transformers 4.57 takes the dtype of the first parameter, which may be a scale's. Version 5 writes
     `rope_parameters`, which 4.57 ignores without a word; it reads `rope_theta` and `rope_scaling`.
     """
     config = json.loads(path.read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
-    if rope := config.get("rope_parameters"):
-        config["rope_theta"], config["rope_scaling"] = _older_rope(rope)
+    if rope and (parameters := config.get("rope_parameters")):
+        config["rope_theta"], config["rope_scaling"] = _older_rope(parameters)
     write_json(path, config)
 
 

@@ -24,7 +24,7 @@ from .. import arch
 from ..errors import CheckpointError, RotationError, shown
 from ..evaluate.report import Report
 from ..format.linear import PACKED_LINEARS, W8Embedding, W8Linear, _PackedModule
-from ..format.manifest import FORMAT_VERSION, NEEDS_W2A4, Manifest, read_manifest
+from ..format.manifest import FORMAT_VERSION, NEEDS_W2A4, Manifest, Replacement, read_manifest
 from ..format.online import OnlineRotation, RotatedLinear
 from ..recipe import Recipe
 from ..runtime import attention
@@ -36,19 +36,24 @@ from .checkpoint import (
     check_config,
     check_config_beside,
     check_headers,
+    check_parallel,
     check_placement,
     check_values,
+    local_shards,
+    packed_tensors,
 )
 from .model import PackedModelMixin, report_beside
 from .plugin import METHOD
 from .portable import check_rope
+from .replace import float32_patterns, tied_parameters
+from .replaced import float_dtype, install_replaced, prepare_replaced
 
 
 class W2A4Config(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint, of format 1 or 2; it is written in format 2.
 
     Attributes:
-        manifest: what loading and computing need, see `Manifest`.
+        manifest: what loading and computing need, see `Manifest` and `Replacement`.
         recipe: `Recipe.to_dict()` of the version that made the model, for people and reports; not checked.
         provenance: free: source model, versions.
         w2a4_version: what wrote the checkpoint.
@@ -59,7 +64,7 @@ class W2A4Config(QuantizationConfigMixin):
 
     def __init__(
         self,
-        manifest: Manifest | dict[str, Any] | None = None,
+        manifest: Manifest | Replacement | dict[str, Any] | None = None,
         recipe: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
         format_version: int = 1,
@@ -68,7 +73,7 @@ class W2A4Config(QuantizationConfigMixin):
         rotation: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        if not isinstance(manifest, Manifest):
+        if not isinstance(manifest, (Manifest, Replacement)):
             manifest = read_manifest({
                 "format_version": format_version, "w2a4_version": w2a4_version, "needs_w2a4": needs_w2a4,
                 "manifest": manifest, "recipe": recipe, "rotation": rotation,
@@ -136,28 +141,35 @@ class W2A4Quantizer(HfQuantizer):
     requires_calibration = True
     requires_parameters_quantization = False
 
+    @property
+    def _replaced(self) -> bool:
+        return isinstance(self.quantization_config.manifest, Replacement)
+
     def update_attn_implementation(self, config: Any) -> Any:
         """What transformers 5 asks before it builds the skeleton, of however many layers config.json says."""
-        check_config(config)
+        check_config(config, self._replaced)
         return super().update_attn_implementation(config)
 
     def update_tp_plan(self, config: Any) -> Any:
         """The same in transformers 4.57."""
-        check_config(config)
+        check_config(config, self._replaced)
         return super().update_tp_plan(config) if hasattr(super(), "update_tp_plan") else config
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
         check_placement(device_map)
-        self._asked = _activation_dtype(model)
+        check_parallel(model)
+        self._asked = float_dtype(model)
+        if checkpoint_files is None and self._replaced:  # transformers 4.57 does not say
+            checkpoint_files = local_shards(model.config)
         if checkpoint_files:
             check_config_beside(checkpoint_files)
         prepare_skeleton(model, self.quantization_config)
         if checkpoint_files:
-            check_headers(checkpoint_files, model.state_dict())
+            check_headers(checkpoint_files, model)
 
     def update_expected_keys(self, model, expected_keys: list[str], loaded_keys: list[str]) -> list[str]:
         """transformers 4.57: names are known here, and floats are cast to one dtype unless it is None."""
-        missing = sorted(set(expected_keys) - set(loaded_keys))
+        missing = sorted(set(expected_keys) - set(loaded_keys) - tied_parameters(model))
         if missing:
             raise CheckpointError(
                 f"{missing[0]} is missing from the checkpoint; a shard is missing or of another model"
@@ -176,6 +188,9 @@ class W2A4Quantizer(HfQuantizer):
                 module.validate(name)
                 module.requires_grad_(False)  # transformers asks gradients of every float that it loads
         check_values(model)
+        if self._replaced:
+            install_replaced(model, self.quantization_config)
+            return model
         install(model, self.quantization_config, report_beside(getattr(model.config, "_name_or_path", "")))
         return model
 
@@ -184,7 +199,7 @@ class W2A4Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return self.quantization_config.manifest.weight_bits == 16
+        return not self._replaced and self.quantization_config.manifest.weight_bits == 16
 
     @property
     def is_compileable(self) -> bool:
@@ -199,13 +214,12 @@ def _register() -> None:
 
 
 def _cast_unpacked(model: nn.Module, dtype: torch.dtype) -> None:
-    for module in model.modules():
-        for name, value in module.named_parameters(recurse=False):
-            packed = isinstance(module, _PackedModule) and name in module._format
-            if value.is_floating_point() and not packed and value.dtype != dtype:
-                setattr(
-                    module, name, nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad)
-                )
+    """Cast floats, in place since some are tied, that neither the format nor the model has a dtype for."""
+    packed, kept = packed_tensors(model), list(float32_patterns(model))
+    for name, value in model.named_parameters():
+        fixed = name in packed or any(pattern.search(name) for pattern in kept)
+        if value.is_floating_point() and not fixed and value.dtype != dtype:
+            value.data = value.detach().to(dtype)
 
 
 def check_original(model: nn.Module) -> None:
@@ -232,8 +246,11 @@ def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
 
     Raises:
         CheckpointError: of no supported family, another head than a language model's, or without the RoPE of
-            its config.
+            its config; for a `Replacement`, see `prepare_replaced`.
     """
+    if isinstance(config.manifest, Replacement):
+        prepare_replaced(model, config.manifest)
+        return
     family = arch.of_config(model.config)
     if not arch.is_language_model(model, family):
         raise CheckpointError(
@@ -291,13 +308,6 @@ def pack_layers(model: nn.Module, family: arch.Architecture) -> None:
     for index, layer in enumerate(layers):
         if not isinstance(layer, PackedDecoderLayer):
             layers[index] = PackedDecoderLayer.of(layer, family)
-
-
-def _activation_dtype(model: nn.Module) -> torch.dtype | None:
-    """That of the final norm; None for a model that is no language model with one."""
-    return getattr(
-        getattr(getattr(getattr(model, "model", None), "norm", None), "weight", None), "dtype", None
-    )
 
 
 def kv_settings(config: W2A4Config) -> attention.KVSettings:

@@ -12,8 +12,10 @@ from torch import nn
 from ..errors import CheckpointError
 from ..format.digests import compare_config, compare_digests
 from ..format.headers import shards_of
-from .checkpoint import check_headers, check_value
+from ..format.manifest import Replacement
+from .checkpoint import check_headers, check_value, packed_tensors
 from .consistency import bin_only, check_directory, is_packed
+from .replaced import class_of
 from .sources import check_source
 from .transformers import W2A4Config, prepare_skeleton
 
@@ -51,9 +53,12 @@ def verify(directory: str | Path) -> dict[str, Any]:
     for shard in shards:
         compared += compare_digests(shard) or 0
         compare_config(shard, config)
+    packed: set[str] = set()
     if is_packed(config):
-        check_headers([str(shard) for shard in shards], _skeleton(directory, config).state_dict())
-    sizes = [_check_values(shard) for shard in shards]
+        skeleton = _skeleton(directory, config)
+        check_headers([str(shard) for shard in shards], skeleton)
+        packed = packed_tensors(skeleton)
+    sizes = [_check_values(shard, packed) for shard in shards]
     return {
         "path": directory.resolve().name, "packed": is_packed(config), "files": [s.name for s in shards],
         "tensors": sum(count for count, _ in sizes), "bytes": sum(size for _, size in sizes),
@@ -67,9 +72,15 @@ def _skeleton(directory: Path, config: dict[str, Any]) -> nn.Module:
 
     about = {key: value for key, value in config["quantization_config"].items() if key != "quant_method"}
     try:
+        quantization = W2A4Config(**about)
+        replaced = isinstance(quantization.manifest, Replacement)
+        described = AutoConfig.from_pretrained(directory)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-        prepare_skeleton(model, W2A4Config(**about))
+            if replaced:
+                model = class_of(quantization.manifest, described)(described)
+            else:
+                model = AutoModelForCausalLM.from_config(described)
+        prepare_skeleton(model, quantization)
     except CheckpointError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -78,14 +89,14 @@ def _skeleton(directory: Path, config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _check_values(shard: Path) -> tuple[int, int]:
+def _check_values(shard: Path, packed: set[str]) -> tuple[int, int]:
     """Tensors of a shard and their bytes."""
     count = size = 0
     try:
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():
                 tensor = file.get_tensor(name)
-                check_value(name, tensor)
+                check_value(name, tensor, name in packed)
                 count += 1
                 size += tensor.nbytes
     except SafetensorError as error:

@@ -58,8 +58,8 @@ def load_model(
     """Load a model and its tokenizer.
 
     Args:
-        source: a transformers directory (float or packed by w2a4), a hub id, or a `.gguf` file of the
-            llama architecture (needs the package `gguf`; weights become float32).
+        source: a transformers directory (float or packed by w2a4), a hub id, or a `.gguf` file of an
+            architecture in `hub.gguf_header` (needs the package `gguf`; weights become float32).
         dtype: as in transformers; ignored for `.gguf`.
         device: where the model goes.
 
