@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import w2a4
-from w2a4.format.linear import PACKED_LINEARS
 from w2a4.train.linear import fake_quant_linears
 from w2a4.train.prepare import start_recipe
 
@@ -73,12 +72,10 @@ def restore(source: str, folder: Path, out: Path) -> int:
     # Which text calibrates does not matter: what it decides is replaced.
     quick = start_recipe(recipe).override(weight_method="rtn", act_clip=0.9, calib_samples=1, calib_seqlen=16)
     w2a4.quantize(model, tokenizer, quick, progress=False)
-    linears = {
-        name: module for name, module in model.named_modules() if type(module) in PACKED_LINEARS.values()
-    }
     wanted = {
-        f"{name}.{key}": value
-        for name, linear in linears.items()
+        f"model.layers.{index}.{path}.{key}": value
+        for index, layer in enumerate(model.model.layers)
+        for path, linear in layer.linears().items()
         for key, value in linear.state_dict().items()
     }
     wrong = sorted(set(wanted) ^ set(state)) or [k for k, v in wanted.items() if v.shape != state[k].shape]

@@ -117,8 +117,10 @@ def test_what_loading_does_not_need_may_have_any_name(format1):
 
 def test_what_loading_needs_is_checked(format1):
     without_digests(format1)
-    change(format1, lambda part: part["recipe"].update(weight_bits=3))
-    with pytest.raises(CheckpointError, match="format 1: weight_bits=3: give one of 2, 4, 16; config.json"):
+    change(format1, lambda part: part["recipe"].update(weight_bits=5))
+    with pytest.raises(
+        CheckpointError, match="format 1: weight_bits=5: give one of 2, 3, 4, 16; config.json"
+    ):
         AutoModelForCausalLM.from_pretrained(format1)
 
 

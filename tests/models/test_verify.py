@@ -118,7 +118,7 @@ CONFIGS = {
     "r3 no mapping": (quantization("manifest", r3=[1]), "rotation .* is not a mapping"),
     "manifest gone": (lambda c: c["quantization_config"].pop("manifest"), "None is no manifest"),
     "another family": (quantization("manifest", family="mistral"), "family='mistral'"),
-    "three bits": (quantization("manifest", weight_bits=3), "weight_bits=3: give one of 2, 4, 16"),
+    "five bits": (quantization("manifest", weight_bits=5), "weight_bits=5: give one of 2, 3, 4, 16"),
     "another grid": (quantization("manifest", grid="uniform"), "grid='uniform' with weight_bits=2"),
     "a clip above 1": (quantization("manifest", kv_clip=1.5), "kv_clip=1.5"),
     "an unknown fact": (quantization("manifest", kv_bit=4), "unknown manifest key 'kv_bit'.*'kv_bits'"),
