@@ -15,6 +15,7 @@ from w2a4 import arch
 from w2a4.format.linear import _PackedLinear
 from w2a4.quantization.rotation.learn import learn_rotation
 from w2a4.quantization.smooth import smooth
+from w2a4.runtime import sequences
 from w2a4.runtime.heads import window_mask
 from w2a4.runtime.layer import PackedDecoderLayer, packed_layers
 from w2a4.train.linear import fake_quant_linears
@@ -304,3 +305,67 @@ def test_a_config_that_was_changed_is_refused(family, case, key, value, tmp_path
     for load in (AutoModelForCausalLM.from_pretrained, w2a4.verify):
         with pytest.raises(w2a4.W2A4Error, match=key):
             load(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(("family", "case"), WINDOWS)
+def test_sinks_beside_a_window(family, case):
+    """What a window hides at the front is no padding."""
+    model, ids = quantized(family, case, sink_tokens=4), tokens(1, 40)
+    want = logits(model, ids)
+    for sizes in ([40], [10, 30]):
+        cache = w2a4.KV4Cache.for_model(model)
+        with torch.inference_mode():
+            calls = [model(part, past_key_values=cache, use_cache=True) for part in ids.split(sizes, 1)]
+        assert [store.kept_sinks for store in cache.stores] == [4, 4, 4]
+        got = torch.cat([call.logits for call in calls], 1)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize(("family", "case"), PLAIN)
+def test_sinks_in_a_static_cache(family, case):
+    model, ids = quantized(family, case, sink_tokens=4), tokens(2, 20)
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    static = model.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(static, model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_angles_of_a_long_prompt_are_those_of_its_length(kind, monkeypatch):
+    """The engine reads prompts in pieces; transformers takes the angles of the whole."""
+    monkeypatch.setattr(sequences, "PREFILL_CHUNK", 32)
+    model, ids = quantized("llama", kind), tokens(1, 80)
+    model.config.max_position_embeddings = 256
+    engine = w2a4.Engine(model, max_length=120).generate([ids[0]], 6, stop_tokens=[])[0]
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(engine, model.generate(ids, **options)[0, 80:])
+
+
+def test_the_engine_refuses_what_phi3_reads_again():
+    rope = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [1.5] * 8}
+    model = tiny_family("phi3", "plain", head_dim=16, rope_scaling=rope, original_max_position_embeddings=64)
+    engine, ids = w2a4.Engine(model, max_length=128), tokens(1, 60)
+    with pytest.raises(w2a4.W2A4Error, match="60 tokens and would pass 64.*max_new_tokens <= 4"):
+        engine.generate([ids[0]], 8)
+    assert len(engine.generate([ids[0]], 4, stop_tokens=[])[0]) == 4
+
+
+def test_a_joint_linear_takes_whole_parts():
+    model = quantized("llama")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    fewer = {name: value for name, value in state.items() if "q_proj" not in name}
+    with pytest.raises(RuntimeError, match=r"Missing key.*layers\.0\.self_attn\.q_proj\.weight"):
+        model.load_state_dict(fewer)
+    assert len(model.load_state_dict(fewer, strict=False).missing_keys) == len(state) - len(fewer)
+    q, k = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
+    with pytest.raises(RuntimeError, match="size mismatch for .*q_proj.weight"):
+        model.load_state_dict(state | {q: state[k], k: state[q]})
+    attention = model.model.layers[0].self_attn
+    for put in (
+        lambda linear: setattr(attention, "q_proj", linear),
+        lambda linear: model.set_submodule("model.layers.0.self_attn.q_proj", linear),
+    ):
+        with pytest.raises(w2a4.W2A4Error, match="q_proj is a part of qkv_proj"):
+            put(torch.nn.Linear(96, 192))
+    views = model.model.layers[0].linears()
+    model.load_state_dict({k: v for k, v in state.items()}, assign=True)
+    assert model.model.layers[0].linears()["mlp.up_proj"] is not views["mlp.up_proj"]

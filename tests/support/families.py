@@ -36,8 +36,11 @@ CASES: dict[str, dict[str, dict]] = {
         "window": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     },
     "qwen3": {"plain": {}, "biases": {"attention_bias": True}},
-    "phi3": {"plain": {"sliding_window": None}, "window": {"sliding_window": 16}, "partial": {
-        "sliding_window": None, "partial_rotary_factor": 0.75}},
+    "phi3": {
+        "plain": {"sliding_window": None},
+        "window": {"sliding_window": 16},
+        "partial": {"sliding_window": None, "partial_rotary_factor": 0.75},
+    },
     "smollm3": {"plain": {"no_rope_layers": [1, 0, 1]}},
 }  # fmt: skip
 

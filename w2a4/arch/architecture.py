@@ -99,6 +99,8 @@ class Architecture:
         model_class: the name of its transformers class.
         attention_in, attention_out, mlp_in, mlp_out: its sites.
         head_norms: paths of the norms of query and key heads before RoPE, or nothing.
+        rereads: transformers' `generate` reads a sequence again where it becomes longer than
+            `original_max_position_embeddings`.
     """
 
     model_type: str
@@ -108,6 +110,7 @@ class Architecture:
     mlp_in: Site = Site(separate("mlp", "gate", "up"), "r1", "post_attention_layernorm")
     mlp_out: Site = Site(separate("mlp", "down"), "r4")
     head_norms: tuple[str, ...] = ()
+    rereads: bool = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -206,6 +209,12 @@ def window(attention: nn.Module) -> int | None:
     if types and types[attention.layer_idx] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
+
+
+def rotary_share(config: Any) -> float:
+    """The part of a head that RoPE turns."""
+    rope = get(config, "rope_parameters") or {}
+    return get(config, "partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
 
 
 def activation(mlp: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import re
+import typing
 from collections import Counter
 from collections.abc import Iterable
 
@@ -59,7 +60,9 @@ def replace_linears(
     """
     if bits not in PACKED_LINEARS:
         raise ValueError(f"bits={bits}: give one of {sorted(PACKED_LINEARS)}")
-    grid = grid_of(bits, weight_grid)
+    if weight_grid not in typing.get_args(Kind):
+        raise RecipeError(f"weight_grid={weight_grid!r}: give one of {', '.join(typing.get_args(Kind))}")
+    grid, skip = grid_of(bits, weight_grid), (skip,) if isinstance(skip, str) else skip
     saves = is_of_transformers(model)
     if saves:
         from . import replaced

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import arch, ops
 from ..errors import W2A4Error, shown
 from . import constraints
 from .layer import packed_layers
@@ -252,7 +252,22 @@ class Engine:
                     f"prompt {i} has {len(row)} tokens; with max_new_tokens={max_new_tokens} the cache of "
                     f"max_length={self.max_length} is too short: shorten one, or Engine(model, max_length=…)"
                 )
+            self._check_rereading(i, len(row), max_new_tokens)
         return [row.to(self.model.device) for row in rows]
+
+    def _check_rereading(self, number: int, length: int, count: int) -> None:
+        """Refuse what `generate` would begin anew: angles of longrope change where a sequence grows long."""
+        config = self.model.config
+        if config.model_type not in arch.names() or not arch.of_model_type(config.model_type).rereads:
+            return
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        most = getattr(config, "original_max_position_embeddings", None)
+        if rope.get("rope_type", rope.get("type")) == "longrope" and most and length <= most < length + count:
+            raise W2A4Error(
+                f"prompt {number} has {length} tokens and would pass {most}, where a {config.model_type} is "
+                f"read again with other angles; give max_new_tokens <= {most - length}, a prompt that is "
+                "longer already, or use model.generate"
+            )
 
 
 def _ids(number: int, prompt: Sequence[int] | Tensor) -> Tensor:

@@ -48,8 +48,13 @@ def before_forward(
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES} | {CACHE: cache}
     adopt(cache, settings, layers)
     if isinstance(cache, KV4Cache):
-        cache.note_padding(kwargs.get("attention_mask"))
+        cache.note_padding(_one_mask(kwargs.get("attention_mask")))
     return args, kwargs
+
+
+def _one_mask(mask: Any) -> Any:
+    """Of the masks that `generate` makes by kind of layer the one that hides least."""
+    return mask.get("full_attention", next(iter(mask.values()))) if isinstance(mask, dict) else mask
 
 
 def check_attention(config: Any, settings: KVSettings, kwargs: dict[str, Any]) -> None:

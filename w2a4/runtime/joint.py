@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..errors import W2A4Error
 from ..format.linear import _PackedLinear
 
 #: Tensors that have rows; `act_clip` is one for all.
@@ -57,6 +58,16 @@ def join(parent: nn.Module, name: str, parts: tuple[str, ...]) -> None:
     parent.register_load_state_dict_pre_hook(_gather)
 
 
+def refuse_part(parent: nn.Module, name: str, value: Any) -> None:
+    """Raise W2A4Error where somebody puts a module in place of a part, which nothing would call."""
+    joint = parent.__dict__.get("joint")
+    if joint is not None and isinstance(value, nn.Module) and name in joint[1]:
+        raise W2A4Error(
+            f"{name} is a part of {joint[0]} in a packed layer; replace that, whose rows are "
+            f"{', '.join(joint[1])} in this order, or replace {name} before quantising"
+        )
+
+
 def rows_of(parent: nn.Module) -> list[int]:
     """Rows of each part of the joint linear of a module, in order; empty if it has none."""
     return list(parent.joint[1].values()) if "joint" in parent.__dict__ else []
@@ -64,9 +75,9 @@ def rows_of(parent: nn.Module) -> list[int]:
 
 def views(joint: _PackedLinear, rows: list[int]) -> list[_PackedLinear]:
     """Linears of some of the rows each, which read the memory of the joint one; not modules of a model."""
-    kept = joint.__dict__.get("_views")
-    weight = joint._parameters["weight"]
-    if kept is None or kept[0] != (weight.data_ptr(), weight.device):
+    kept, own = joint.__dict__.get("_views"), joint._parameters
+    key = [(name, p.data_ptr(), p.dtype, p.device) for name, p in own.items() if p is not None]
+    if kept is None or kept[0] != key:
         made = []
         for index, outputs in enumerate(rows):
             part = type(joint)(
@@ -79,47 +90,48 @@ def views(joint: _PackedLinear, rows: list[int]) -> list[_PackedLinear]:
             if joint.act_bits == 4:
                 part._parameters["act_clip"] = joint._parameters["act_clip"]
             made.append(part)
-        joint.__dict__["_views"] = kept = (weight.data_ptr(), weight.device), made
+        joint.__dict__["_views"] = kept = key, made
     return kept[1]
 
 
 def _split(parent: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """A state dict with the parts in place of the joint linear."""
     name, parts = parent.joint
+    if not isinstance(parent.get_submodule(name), _PackedLinear):
+        return  # wrapped in a module, which has names of its own
     whole = f"{prefix}{name}."
     for key in [key for key in state if key.startswith(whole)]:
         value, tail = state.pop(key), key.removeprefix(whole)
-        if tail not in (*_ROWS, "act_clip"):
-            state[key] = value  # of what somebody wrapped it in
-            continue
         pieces = value.split(list(parts.values())) if tail in _ROWS else [value.clone() for _ in parts]
         for part, piece in zip(parts, pieces, strict=True):
             state[f"{prefix}{part}.{tail}"] = piece
 
 
-def _gather(parent: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Join the parts of a state dict that is about to be loaded, where all are there."""
+def _gather(
+    parent: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
+    unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    """Join the parts of a state dict that is about to be loaded; rows of parts that are not there stay."""
     name, parts = parent.joint
-    for tail in (*_ROWS, "act_clip"):
-        keys = [f"{prefix}{part}.{tail}" for part in parts]
-        found = [state[key] for key in keys if key in state]
-        if not found:
+    whole: nn.Module = parent.get_submodule(name)
+    if not isinstance(whole, _PackedLinear):
+        return  # wrapped in a module, which has names of its own
+    for tail, own in whole._parameters.items():
+        if own is None or f"{prefix}{name}.{tail}" in state:
             continue
-        *_, errors = rest
-        own: Tensor | None = parent.get_submodule(name)._parameters.get(tail)
-        if len(found) < len(keys):
-            found = _completed(own, [state.get(key) for key in keys], parts, tail)
+        present = own.split(list(parts.values())) if tail in _ROWS else [own] * len(parts)
+        found = []
+        for part, here in zip(parts, present, strict=True):
+            value = state.pop(key := f"{prefix}{part}.{tail}", None)
+            if value is None:
+                missing.append(key)
+            elif value.shape != here.shape:
+                errors.append(f"size mismatch for {key}: {[*value.shape]}, and here it is {[*here.shape]}")
+            found.append(here if value is None or value.shape != here.shape else value)
         if tail == "act_clip" and not all(torch.equal(value, found[0]) for value in found):
             errors.append(
-                f"{', '.join(keys)} differ, and {', '.join(parts)} are one linear here, which reads its "
-                "input once; save a checkpoint with these values and load it with from_pretrained"
+                f"{', '.join(f'{prefix}{part}.act_clip' for part in parts)} differ, and these are one linear "
+                "here, which reads its input once; save a checkpoint with these values and load it with "
+                "from_pretrained"
             )
-        for key in keys:
-            state.pop(key, None)
-        state[f"{prefix}{name}.{tail}"] = found[0] if tail == "act_clip" else torch.cat(found)
-
-
-def _completed(own: Tensor, found: list[Tensor | None], parts: dict[str, int], tail: str) -> list[Tensor]:
-    """The rows given, and the present ones of parts that are not."""
-    present = own.split(list(parts.values())) if tail in _ROWS else [own] * len(parts)
-    return [here if value is None else value for here, value in zip(present, found, strict=True)]
+        state[f"{prefix}{name}.{tail}"] = torch.cat(found) if tail in _ROWS else found[0]

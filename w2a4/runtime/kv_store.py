@@ -58,14 +58,14 @@ class Padding:
 
         Args:
             mask: bool `[batch, 1, q_tokens, tokens]` as attention takes it, or `[batch, tokens]`, 0 where
-                hidden.
+                hidden. A window hides old tokens from some queries, padding is hidden from all.
 
         Raises:
             W2A4Error: a sequence has no token yet, so that nobody can say where it will begin.
         """
         if mask is None:
             return None
-        seen = mask != 0 if mask.dim() == 2 else as_bool(mask)[:, 0, -1]
+        seen = mask != 0 if mask.dim() == 2 else as_bool(mask)[:, 0].any(1)
         if not bool(seen.any(1).all()):
             raise W2A4Error(
                 f"attention_mask hides all {seen.shape[1]} tokens of a sequence, and sink_tokens need its "

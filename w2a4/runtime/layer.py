@@ -29,7 +29,7 @@ from .capturing import has_foreign_forward, is_capturing, is_watched
 from .classes import Derived, derived
 from .guards import check_attention
 from .heads import rope, rotary_of, split_heads
-from .joint import can_join, join, rows_of, views
+from .joint import can_join, join, refuse_part, rows_of, views
 from .kv_cache import KV4Cache, KV4Layer
 from .kv_store import as_bool
 
@@ -46,7 +46,19 @@ SILU = ("silu", "swish")
 _ORDER = ("weight", "scale", "act_clip", "levels", "bias")
 
 
-class PackedAttention(Derived):
+class _Block(Derived):
+    """A module that may hold parts as one joint linear."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_part(self, name, value)
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        refuse_part(self, name, module)
+        super().add_module(name, module)
+
+
+class PackedAttention(_Block):
     """Attention over packed linears; mixed into the class of transformers whose module it replaces."""
 
     def forward(
@@ -67,7 +79,7 @@ class PackedAttention(Derived):
         return o_proj(attended(self, x, position_embeddings, attention_mask, _cache(self, x, others))), None
 
 
-class PackedMLP(Derived):
+class PackedMLP(_Block):
     """Gate, up and down over packed linears; mixed into the class of transformers that it replaces."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -409,7 +421,7 @@ def _fits_layer_op(layer: Any) -> bool:
         and attn.get("q_norm") is None
         and layer.mlp.config.hidden_act in SILU
         and all(_is_plain_norm(layer._modules[name]) for name in layer.family.norms)
-        and getattr(layer.self_attn.config, "partial_rotary_factor", 1.0) in (1.0, None)
+        and architecture.rotary_share(layer.self_attn.config) == 1
     )
 
 

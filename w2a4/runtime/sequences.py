@@ -124,11 +124,12 @@ class PackedSequences:
         """Hidden states of the last chunk."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         size = max(1, CUDA_PREFILL_CHUNK // len(ids)) if ids.is_cuda else PREFILL_CHUNK
-        for chunk, own in zip(ids.split(size, 1), positions.split(size, 1), strict=True):
+        # Of all positions at once: some kinds of RoPE have angles that depend on the length.
+        cos, sin = self._rotary(self.decoder.embed_tokens(ids[:, :1]), positions)
+        for chunk, *rotary in zip(ids.split(size, 1), cos.split(size, 1), sin.split(size, 1), strict=True):
             hidden = self.decoder.embed_tokens(chunk)
-            rotary = self._rotary(hidden, own)
             for layer in self.layers:
-                hidden = layer.forward(hidden, position_embeddings=rotary, **{CACHE: cache})
+                hidden = layer.forward(hidden, position_embeddings=tuple(rotary), **{CACHE: cache})
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -7,4 +7,5 @@ ARCHITECTURE = Architecture(
     "Phi3ForCausalLM",
     attention_in=Site((Linear("self_attn.qkv_proj", ("q", "k", "v")),), "r1", "input_layernorm"),
     mlp_in=Site((Linear("mlp.gate_up_proj", ("gate", "up")),), "r1", "post_attention_layernorm"),
+    rereads=True,
 )
