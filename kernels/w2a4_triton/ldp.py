@@ -1,4 +1,4 @@
-"""`quantizers.ldp_fake_quant` and its backward on CUDA: weights as the nearest level that their group trains.
+"""`fake_quant.ldp_fake_quant` and its backward on CUDA: weights as the nearest level that their group trains.
 
 The levels are made of what LDP trains in the same kernels. One after another, in PyTorch, that took sixty
 launches a linear.
@@ -69,7 +69,7 @@ def _in_order(a, b):
 
 @triton.jit
 def _fp16_scale(largest):
-    """A 127th of it as `quantizers.fp16_scale` rounds it to float16: below its normal numbers up."""
+    """A 127th of it as `fake_quant.fp16_scale` rounds it to float16: below its normal numbers up."""
     scale = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
     scale = tl.minimum(tl.maximum(scale, 2.0**-24), 65504.0)
     steps = scale * 2.0**24
@@ -181,7 +181,7 @@ def ldp_forward(
 
     Args:
         w: float32, float16 or bfloat16 `[out, G, group_size]`, contiguous as every tensor here.
-        beta, gamma, s1, s2: float32 `[out, G]`, see `quantizers.ldp_levels`.
+        beta, gamma, s1, s2: float32 `[out, G]`, see `fake_quant.ldp_levels`.
 
     Returns:
         `[out, G, group_size]` in w's dtype; the levels before they are rounded, float32 `[out, G, 4]`,

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from w2a4 import arch
 
-#: 3 heads over one, a head narrower than hidden / heads, inner width 12 * 4, no power of two but the head.
+#: 3 heads over one, a head narrower than hidden / heads, inner width 28 * 4, no power of two but the head.
 SHAPE = {
     "vocab_size": 131, "hidden_size": 96, "intermediate_size": 112, "num_hidden_layers": 3,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,

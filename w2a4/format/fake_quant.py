@@ -182,7 +182,7 @@ class _Codebook(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, groups: Tensor, soft: Tensor) -> Tensor:
-        ints, scale = _round_levels(soft)
+        ints, scale = round_levels(soft)
         exact = ints.to(soft.dtype) * scale.to(soft.dtype)[..., None]
         ctx.compiled = soft.shape[-1] == KERNEL_LEVELS and ops.has_training_kernels(groups)
         if ctx.compiled:
@@ -245,7 +245,7 @@ def ldp_to_codebook(
         size = resolve_group_size(w.shape[-1], group_size)
         groups = w.unflatten(-1, (-1, size)).contiguous()
         return torch.ops.w2a4.ldp_forward.default(groups, *(share.contiguous() for share in shares))[2:]
-    return _round_levels(_sorted_levels(_groups(w, group_size), shares))
+    return round_levels(_sorted_levels(_groups(w, group_size), shares))
 
 
 @torch.no_grad()
@@ -305,8 +305,8 @@ def _sorted_levels(groups: Tensor, shares: Sequence[Tensor]) -> Tensor:
     return ldp_levels(shares, low, high).sort(-1).values
 
 
-def _round_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels `[..., n]` as int8 `[..., n]` and a float16 scale `[...]`."""
+def round_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending levels `[..., n]` in their stored form: int8 `[..., n]` and a float16 scale `[...]`."""
     levels = levels.detach()
     scale = fp16_scale(divide(levels.abs().amax(-1), 127))
     ints = (levels / scale.to(levels.dtype)[..., None]).round().clamp(-127, 127)

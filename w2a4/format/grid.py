@@ -26,8 +26,9 @@ from .fake_quant import (
     ldp_to_codebook,
     lsq_fake_quant,
     nearest_codes,
+    round_levels,
 )
-from .lloyd import GAUSSIAN_LEVELS, fit_levels, round_levels
+from .lloyd import GAUSSIAN_LEVELS, fit_levels
 
 #: What a recipe's `weight_grid` may be.
 Kind = Literal["auto", "codebook", "uniform"]
@@ -282,7 +283,7 @@ class Codebook(Grid):
         return torch.stack([(codes == k).float() for k in range(self.count)])
 
     def from_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        levels, scale = round_levels(numbers)
+        levels, scale = round_levels(numbers.sort(-1).values)
         return scale, levels
 
     def fixed(self, form: Form) -> frozenset[str]:
@@ -298,7 +299,7 @@ class Codebook(Grid):
             if not minmax:
                 ends = levels[..., [0, -1]].float() * scale.float()[..., None]
             steps = torch.arange(self.count, dtype=torch.float32, device=latent.device) / (self.count - 1)
-            levels, scale = round_levels(ends[..., :1] + steps * ends.diff(dim=-1))
+            levels, scale = round_levels((ends[..., :1] + steps * ends.diff(dim=-1)).sort(-1).values)
         beta, gamma, *shares = codebook_to_ldp(latent, levels, scale)
         if form != "ldp":  # equal steps: each share is one step of those that are left
             left = range(self.count - 1, 1, -1)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.reference import divide
-from .fake_quant import fp16_scale
+from .fake_quant import round_levels
 
 #: Where the iterations start, in standard deviations, by the number of levels: the optimum for a Gaussian.
 GAUSSIAN_LEVELS = {
@@ -52,11 +51,4 @@ def fit_levels(
         value = -torch.stack(value_above, -1).diff(dim=-1)
         # A level nothing was assigned to stays where it is.
         levels = torch.where(weight > 1e-12 * total_w[..., None], value / weight.clamp_min(1e-30), levels)
-    return round_levels(levels)
-
-
-def round_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Float levels `[..., n]` as ascending int8 levels and a float16 scale `[...]`."""
-    levels = levels.sort(-1).values
-    scale = fp16_scale(divide(levels.abs().amax(-1), 127))
-    return (levels / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8), scale
+    return round_levels(levels.sort(-1).values)

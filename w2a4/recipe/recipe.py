@@ -60,7 +60,7 @@ class Recipe:
         gptq_target: `full` fits the full-precision layer's output, `quantized` the layer's own
             output on the quantised prefix's inputs (plain GPTQ).
         first_token: what the first token of a window counts in the GPTQ fit, as a share of all the others
-            together; 0 is no more than any other. See `calibrate.token_weights`.
+            together; 0 is no more than any other. See `quantization.layer.token_weights`.
         calib_samples, calib_seqlen: calibration windows and tokens in each.
         training: see `Training`; only `w2a4 train` and `w2a4.prepare` read it.
     """

@@ -32,7 +32,7 @@ LEAST_RIDGE = 1e-8
 
 @dataclass(frozen=True)
 class GPTQOptions:
-    """See the fields of the same meaning in `config.Recipe` (`gptq_*`)."""
+    """See the fields of the same meaning in `recipe.Recipe` (`gptq_*`)."""
 
     damp: float = 0.01
     block: int = 128
