@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from support.op_arguments import assert_refused, bad_arguments, opcheck
 from support.paths import ROOT
 from w2a4 import ops
 from w2a4.format import fake_quant as quantizers
+
+HERE = Path(__file__).parent
 
 compiled = pytest.mark.skipif(not ops.has_training_kernels(torch.zeros(1)), reason="no compiled kernels")
 
@@ -85,7 +88,11 @@ def test_what_is_not_finite_stays_in_its_row(bad, kv):
 @pytest.mark.parametrize("isa", ["base", "avx2"])
 def test_every_instruction_set_gives_the_same_bits(isa, tmp_path):
     code = f"import torch, test_training_ops as t; torch.save(t.results(), {str(tmp_path / 'out')!r})"
-    env = {**os.environ, "W2A4_CPU_ISA": isa, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    env = {
+        **os.environ,
+        "W2A4_CPU_ISA": isa,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE))),
+    }
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
     for ours, theirs in zip(results(), torch.load(tmp_path / "out"), strict=True):
         assert torch.equal(ours, theirs)

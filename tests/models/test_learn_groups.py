@@ -11,7 +11,7 @@ from support.packed import SHAPE, calibration
 from support.tiny_models import decoder_linears, tiny_llama
 from w2a4.errors import RecipeError
 from w2a4.format.fake_quant import fake_quant_a4
-from w2a4.quantization.rotation import descent
+from w2a4.quantization.rotation import descent, network
 from w2a4.quantization.rotation import fold as fuse
 from w2a4.quantization.rotation import learn as lr
 from w2a4.recipe import Recipe
@@ -42,7 +42,7 @@ def by_hand(model, group: int, objective: str, ids) -> float:
         **{f"rotation.{name}": "none" for name in ("r1", "r2", "r3", "r4")}
     )
     quantised = fuse.rotate(copy.deepcopy(model), bare.rotation)  # norms go into the linears
-    clip = torch.tensor([lr.CLIP])
+    clip = torch.tensor([network.CLIP])
     for layer in quantised.model.layers:
         for name, linear in decoder_linears(layer).items():
             # A head of the attention's output is a group, unless groups are smaller.

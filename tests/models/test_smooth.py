@@ -223,7 +223,7 @@ class TestFailsUntouched:
         model = tiny_llama(dtype=torch.float32, **SHAPE)
         model.value_head = torch.nn.Linear(96, 1)
         before = state(model)
-        with pytest.raises(RotationError, match="value_head.weight is not part of a plain LLaMA"):
+        with pytest.raises(RotationError, match="value_head.weight is not part of a plain LlamaForCausalLM"):
             w2a4.quantize(model, None, Recipe(smooth=0.5), calibration(), progress=False)
         assert_unchanged(model, before)
 
