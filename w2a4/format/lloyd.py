@@ -52,7 +52,7 @@ def fit_levels(
         # A level nothing was assigned to stays where it is.
         levels = torch.where(weight > 1e-12 * total_w[..., None], value / weight.clamp_min(1e-30), levels)
     if count > 4:
-        # An end level that no weight took may lie outside the group, where training cannot put it. Four levels
-        # are left as they are, since checkpoints have their bits.
+        # An end level that no weight took may lie outside the group, where training cannot put it. Four
+        # levels are left as they are, since checkpoints have their bits.
         levels = levels.clamp(groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True))
     return round_levels(levels.sort(-1).values)
