@@ -90,7 +90,7 @@ def test_the_working_directory(tmp_path, monkeypatch):
 
 WRITER = """
 import os, sys
-from w2a4 import directories, files
+from w2a4.format import directories, files
 count, die_at = 0, int(sys.argv[2])
 def counted(real):
     def call(*a, **k):
@@ -142,7 +142,7 @@ def test_a_kill_at_any_step_leaves_old_or_new(tmp_path, how, before):
 #: The package without what its __init__ imports, since a process is started for each step.
 BARE = f"""
 import sys, types
-package = types.ModuleType("w2a4"); package.__path__ = [{str(Path(directories.__file__).parent)!r}]
+package = types.ModuleType("w2a4"); package.__path__ = [{str(Path(directories.__file__).parents[1])!r}]
 sys.modules["w2a4"] = package
 """
 
