@@ -82,7 +82,7 @@ def test_a_source_tree_that_is_not_installed_is_usable(tmp_path):
     for folder in ("w2a4", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     code = (
-        "import sys, w2a4; from w2a4 import dispatch; print(w2a4.__file__, w2a4.__version__);"
+        "import sys, w2a4; from w2a4.ops import dispatch; print(w2a4.__file__, w2a4.__version__);"
         "print(dispatch.why_no_triton(None) or 'triton', 'w2a4.triton_kernels.gemm' in sys.modules)"
     )
     # No site-packages of an editable install may lend its finder: only the folders of the others.
