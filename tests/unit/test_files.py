@@ -91,7 +91,8 @@ def test_a_kill_leaves_the_old_file_and_the_next_write_no_strays(tmp_path, at):
     (tmp_path / "a.json").write_text("old")
     die = "lambda *a: os.kill(os.getpid(), 9)"
     patch = {"write": "pathlib.Path.write_bytes", "rename": "os.replace"}[at]
-    code = f"import os, pathlib; from w2a4.format import files; {patch} = {die}; files.write_json('a.json', {{}})"
+    write = f"{patch} = {die}; files.write_json('a.json', {{}})"
+    code = f"import os, pathlib; from w2a4.format import files; {write}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path)
     assert done.returncode == -signal.SIGKILL and (tmp_path / "a.json").read_text() == "old"
     with files.replacing(tmp_path / "a.json") as first:  # a writer that lives is left alone
