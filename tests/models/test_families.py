@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
@@ -302,7 +303,9 @@ def test_a_config_that_was_changed_is_refused(family, case, key, value, tmp_path
     file = tmp_path / "packed" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {key: value}))
-    for load in (AutoModelForCausalLM.from_pretrained, w2a4.verify):
+    # transformers 4.57 does not tell a quantiser which files it loads, so that digests are compared by verify.
+    told = transformers.__version__ >= "5" or key == "model_type"
+    for load in (AutoModelForCausalLM.from_pretrained, w2a4.verify) if told else (w2a4.verify,):
         with pytest.raises(w2a4.W2A4Error, match=key):
             load(tmp_path / "packed")
 
@@ -342,6 +345,8 @@ def test_angles_of_a_long_prompt_are_those_of_its_length(kind, monkeypatch):
 
 def test_the_engine_refuses_what_phi3_reads_again():
     rope = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [1.5] * 8}
+    if transformers.__version__ < "5":
+        rope = {"type": "longrope", **{key: rope[key] for key in ("short_factor", "long_factor")}}
     model = tiny_family("phi3", "plain", head_dim=16, rope_scaling=rope, original_max_position_embeddings=64)
     engine, ids = w2a4.Engine(model, max_length=128), tokens(1, 60)
     with pytest.raises(w2a4.W2A4Error, match="60 tokens and would pass 64.*max_new_tokens <= 4"):
