@@ -175,17 +175,20 @@ def name_chains(tree: ast.AST) -> Iterator[list[str]]:
                 yield [node.id, *chain]
 
 
-def resolve(start: object, names: list[str], where: object) -> object:
+def first_missing(start: object, names: list[str]) -> str | None:
+    """The first of names, each an attribute of the one before it, that is not there."""
     for name in names:
-        assert hasattr(start, name), f"{where}: {start!r} has no {name}"
+        if not hasattr(start, name):
+            return f"{start!r} has no {name}"
         start = getattr(start, name)
-    return start
+    return None
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_names_what_exists(block):
     tree = compile(block.text, str(block), "exec", ast.PyCF_ONLY_AST)
     imported: dict[str, object] = {}
+    missing: list[str | None] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -193,17 +196,26 @@ def test_python_names_what_exists(block):
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(node.module)
             for alias in node.names:
-                imported[alias.asname or alias.name] = resolve(module, [alias.name], block)
+                missing.append(first_missing(module, [alias.name]))
+                imported[alias.asname or alias.name] = getattr(module, alias.name, None)
     for first, *rest in name_chains(tree):
         if first in imported and getattr(imported[first], "__name__", "").split(".")[0] == "w2a4":
             depth = 1 if first == "w2a4" and rest[0] in w2a4._NAMES else len(rest)
-            resolve(imported[first], rest[:depth], block)
+            missing.append(first_missing(imported[first], rest[:depth]))
+    assert imported and not any(missing), list(filter(None, missing))
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if block.runs], ids=str)
 def test_python_runs(block, tmp_path, monkeypatch):
+    """What an example asserts is what a reader is told, so one that asserts nothing is no example."""
+    tree = ast.parse(block.text, str(block))
+    claims = [node for node in tree.body if isinstance(node, ast.Assert)]
     monkeypatch.chdir(tmp_path)
-    exec(compile(block.text, str(block), "exec"), {"__name__": "example"})
+    names: dict[str, object] = {"__name__": "example"}
+    exec(compile(tree, str(block), "exec"), names)
+    assert claims, f"{block}: say by an assert what comes out"
+    for claim in claims:  # they hold at the end too, and each is seen here
+        assert eval(compile(ast.Expression(claim.test), str(block), "eval"), names), ast.unparse(claim)
 
 
 def test_examples_run_or_say_why_not():
