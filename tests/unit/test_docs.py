@@ -209,12 +209,12 @@ def test_python_names_what_exists(block):
 def test_python_runs(block, tmp_path, monkeypatch):
     """What an example asserts is what a reader is told, so one that asserts nothing is no example."""
     tree = ast.parse(block.text, str(block))
-    claims = [node for node in tree.body if isinstance(node, ast.Assert)]
+    claims = [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "example"}
     exec(compile(tree, str(block), "exec"), names)
     assert claims, f"{block}: say by an assert what comes out"
-    for claim in claims:  # they hold at the end too, and each is seen here
+    for claim in claims:  # they hold at the end too: those in a loop for its last turn
         assert eval(compile(ast.Expression(claim.test), str(block), "eval"), names), ast.unparse(claim)
 
 
