@@ -159,7 +159,7 @@ class W2A4Quantizer(HfQuantizer):
         check_placement(device_map)
         check_parallel(model)
         self._asked = float_dtype(model)
-        if checkpoint_files is None and self._replaced:  # transformers 4.57 does not say
+        if checkpoint_files is None:  # transformers 4.57 does not say
             checkpoint_files = local_shards(model.config)
         if checkpoint_files:
             check_config_beside(checkpoint_files)
