@@ -1,10 +1,17 @@
 """The command `w2a4`."""
 
+from __future__ import annotations
+
+import os
+import signal
 import sys
+from types import FrameType
 
 
 def run() -> None:
     """The command; Ctrl-C is one line also while its modules are imported."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         from .main import main
 
@@ -12,3 +19,18 @@ def run() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """KeyboardInterrupt, but the end at once where a module is being imported.
+
+    Libraries lose the exception there, take it for another one, or abort. A directory that is being written
+    survives this as it survives a kill.
+    """
+    caller = frame
+    while caller is not None:
+        if caller.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"interrupted\n")
+            os._exit(130)
+        caller = caller.f_back
+    signal.default_int_handler(number, frame)
