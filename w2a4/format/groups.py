@@ -9,6 +9,9 @@ from ..errors import RecipeError, W2A4Error
 #: Group sizes `auto` tries, in this order; the first that divides `in_features` is taken.
 AUTO_GROUP_SIZES = (128, 64, 32)
 
+#: Most tokens of a prefix.
+MOST_PREFIX = 4
+
 
 def resolve_group_size(in_features: int, group_size: int | str) -> int:
     """Inputs a group really has: `auto` and -1 become numbers, and a number must divide.
@@ -31,12 +34,14 @@ def resolve_group_size(in_features: int, group_size: int | str) -> int:
     return group_size
 
 
-def resolve_act_group_size(in_features: int, act_group_size: int, group_size: int) -> int:
+def resolve_act_group_size(in_features: int, act_group_size: int | str, group_size: int) -> int:
     """Activations that share a scale, -1 for all: a number must divide, and go with the weights' groups.
 
-    >>> resolve_act_group_size(576, 64, 64), resolve_act_group_size(576, -1, 64)
+    >>> resolve_act_group_size(576, "auto", 64), resolve_act_group_size(576, -1, 64)
     (64, -1)
     """
+    if act_group_size == "auto":
+        act_group_size = group_size
     if act_group_size in (-1, in_features):
         return -1
 
@@ -60,12 +65,17 @@ def check_formats(config: Any, error: type[W2A4Error]) -> None:
     """
     if isinstance(config.group_size, int) and config.group_size != -1 and config.group_size < 4:
         raise error(f"group_size={config.group_size}: give -1, 'auto' or a number >= 4")
-    if config.act_group_size != -1 and config.act_group_size < 4:
-        raise error(f"act_group_size={config.act_group_size}: give -1 or a number >= 4")
+    if isinstance(config.act_group_size, int) and config.act_group_size != -1 and config.act_group_size < 4:
+        raise error(f"act_group_size={config.act_group_size}: give -1, 'auto' or a number >= 4")
     if not 0 < config.kv_clip <= 1:
         raise error(f"kv_clip={config.kv_clip}: give a number in (0, 1]")
     if config.sink_tokens < 0:
         raise error(f"sink_tokens={config.sink_tokens}: give a number >= 0")
+    if config.sink_tokens and getattr(config, "prefix", None):
+        raise error(
+            f"sink_tokens={config.sink_tokens} with a prefix of {len(config.prefix)} tokens: what begins a "
+            "text is an ordinary token behind a prefix; set sink_tokens=0"
+        )
     if config.weight_bits == 16 and config.act_bits == 4:
         raise error(
             "weight_bits=16 with act_bits=4: activations are quantised where weights are; "

@@ -12,14 +12,14 @@ There are two kinds: `Manifest` describes a model of a family in `arch` that was
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import CheckpointError, RotationError, shown
 from ..version import VERSION
 from . import schema
-from .groups import check_formats
+from .groups import MOST_PREFIX, check_formats
 from .kinds import OnlineKind, RotationKind
 from .online import OnlineRotation
 
@@ -75,11 +75,13 @@ class Manifest:
         weight_bits, grid: of the decoder's linears, see `GRIDS`.
         group_size: inputs that share one scale; -1 is the whole row; see `groups.resolve_group_size`.
         act_bits: 4 (per token, dynamic, symmetric) or 16 (not quantised).
-        act_group_size: activations of a token that share one scale; -1 is the whole token.
+        act_group_size: activations of a token that share one scale; -1 is the whole token, `auto` the
+            weights' group.
         o_proj_act: `head` gives each attention head of o_proj's input its own scale, `token` does not.
         kv_bits: 4 (asymmetric, a scale and a zero-point a token and head) or 16.
         kv_clip: the range of a key or value is shrunk by this factor around its middle, in (0, 1].
         sink_tokens: the first cache entries kept in 16 bits.
+        prefix: ids of the tokens whose keys and values, in the checkpoint, stand before every sequence.
         head_bits, embed_bits: 8 (per row) or 16.
         rotation: which rotations the model was given.
         r3, r4: the rotations to apply online, with their widths; None where `rotation` says `none`.
@@ -93,7 +95,7 @@ class Manifest:
     grid: Literal["codebook", "uniform", "float"]
     group_size: int | Literal["auto"]
     act_bits: Literal[4, 16]
-    act_group_size: int
+    act_group_size: int | Literal["auto"]
     o_proj_act: Literal["head", "token"]
     kv_bits: Literal[4, 16]
     kv_clip: float
@@ -103,9 +105,14 @@ class Manifest:
     rotation: Rotations
     r3: OnlineRotation | None
     r4: OnlineRotation | None
+    prefix: tuple = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", _sequence("prefix", self.prefix))
         _SCHEMA.check(self)
+        ids = all(type(token) is int and token >= 0 for token in self.prefix)
+        if len(self.prefix) > MOST_PREFIX or not ids:
+            raise CheckpointError(f"prefix={shown(list(self.prefix))}: give at most {MOST_PREFIX} token ids")
         check_formats(self, CheckpointError)
         if self.grid != GRIDS[self.weight_bits]:
             raise CheckpointError(
@@ -119,20 +126,24 @@ class Manifest:
                 )
 
     @classmethod
-    def of_recipe(cls, recipe: Mapping[str, Any], rotation: Mapping[str, Any], family: str) -> Manifest:
+    def of_recipe(
+        cls, recipe: Mapping[str, Any], rotation: Mapping[str, Any], family: str, prefix: Sequence[int] = ()
+    ) -> Manifest:
         """The manifest of a model that was made by a recipe.
 
         Args:
             recipe: `Recipe.to_dict()`.
             rotation: its `online` holds `r3` and `r4`, each as `OnlineRotation.to_dict` gives it or None.
             family: `model_type` of the model's config.
+            prefix: see the attribute.
         """
         record = _mapping("rotation.online", rotation.get("online"))
         online = {name: _online(record.get(name)) for name in ("r3", "r4")}
         kinds = {key: recipe["rotation"][key] for key in _FORMAT1_ROTATION}
         facts = {key: recipe[key] for key in _FORMAT1}
         grid = GRIDS.get(facts["weight_bits"], "") if isinstance(facts["weight_bits"], int) else ""
-        return _SCHEMA.from_dict(cls, {**facts, "family": family, "grid": grid, "rotation": kinds, **online})
+        settled = {"family": family, "grid": grid, "rotation": kinds, "prefix": prefix}
+        return _SCHEMA.from_dict(cls, {**facts, **settled, **online})
 
     @classmethod
     def from_format1(cls, recipe: Any, rotation: Any) -> Manifest:

@@ -18,7 +18,7 @@ from ..runtime.arguments import cache_of
 from ..runtime.attention import NAME
 from ..runtime.capturing import forget_capturing
 from ..runtime.classes import Derived, original
-from ..runtime.guards import adopt, no_other_attention
+from ..runtime.guards import adopt, is_own, no_other_attention, settings_of
 from ..runtime.kv_cache import check_static
 from . import portable
 from .checkpoint import atomic_directory
@@ -99,9 +99,9 @@ class PackedModelMixin(WholeSaves):
         length = others.get("max_cache_length", rest[-1] if rest else 0)
         check_static(cache_of(model_kwargs), length)
         out = super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **others)
-        made, settings = cache_of(model_kwargs), self.model.layers[0].self_attn.kv_settings
-        if settings.kv_bits == 4 and type(made) is StaticCache:
-            adopt(made, settings, len(self.model.layers), length)
+        made, settings = cache_of(model_kwargs), settings_of(self)
+        if settings[0].kv_bits == 4 and type(made) is StaticCache:
+            adopt(made, settings, length)
         return out
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -118,11 +118,11 @@ class PackedModelMixin(WholeSaves):
         return self
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers', but W2A4Error where that attention would drop the 4-bit KV cache."""
+        """As transformers', but W2A4Error where that attention would drop the 4-bit KV cache or a prefix."""
         settings = self.model.layers[0].self_attn.kv_settings
         asked = attn_implementation
         asked = set(asked.values()) if isinstance(asked, dict) else {asked}
-        if settings.kv_bits == 4 and asked != {NAME}:
+        if is_own(settings) and asked != {NAME}:
             raise W2A4Error(no_other_attention(attn_implementation))
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 

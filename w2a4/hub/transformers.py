@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from ..runtime import attention
 from ..runtime.classes import derived
 from ..runtime.guards import before_forward
 from ..runtime.layer import PackedDecoderLayer
+from ..runtime.prefix import KVPrefix
 from ..version import VERSION
 from .checkpoint import (
     check_config,
@@ -94,16 +95,17 @@ class W2A4Config(QuantizationConfigMixin):
 
     @classmethod
     def of_recipe(
-        cls, recipe: Recipe, rotation: dict[str, Any], provenance: dict[str, Any], family: str
-    ) -> W2A4Config:
+        cls, recipe: Recipe, rotation: dict[str, Any], provenance: dict[str, Any], family: str,
+        prefix: Sequence[int] = (),
+    ) -> W2A4Config:  # fmt: skip
         """The config of a model that is being made; see `Manifest.of_recipe`."""
         data = recipe.to_dict()
-        return cls(Manifest.of_recipe(data, rotation, family), data, provenance)
+        return cls(Manifest.of_recipe(data, rotation, family, prefix), data, provenance)
 
-    def quantized_by(self, recipe: Recipe) -> W2A4Config:
+    def quantized_by(self, recipe: Recipe, prefix: Sequence[int] = ()) -> W2A4Config:
         """The config of this model, rotated already, after it is quantised by a recipe that agrees."""
         online = self.manifest.to_dict()
-        return self.of_recipe(recipe, {"online": online}, self.provenance, self.manifest.family)
+        return self.of_recipe(recipe, {"online": online}, self.provenance, self.manifest.family, prefix)
 
     @property
     def rotated_by(self) -> dict[str, Any]:
@@ -263,6 +265,10 @@ def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
     model.config.tie_word_embeddings = False
     for layer in model.model.layers:
         prepare_layer(layer, family, manifest, r4, dtype)
+        if manifest.prefix:
+            heads, head_dim = model.config.num_key_value_heads, layer.self_attn.head_dim
+            with torch.device("meta"):
+                layer.self_attn.prefix = KVPrefix(heads, len(manifest.prefix), head_dim)
     if manifest.weight_bits < 16:
         pack_layers(model, family)
     with torch.device("meta"):
@@ -335,7 +341,8 @@ def set_attention(model: nn.Module, config: W2A4Config) -> None:
     model.config.tie_word_embeddings = False
     settings = kv_settings(config)
     for layer in model.model.layers:
-        layer.self_attn.kv_settings = settings
+        prefix = getattr(layer.self_attn, "prefix", None)
+        layer.self_attn.kv_settings = dataclasses.replace(settings, prefix=prefix)
     model.set_attn_implementation(attention.NAME)
 
 

@@ -36,6 +36,7 @@ from ..hub.transformers import (
 from ..ops.devices import peak_memory_mb
 from ..recipe import Recipe, RotationConfig
 from .layer import LayerQuantizer, Streams, check_weight
+from .prefix import add_prefix, choose_prefix
 from .resume import Progress, fingerprint
 from .rotation import fold
 from .rotation.learn import learn_rotation
@@ -182,7 +183,9 @@ def quantize(
         rotate_by_recipe(model, tokenizer, recipe, calibration, progress, resume)
     before: W2A4Config = model.config.quantization_config
     recipe = recipe.override(**before.rotated_by)
-    config = before.quantized_by(recipe)
+    prefix = choose_prefix(model, tokenizer, ids, recipe)
+    add_prefix(model, prefix)
+    config = before.quantized_by(recipe, prefix)
     report = Report(
         source=before.provenance["source"],
         recipe=recipe.to_dict(),
@@ -259,7 +262,8 @@ def _quantize_layers(
             if index == progress.done - 1:
                 streams = progress.streams().to(device, len(batches[0]))
             continue
-        quantizer = LayerQuantizer(layer.to(device), recipe, settings, cos_sin, family)
+        own = dataclasses.replace(settings, prefix=getattr(layer.self_attn, "prefix", None))
+        quantizer = LayerQuantizer(layer.to(device), recipe, own, cos_sin, family)
         inputs = streams.quantized
         try:
             errors = quantizer.run(streams, bar.update)

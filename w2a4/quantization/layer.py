@@ -68,7 +68,7 @@ class LayerQuantizer:
     Args:
         layer: a decoder layer of transformers whose linears are float (mlp_out's may be RotatedLinears).
         recipe: see `Recipe`.
-        settings: of the KV cache of the quantised model.
+        settings: of the KV cache of the quantised model; its prefix is the full-precision one's too.
         position_embeddings: cos and sin for one batch.
         family: of the model.
     """
@@ -79,7 +79,8 @@ class LayerQuantizer:
     ):  # fmt: skip
         self.layer, self.recipe, self.position_embeddings = layer, recipe, position_embeddings
         self.reference, self.family = copy.deepcopy(layer), family
-        self.settings, self.full_settings = settings, KVSettings(rotation=settings.rotation)
+        self.settings = settings
+        self.full_settings = KVSettings(rotation=settings.rotation, prefix=settings.prefix)
         self.errors: dict[str, float] = {}
         self.progress: Callable[[], object] = lambda: None
 

@@ -14,7 +14,7 @@ import yaml
 from ..errors import RecipeError
 from ..format import schema
 from ..format.files import write_atomically
-from ..format.groups import check_formats
+from ..format.groups import MOST_PREFIX, check_formats
 from .limits import MOST_ROUNDS, SCHEMA
 from .rotation import RotationConfig, RotationLearning
 from .text import parse_yaml, read_yaml
@@ -46,12 +46,16 @@ class Recipe:
         act_bits: 4 (per token, dynamic, symmetric) or 16 (kept).
         act_clip: the scale is `act_clip * max|x| / 7`; `search` takes, for each linear, the clip of
             least squared error on the calibration text.
-        act_group_size: activations of a token that share one scale; -1 is the whole token.
+        act_group_size: activations of a token that share one scale; -1 is the whole token, `auto` the
+            weights' group.
         o_proj_act: `head` gives each attention head of o_proj's input its own scale, `token` as many as
             `act_group_size` says (R2 rotates inside a head only, so heads differ in size).
         kv_bits: 4 (asymmetric, a scale and a zero-point a token and head) or 16 (kept).
         kv_clip: the range is shrunk by this factor around its middle.
         sink_tokens: the first cache entries kept in 16 bits.
+        prefix_tokens: tokens whose keys and values by the full-precision model stand before every sequence,
+            0 to 4; `auto` is as many as it takes to keep massive activations out of texts, 0 where there are
+            none. See `quantization.prefix`.
         head_bits, embed_bits: 8 (per row) or 16 (kept).
         gptq_damp: added to the Hessian's diagonal, as a fraction of its mean.
         gptq_block: columns quantised before the rest is updated.
@@ -75,11 +79,12 @@ class Recipe:
     group_size: int | Literal["auto"] = "auto"
     act_bits: Literal[4, 16] = 4
     act_clip: float | Literal["search"] = "search"
-    act_group_size: int = -1
+    act_group_size: int | Literal["auto"] = -1
     o_proj_act: Literal["head", "token"] = "head"
     kv_bits: Literal[4, 16] = 4
     kv_clip: float = 0.95
     sink_tokens: int = 0
+    prefix_tokens: int | Literal["auto"] = 0
     head_bits: Literal[8, 16] = 8
     embed_bits: Literal[8, 16] = 8
     gptq_damp: float = 0.01
@@ -102,6 +107,13 @@ class Recipe:
             )
         if self.act_clip != "search" and not 0 < self.act_clip <= 1:
             raise RecipeError(f"act_clip={self.act_clip}: give a number in (0, 1]")
+        if isinstance(self.prefix_tokens, int) and not 0 <= self.prefix_tokens <= MOST_PREFIX:
+            raise RecipeError(f"prefix_tokens={self.prefix_tokens}: give 'auto' or 0 to {MOST_PREFIX}")
+        if self.sink_tokens and self.prefix_tokens != 0:
+            raise RecipeError(
+                f"sink_tokens={self.sink_tokens} with prefix_tokens={self.prefix_tokens!r}: what begins a "
+                "text is an ordinary token behind a prefix; set one of them to 0"
+            )
         least = {"gptq_block": 1, "gptq_refine": 0, "calib_samples": 1, "calib_seqlen": 2}
         SCHEMA.check_least(self, least)
         if self.gptq_refine > MOST_ROUNDS:

@@ -19,6 +19,7 @@ from ..format.fake_quant import fake_quant_kv4
 from ..ops import gradients
 from .arguments import check_arguments
 from .kv_store import KVSettings, KVStore, PackedKV, Padding, as_bool, sink_of
+from .prefix import with_prefix
 
 NAME = "w2a4"
 
@@ -77,6 +78,8 @@ def w2a4_attention(
             store.padding = padding
             return packed_attention(query, *store.append(key, value), mask, scaling), None
         key, value = (_fake_quant(x, settings, padding) for x in (key, value))
+    if settings.prefix is not None:
+        key, value, mask = _behind_prefix(key, value, mask, tokens, settings)
     out = F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None and query.shape[2] > 1,
         scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
@@ -89,11 +92,24 @@ def packed_attention(
 ) -> Tensor:
     """Attention of rotated queries over packed keys and values; a boolean mask, None is causal."""
     if mask is not None:
-        mask = mask[..., : key.bound]
+        mask = with_prefix(mask, key.prefix)[..., : key.bound]
     return ops.attention_kv4(
         query, key.codes, key.params, value.codes, value.params, key.bound,
         mask, mask is None, scaling, key.sink, value.sink, key.earlier,
     )  # fmt: skip
+
+
+def _behind_prefix(
+    key: Tensor, value: Tensor, mask: Tensor | None, tokens: int, settings: KVSettings
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values behind the prefix's, and what `tokens` queries, the last of them, see of these."""
+    batch, prefix = len(key), settings.prefix
+    key = torch.cat([prefix.for_batch("keys", batch).to(key.dtype), key], 2)
+    value = torch.cat([prefix.for_batch("values", batch).to(value.dtype), value], 2)
+    if mask is None and tokens > 1:
+        seen = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=key.device)
+        return key, value, seen.tril(key.shape[2] - tokens)
+    return key, value, with_prefix(mask, prefix.tokens)
 
 
 def _fake_quant(x: Tensor, settings: KVSettings, padding: Padding | None) -> Tensor:

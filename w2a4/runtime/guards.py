@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,11 @@ from .arguments import CACHE, CACHE_NAMES, NO_WEIGHTS, cache_of
 from .attention import NAME
 from .kv_cache import KV4Cache, KV4StaticCache, static_room
 from .kv_store import KVSettings
+
+
+def settings_of(model: nn.Module) -> list[KVSettings]:
+    """Those of every layer of a rotated or quantised model."""
+    return [layer.self_attn.kv_settings for layer in model.model.layers]
 
 
 @functools.cache
@@ -32,10 +38,10 @@ def before_forward(
     """
     if len(args) > 1:
         kwargs, args = kwargs | dict(zip(_positional(type(model)), args, strict=False)), ()
-    settings: KVSettings = model.model.layers[0].self_attn.kv_settings
-    check_attention(model.config, settings, kwargs)
-    cache, layers = cache_of(kwargs), len(model.model.layers)
-    if settings.kv_bits != 4:
+    settings = settings_of(model)
+    check_attention(model.config, settings[0], kwargs)
+    cache = cache_of(kwargs)
+    if settings[0].kv_bits != 4:
         if isinstance(cache, KV4Cache):
             KV4Cache.for_model(model)  # says why not
         return args, kwargs
@@ -44,9 +50,9 @@ def before_forward(
     if cache is None:
         if not use_cache or model.training:
             return args, kwargs
-        cache = KV4Cache(settings, layers)
+        cache = KV4Cache(settings)
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES} | {CACHE: cache}
-    adopt(cache, settings, layers)
+    adopt(cache, settings)
     if isinstance(cache, KV4Cache):
         cache.note_padding(_one_mask(kwargs.get("attention_mask")))
     return args, kwargs
@@ -65,18 +71,24 @@ def check_attention(config: Any, settings: KVSettings, kwargs: dict[str, Any]) -
     own = config._attn_implementation == NAME
     if own and (kwargs.get("output_attentions") or getattr(config, "output_attentions", False)):
         raise W2A4Error(NO_WEIGHTS)
-    if not own and settings.kv_bits == 4:
+    if not own and is_own(settings):
         raise W2A4Error(no_other_attention(config._attn_implementation))
+
+
+def is_own(settings: KVSettings) -> bool:
+    """Whether no attention but w2a4's computes what a model with these was quantised for."""
+    return settings.kv_bits == 4 or settings.prefix is not None
 
 
 def no_other_attention(asked: Any) -> str:
     return (
-        f"attn_implementation={asked!r} knows no 4-bit KV cache, which this model was quantised for; keep "
-        f"{NAME!r} (model.set_attn_implementation({NAME!r})), or quantise with kv_bits=16"
+        f"attn_implementation={asked!r} knows no 4-bit KV cache and no prefix, which this model was "
+        f"quantised for; keep {NAME!r} (model.set_attn_implementation({NAME!r})), or quantise with "
+        "kv_bits=16 and prefix_tokens=0"
     )
 
 
-def adopt(cache: Any, settings: KVSettings, layers: int, room: int | None = None) -> None:
+def adopt(cache: Any, settings: Sequence[KVSettings], room: int | None = None) -> None:
     """Make an empty cache of transformers one of 4 bits, in place: whoever holds it finds it filled.
 
     One of 16 bits that holds something already goes on as it is, and attention sees its entries in 4 bits.
@@ -88,11 +100,16 @@ def adopt(cache: Any, settings: KVSettings, layers: int, room: int | None = None
         W2A4Error: a cache of another kind or of another model, or one that is moved off the device.
     """
     if isinstance(cache, KV4Cache):
-        if len(cache.layers) != layers or cache.layers[0].settings != settings:
-            name = type(cache).__name__
+        own, name = [layer.settings for layer in cache.layers], type(cache).__name__
+        if len(own) != len(settings) or own[0] != settings[0]:
             raise W2A4Error(
-                f"this {name} has {len(cache.layers)} layers with {cache.layers[0].settings}, the model "
-                f"{layers} with {settings}; make one with {name}.for_model(model)"
+                f"this {name} has {len(own)} layers with {own[0]}, the model {len(settings)} with "
+                f"{settings[0]}; make one with {name}.for_model(model)"
+            )
+        if not all(one.same(other) for one, other in zip(own, settings, strict=True)):
+            raise W2A4Error(
+                f"this {name} begins with {own[0].prefix_tokens} prefix tokens of another model, this one "
+                f"has {settings[0].prefix_tokens}; make one with {name}.for_model(model)"
             )
         return
     if type(cache) not in (DynamicCache, StaticCache) or getattr(cache, "offloading", False):
@@ -111,8 +128,8 @@ def adopt(cache: Any, settings: KVSettings, layers: int, room: int | None = None
                 "a StaticCache of a model whose layers all have a sliding window does not say how many "
                 "tokens it is for; give w2a4.KV4StaticCache.for_model(model, tokens)"
             )
-        own: KV4Cache = KV4StaticCache(settings, layers, room)
+        made: KV4Cache = KV4StaticCache(settings, room)
     else:
-        own = KV4Cache(settings, layers)
-    cache.__class__ = type(own)
-    vars(cache).update(vars(own))
+        made = KV4Cache(settings)
+    cache.__class__ = type(made)
+    vars(cache).update(vars(made))

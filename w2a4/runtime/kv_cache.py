@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,11 +73,11 @@ class KV4Layer(CacheLayerMixin):
         """Refuse more tokens than there is room for, where their number is known on the host."""
 
     def get_seq_length(self, *args) -> Tensor | int:
-        return self.store.bound
+        return self.store.bound - self.store.prefix
 
     def get_mask_sizes(self, query) -> tuple[int, int]:
         """`query` is the number of new tokens (transformers 5) or their positions (4.57)."""
-        return self.store.bound + (query if isinstance(query, int) else query.shape[0]), 0
+        return self.get_seq_length() + (query if isinstance(query, int) else query.shape[0]), 0
 
     def get_max_length(self) -> int:
         return -1
@@ -93,8 +94,8 @@ class KV4Layer(CacheLayerMixin):
 
     def crop(self, tokens: int) -> None:
         """Negative: drop that many tokens. Positive (transformers 4.57): keep that many."""
-        bound = self.store.bound
-        self.store.crop(max(0, bound + tokens) if tokens < 0 else tokens or bound)
+        length = self.get_seq_length()
+        self.store.crop(self.store.prefix + (max(0, length + tokens) if tokens < 0 else tokens or length))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.store.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -123,12 +124,13 @@ class KV4Cache(Cache):
 
     layer_class = KV4Layer
 
-    def __init__(self, settings: KVSettings, num_layers: int, capacity: int = INITIAL_CAPACITY):
+    def __init__(self, settings: Sequence[KVSettings], capacity: int = INITIAL_CAPACITY):
         """
         Args:
+            settings: those of every layer, see `settings_of`.
             capacity: tokens that there is room for from the first one on.
         """
-        super().__init__(layers=[self.layer_class(settings, capacity) for _ in range(num_layers)])
+        super().__init__(layers=[self.layer_class(each, capacity) for each in settings])
 
     @classmethod
     def for_model(cls, model, capacity: int = INITIAL_CAPACITY) -> KV4Cache:
@@ -141,7 +143,7 @@ class KV4Cache(Cache):
                 f"{type(model).__name__} {what}, so that a {cls.__name__} would change what it computes; "
                 "give it a DynamicCache or a StaticCache of transformers"
             )
-        return cls(settings, len(layers), capacity)
+        return cls([layer.self_attn.kv_settings for layer in layers], capacity)
 
     @property
     def stores(self) -> list[KVStore]:
@@ -154,7 +156,7 @@ class KV4Cache(Cache):
 
     def slot(self, index: int) -> KV4Cache:
         """See `KVStore.slot`."""
-        cache = KV4Cache(self.layers[0].settings, len(self.layers))
+        cache = KV4Cache([layer.settings for layer in self.layers])
         for layer, store in zip(cache.layers, self.stores, strict=True):
             layer.store = store.slot(index)
         return cache
@@ -203,18 +205,21 @@ class KV4StaticLayer(KV4Layer):
             return  # `check_static` told generate already; a loop of one's own is told by the op
         used, lengths = 0, self.store.lengths
         if lengths is not None and lengths.device.type == "cpu":  # a GPU would be waited for
-            used = int(lengths.max())
-        if used + tokens > self.store.capacity:
-            raise W2A4Error(too_small("KV4StaticCache", self.store.capacity, used + tokens))
+            used = int(lengths.max()) - self.store.prefix
+        if used + tokens > self.get_max_length():
+            raise W2A4Error(too_small("KV4StaticCache", self.get_max_length(), used + tokens))
 
     def get_seq_length(self, *args) -> Tensor | int:
-        return self.store.lengths[0] if self.is_initialized else 0
+        if not self.is_initialized:
+            return 0
+        length = self.store.lengths[0]
+        return length - self.store.prefix if self.store.prefix else length
 
     def get_mask_sizes(self, query) -> tuple[int, int]:
-        return self.store.capacity, 0
+        return self.get_max_length(), 0
 
     def get_max_length(self) -> int:
-        return self.store.capacity
+        return self.store.capacity - self.store.prefix
 
     def crop(self, tokens: int) -> None:
         raise W2A4Error("a KV4StaticCache cannot be cropped; use a KV4Cache")
@@ -232,7 +237,7 @@ class KV4StaticCache(KV4Cache):
 def check_static(cache: Any, tokens: int) -> None:
     """Raise W2A4Error if a cache of fixed size has no room for as many tokens in all; others grow."""
     if isinstance(cache, KV4StaticCache):
-        room = cache.layers[0].store.capacity
+        room = cache.layers[0].get_max_length()
     elif type(cache) is StaticCache:
         room = static_room(cache)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .. import ops
 from ..errors import W2A4Error
 from ..format.fake_quant import fake_quant_kv4
 from ..format.online import OnlineRotation
+from .prefix import KVPrefix
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,23 @@ class KVSettings:
         kv_clip: see `reference.quantize_kv4`.
         sink_tokens: cache entries at the front kept in 16 bits.
         rotation: R3, applied to queries and keys after RoPE.
+        prefix: what the layer sees before every sequence; None is nothing. There are then no sink tokens.
     """
 
     kv_bits: int = 16
     kv_clip: float = 0.95
     sink_tokens: int = 0
     rotation: OnlineRotation | None = None
+    prefix: KVPrefix | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def prefix_tokens(self) -> int:
+        return 0 if self.prefix is None else self.prefix.tokens
+
+    def same(self, other: KVSettings) -> bool:
+        """Whether a cache with one serves a layer with the other."""
+        one, two = self.prefix, other.prefix
+        return self == other and (one is two or one is not None and one.same(two))
 
     def rotate(self, x: Tensor) -> Tensor:
         return x if self.rotation is None else self.rotation.apply(x)
@@ -152,6 +164,7 @@ class PackedKV:
         bound: no sequence has more tokens, those of the queries among them; what lies beyond is not read.
         earlier: int64 `[batch]`, tokens of each sequence before those of the queries; None: `bound` less
             these.
+        prefix: of these tokens, how many no mask speaks of.
     """
 
     codes: Tensor
@@ -159,6 +172,7 @@ class PackedKV:
     sink: Tensor | None
     bound: int
     earlier: Tensor | None = None
+    prefix: int = 0
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -176,9 +190,13 @@ class KVStore:
     are any, are the caller's, who advances them. A fixed store leaves the host out, so that its steps can be
     compiled or captured: it advances `lengths` itself, and `bound` is the capacity.
 
+    A prefix's tokens are the first of every sequence: every number here counts them, where a cache of
+    transformers does not.
+
     Attributes:
         keys, values: None before there is room for any.
-        bound: tokens that no sequence has more of; 0 if there are none.
+        prefix: the prefix's tokens.
+        bound: tokens that no sequence has more of; `prefix` if there are none.
         lengths: int64 `[batch]` on the device, tokens of each sequence; None: `bound` each.
         padding: positions before the sequences' first tokens, where there are sinks; see `note_padding`.
     """
@@ -186,9 +204,12 @@ class KVStore:
     def __init__(self, settings: KVSettings, capacity: int, fixed: bool = False):
         """
         Args:
-            capacity: tokens that there is room for from the first one on. It then doubles, unless `fixed`.
+            capacity: tokens beside the prefix's that there is room for from the first one on. It then
+                doubles, unless `fixed`.
         """
-        self.settings, self.fixed, self._grows, self._first_capacity = settings, fixed, not fixed, capacity
+        self.settings, self.fixed, self._grows = settings, fixed, not fixed
+        self.prefix = settings.prefix_tokens
+        self._first_capacity = self.prefix + capacity
         self.reset()
 
     def reset(self) -> None:
@@ -197,14 +218,14 @@ class KVStore:
         self.values: KVSide | None = None
         self.lengths: Tensor | None = None
         self.padding: Padding | None = None
-        self.bound = 0
+        self.bound = self.prefix
 
     def clear(self) -> None:
         """Forget all tokens, but keep the room for them."""
         self.lengths = self.padding = None
-        self.bound = 0
+        self.bound = self.prefix
         for side in self.sides():
-            side.sink = None
+            side.sink = None if side.sink is None else side.sink[:, :, : self.prefix] if self.prefix else None
 
     def sides(self) -> tuple[KVSide, ...]:
         return () if self.keys is None else (self.keys, self.values)
@@ -219,7 +240,7 @@ class KVStore:
     @property
     def sinks(self) -> int:
         """Entries at the front that are kept beside the codes too."""
-        return self.settings.sink_tokens + (self.padding.most if self.padding else 0)
+        return self.prefix or self.settings.sink_tokens + (self.padding.most if self.padding else 0)
 
     @property
     def kept_sinks(self) -> int:
@@ -268,12 +289,15 @@ class KVStore:
         Args:
             like: on the device that the store shall be on.
         """
-        capacity = max(self._first_capacity, tokens) if self._grows else self._first_capacity
+        capacity = max(self._first_capacity, self.prefix + tokens) if self._grows else self._first_capacity
         self.keys, self.values = (KVSide.empty(like, batch, kv_heads, capacity, head_dim) for _ in range(2))
+        if self.settings.prefix is not None:
+            self.keys.sink = self.settings.prefix.for_batch("keys", batch)
+            self.values.sink = self.settings.prefix.for_batch("values", batch)
         if not self.fixed:
             return
         with _lasting():
-            self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
+            self.lengths = torch.full((batch,), self.prefix, dtype=torch.long, device=like.device)
         if not torch.compiler.is_compiling():
             for tensor in (self.lengths, *(t for side in self.sides() for t in (side.codes, side.params))):
                 torch._dynamo.mark_static_address(tensor)
@@ -365,7 +389,8 @@ class KVStore:
         Args:
             earlier: see `PackedKV`.
         """
-        keys, values = (PackedKV(s.codes, s.params, s.sink, self.bound, earlier) for s in self.sides())
+        shared = self.bound, earlier, self.prefix
+        keys, values = (PackedKV(s.codes, s.params, s.sink, *shared) for s in self.sides())
         return keys, values
 
     def fill(self, bound: int) -> None:
@@ -383,9 +408,12 @@ class KVStore:
 
     def slot(self, index: int) -> KVStore:
         """An empty store that writes into sequence `index` of this one, which has room already."""
-        own, store = slice(index, index + 1), KVStore(self.settings, self.capacity)
+        own, store = slice(index, index + 1), KVStore(self.settings, self.capacity - self.prefix)
         store._grows = False
-        store.keys, store.values = (KVSide(s.codes[own], s.params[own]) for s in self.sides())
+        kept = [None if s.sink is None or not self.prefix else s.sink[own] for s in self.sides()]
+        store.keys, store.values = (
+            KVSide(s.codes[own], s.params[own], sink) for s, sink in zip(self.sides(), kept, strict=True)
+        )
         return store
 
     def join(self, slots: list[KVStore]) -> None:
@@ -396,7 +424,7 @@ class KVStore:
         self.fill(max(slot.bound for slot in slots))
 
     def crop(self, bound: int) -> None:
-        """Forget what lies beyond the first `bound` tokens."""
+        """Forget what lies beyond the first `bound` tokens, the prefix's among them."""
         self.bound = min(self.bound, bound)
         for side in self.sides():
             side.sink = None if side.sink is None else side.sink[:, :, : self.bound]

@@ -32,6 +32,7 @@ from .heads import rope, rotary_of, split_heads
 from .joint import can_join, join, refuse_part, rows_of, views
 from .kv_cache import KV4Cache, KV4Layer
 from .kv_store import as_bool
+from .prefix import with_prefix
 
 #: Activations of these are computed in float32 by the fused ops.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -395,7 +396,7 @@ def layer_op(layer: Any, cache: KV4Layer, hidden_states: Tensor) -> LayerOp | No
         rotary = rotary if uses_rope else rotary_of(attn, rotary)
         start = store.bound
         stop = start + hidden_states.shape[1]
-        mask = None if mask is None else mask[..., :stop]
+        mask = None if mask is None else with_prefix(mask, store.prefix)[..., :stop]
         out = ops.decoder_layer(hidden_states, *rotary, mask, *fixed, start, *settings, store.lengths)
         store.fill(stop)
         return out

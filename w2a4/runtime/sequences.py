@@ -28,7 +28,8 @@ class PackedSequences:
     can be replayed.
 
     Attributes:
-        lengths: int64 `[batch]` on the device, tokens of each sequence in the cache.
+        prefix: tokens that stand in the cache before every sequence.
+        lengths: int64 `[batch]` on the device, tokens of each sequence in the cache, the prefix's among them.
         longest: the most of them, on the host.
         logits: float `[batch, vocabulary]`, of the token that comes next.
     """
@@ -42,6 +43,7 @@ class PackedSequences:
         for store in self.cache.stores:
             head_dim, kv_heads = layers[0].self_attn.head_dim, model.config.num_key_value_heads
             store.allocate(self.decoder.norm.weight, len(rows), kv_heads, head_dim)
+        self.prefix = self.cache.stores[0].prefix
         self.lengths = torch.zeros(len(rows), dtype=torch.long, device=rows[0].device)
         self.rotary: tuple[Tensor, Tensor] | None = None
         self.calls: list[LayerOp] | None = None
@@ -52,7 +54,8 @@ class PackedSequences:
             self.prompts = PromptGraphs(self._padded, len(rows), capacity, self.lengths.device, captures)
         self.begin(rows)
         if graphs and self.longest >= sink_tokens_of(model):
-            self.graphs = StepGraphs(self._step, [self.lengths], len(rows), capacity, captures)
+            room = self.prefix + capacity
+            self.graphs = StepGraphs(self._step, [self.lengths], len(rows), room, captures)
             self.tables = _rotation_tables(layers, self.decoder.norm.weight)
 
     def fits(self, model: Any, rows: list[Tensor]) -> bool:
@@ -64,7 +67,7 @@ class PackedSequences:
         """Read prompts, in place of what was there before."""
         self.cache.clear()
         lengths = [len(row) for row in rows]
-        self.longest = max(lengths)
+        self.longest = self.prefix + max(lengths)
         if len(set(lengths)) == 1:
             ids = torch.stack(rows)
             logits = None if self.prompts is None else self.prompts.run(ids)
@@ -77,7 +80,7 @@ class PackedSequences:
             logits = [self._prefill(row[None], slot) for row, slot in zip(rows, slots, strict=True)]
             self.logits = torch.cat(logits)
             self.cache.join(slots)
-        self.lengths.copy_(torch.tensor(lengths))
+        self.lengths.copy_(torch.tensor(lengths) + self.prefix)
         # A replay runs nothing of Python's, and what ran padded counted more tokens.
         self.cache.share(self.lengths, self.longest)
 
@@ -122,10 +125,10 @@ class PackedSequences:
 
     def _read(self, ids: Tensor, cache: KV4Cache) -> Tensor:
         """Hidden states of the last chunk."""
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        places = torch.arange(self.prefix, self.prefix + ids.shape[1], device=ids.device)[None]
         size = max(1, CUDA_PREFILL_CHUNK // len(ids)) if ids.is_cuda else PREFILL_CHUNK
         # Of all positions at once: some kinds of RoPE have angles that depend on the length.
-        cos, sin = self._rotary(self.decoder.embed_tokens(ids[:, :1]), positions)
+        cos, sin = self._rotary(self.decoder.embed_tokens(ids[:, :1]), places)
         for chunk, *rotary in zip(ids.split(size, 1), cos.split(size, 1), sin.split(size, 1), strict=True):
             hidden = self.decoder.embed_tokens(chunk)
             for layer in self.layers:
@@ -139,16 +142,19 @@ class PackedSequences:
     def _dynamic_rope(self) -> bool:
         return getattr(self.decoder.rotary_emb, "rope_type", "default") in DYNAMIC_ROPE
 
-    def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of positions, out of a table of all of them where they are fixed."""
+    def _rotary(self, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin at places in the cache, out of a table of all of them where they are fixed.
+
+        A text begins at position 0, behind the prefix.
+        """
         if self._dynamic_rope():
-            return self.decoder.rotary_emb(hidden, positions)
+            return self.decoder.rotary_emb(hidden, places - self.prefix)
         if self.rotary is None:
             capacity = self.cache.layers[0].store.capacity
-            every = torch.arange(capacity, device=positions.device)[None]
-            self.rotary = self.decoder.rotary_emb(hidden, every)
+            every = torch.arange(capacity, device=places.device)[None]
+            self.rotary = self.decoder.rotary_emb(hidden, every - self.prefix)
         cos, sin = self.rotary
-        return cos[0, positions], sin[0, positions]
+        return cos[0, places], sin[0, places]
 
 
 def _rotation_tables(layers: list[Any], like: Tensor) -> list[tuple[Tensor | None, ...]]:

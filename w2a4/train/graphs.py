@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import devices
 from ..runtime.heads import window_mask
+from .teacher import PrefixedTeacher
 
 
 class GradientGraph:
@@ -96,6 +97,8 @@ def causal_logits(model: nn.Module, ids: Tensor) -> Tensor:
     keys. The model's own forward would build a mask of all pairs during the capture, since it cannot read
     the positions to see that it is causal.
     """
+    if isinstance(model, PrefixedTeacher):
+        return model.without_prefix(causal_logits(model.model, model.with_prefix(ids)))
     decoder = model.model
     hidden = decoder.embed_tokens(ids)
     rotary = decoder.rotary_emb(hidden, torch.arange(ids.shape[1], device=ids.device)[None])

@@ -64,9 +64,11 @@ def prepare(
     report = pipeline.quantize(packed, tokenizer, start, calibration, progress, resume, refine)
     for layer, fit in zip(model.model.layers, packed.model.layers, strict=True):
         make_trainable(layer, fit.linears(), layer, family, recipe.training, recipe.grid)
+        if fit.self_attn.kv_settings.prefix is not None:
+            layer.self_attn.prefix = fit.self_attn.kv_settings.prefix
     _freeze(model, packed, recipe.training)
     before: W2A4Config = packed.config.quantization_config
-    set_attention(model, before.quantized_by(recipe.override(**before.rotated_by)))
+    set_attention(model, before.quantized_by(recipe.override(**before.rotated_by), before.manifest.prefix))
     model.w2a4_report = report
     return model.train()
 

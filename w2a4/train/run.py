@@ -25,7 +25,7 @@ from .block import BlockTrainer
 from .checkpoints import last_checkpoint, remove_partial, trained_state
 from .generations import write_generations
 from .prepare import check_trainable, convert, prepare, start_recipe
-from .teacher import CachedTeacher, write_top_k
+from .teacher import CachedTeacher, PrefixedTeacher, write_top_k
 from .trainer import PERPLEXITY, QATTrainer, training_arguments
 
 #: The text that the teacher writes, in the directory of the run.
@@ -155,7 +155,7 @@ def _set_up(
     training = recipe.training
     own = training.data == "self"
     distilled, stored = training.loss != "cross_entropy", training.teacher_top > 0
-    teacher = _teacher(model) if own or (distilled and not stored) else None
+    teacher = _teacher(model, exact=stored) if own or distilled else None
     text = data.load_text(recipe, calibration)
     stream = check_known(token_stream(tokenizer, text)[0], model.config.vocab_size)
     if not own:
@@ -167,20 +167,22 @@ def _set_up(
         generated = write_generations(teacher, tokenizer, stream, tokens, path, seed, progress)
         stream = token_stream(tokenizer, generated)[0]
     windows = data.recipe_windows(recipe, stream)
-    if not distilled:
-        teacher = None
-    elif stored:
-        teacher = write_top_k(model, windows.pieces(), training.teacher_top, work / "teacher", progress)
+    teacher = teacher if distilled else None
     prepare(model, tokenizer, recipe, calibration, progress, resume=work / "start")
+    prefix = model.config.quantization_config.manifest.prefix
+    if teacher is not None and prefix:
+        teacher = PrefixedTeacher(teacher, prefix)
+    if teacher is not None and stored:
+        teacher = write_top_k(teacher, windows.pieces(), training.teacher_top, work / "teacher", progress)
     if distributed.is_main():
         remove_partial(work / "checkpoints")
     return windows, teacher, data.describe(recipe, calibration, text)
 
 
-def _teacher(model: nn.Module) -> nn.Module:
-    """A frozen copy of the full-precision model, on a GPU in bfloat16."""
+def _teacher(model: nn.Module, exact: bool) -> nn.Module:
+    """A frozen copy of the full-precision model, on a GPU in bfloat16 unless it is to be exact."""
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    return teacher.to(torch.bfloat16) if model.device.type == "cuda" else teacher
+    return teacher.to(torch.bfloat16) if model.device.type == "cuda" and not exact else teacher
 
 
 def _claim(work: Path, recipe: Recipe, stream: torch.Tensor, model: nn.Module) -> None:

@@ -1,12 +1,14 @@
-"""The teacher's probabilities on disk, so that the teacher need not be in memory while the student trains.
+"""The teacher as the loss asks it: behind the student's prefix, in memory or as probabilities on disk.
 
-For every position the k most probable tokens are stored, six bytes each, and the probability of all
-others together.
+On disk it need not be in memory while the student trains. For every position the k most probable tokens are
+stored, six bytes each, and the probability of all others together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,6 +47,35 @@ class CachedTeacher:
                 f"the teacher's probabilities in {str(path)!r} cannot be read ({error}); remove that file "
                 "and repeat the command, which computes them again"
             ) from None
+
+
+class PrefixedTeacher(nn.Module):
+    """The full-precision model with the tokens of a prefix before every text, as its student has their keys.
+
+    Args:
+        model: unrotated.
+        prefix: token ids, one at least.
+    """
+
+    def __init__(self, model: nn.Module, prefix: Sequence[int]):
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.register_buffer("prefix", torch.tensor(prefix, device=model.device), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.prefix.device
+
+    def with_prefix(self, ids: Tensor) -> Tensor:
+        return torch.cat([self.prefix.expand(len(ids), -1), ids], 1)
+
+    def without_prefix(self, logits: Tensor) -> Tensor:
+        return logits[:, len(self.prefix) :]
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        """Has `logits` of the text's own tokens, `[batch, tokens, vocabulary]` for ids `[batch, tokens]`."""
+        logits = self.model(input_ids=self.with_prefix(input_ids), use_cache=use_cache).logits
+        return SimpleNamespace(logits=self.without_prefix(logits))
 
 
 @torch.inference_mode()
