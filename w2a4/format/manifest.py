@@ -159,7 +159,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON with every field."""
-        return schema.to_dict(self)
+        return schema.to_dict(self) | {"prefix": list(self.prefix)}
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ class LayerQuantizer:
             error = None
         else:
             moments = Moments(weight.shape[1], recipe.gptq_target == "full", weight.device)
-            positions = token_weights(recipe, inputs.full[0].shape[1], weight.device).sqrt()[:, None]
+            positions = self._position_weights(inputs.full[0]).sqrt()[:, None]
             for i, (full, quantized) in enumerate(zip(inputs.full, inputs.quantized, strict=True)):
                 factor = positions if weights is None else positions * weights[i]
                 moments.add(self._as_seen(quantized, clip, act_group) * factor, full * factor)
@@ -195,6 +195,12 @@ class LayerQuantizer:
             self._replace(path, linear, part, clip, act_group, rotation)
             self.errors[path] = error if error is not None else _weight_error(linear.weight, part)
             self.progress()
+
+    def _position_weights(self, x: Tensor) -> Tensor:
+        """`token_weights` of `[sequences, tokens, …]`; behind a prefix the first token is like any other."""
+        if self.settings.prefix is not None:
+            return torch.ones(x.shape[1], device=x.device)
+        return token_weights(self.recipe, x.shape[1], x.device)
 
     def _replace(self, path: str, linear: nn.Linear, fitted, clip: float, act_group: int, rotation) -> None:
         packed = PACKED_LINEARS[self.recipe.weight_bits].from_linear(
