@@ -2,11 +2,11 @@
 
     python tools/general_text.py FOLDER [--avoid FILE] [--out w2a4/evaluate/text]
 
-FOLDER holds `*.jsonl.gz`, one object `{"text": …, "source": "owner/repository:path"}` a line. Of the sources in
-`KINDS`, all of them CC0 or in the public domain, short excerpts of many documents are cut at ends of
-paragraphs and written as `general.jsonl.bz2`, each with its source, its part (`calibration` or `evaluation`) and
-its position there. No document, and no book, is in both parts; nor are twelve words in a row, and none of the FILE
-to avoid are in either. The output depends on nothing but the input.
+FOLDER holds `*.jsonl.gz`, one object `{"text": …, "source": "owner/repository:path"}` a line. Of the sources
+in `KINDS`, all of them CC0 or in the public domain, short excerpts of many documents are cut at ends of
+paragraphs and written as `general.jsonl.bz2`, each with its source, its part (`calibration` or `evaluation`)
+and its position there. No document, and no book, is in both parts; nor are twelve words in a row, and none of
+the FILE to avoid are in either. The output depends on nothing but the input.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def read(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """Paragraphs of a text; those of a fenced block of code stay together, links without target become words."""
+    """Paragraphs of a text, a fenced block of code being one; links without target become words."""
     text = re.sub(r"!?\[([^\[\]]*)\]\(\s*\)", r"\1", text)
     found: list[str] = []
     for part in re.split(r"\n{2,}", text.strip()):
@@ -134,7 +134,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def excerpt(document: dict[str, str], length: int) -> Excerpt | None:
-    """At least `length` characters of whole paragraphs, at most twice as many; None where that is impossible."""
+    """`length` to `2 * length` characters in whole paragraphs; None where that is impossible."""
     parts = paragraphs(document["text"])
     rest = sum(map(len, parts))
     starts = []

@@ -1,8 +1,8 @@
 """Text in, windows of tokens out: what calibration and evaluation read.
 
-A source of text is one of the words `general` and `builtin`, a local file (.txt, .jsonl, .parquet), a data set of
-the hub (`hub:NAME[,CONFIG][:SPLIT]`), or a list of documents. Documents are joined by an empty line, as the raw
-WikiText-2 split is for perplexity.
+A source of text is one of the words `general` and `builtin`, a local file (.txt, .jsonl, .parquet), a data set
+of the hub (`hub:NAME[,CONFIG][:SPLIT]`), or a list of documents. Documents are joined by an empty line, as the
+raw WikiText-2 split is for perplexity.
 """
 
 from __future__ import annotations
