@@ -350,7 +350,7 @@ def test_training_on_the_teachers_own_text(tmp_path, monkeypatch):
     monkeypatch.setattr(generations, "BATCH", 3)
     model = run.train(llama(), Writer(), small_recipe(data="self"), tmp_path, progress=False)
     assert (tmp_path / "generations.jsonl").is_file()
-    assert model.w2a4_report.training["text"] == "the teacher's own, from builtin"
+    assert model.w2a4_report.training["text"] == "the teacher's own, from general"
 
 
 @pytest.mark.parametrize("route", ["end_to_end", "block"])

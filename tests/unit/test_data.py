@@ -148,6 +148,27 @@ def test_empty_documents():
         data.load_text(["", " "], "calibration")
 
 
+def test_a_text_that_repeats_itself_is_refused_for_fitting(tmp_path):
+    line = "the quick brown fox jumps over the lazy dog"
+    repeated, few = "\n".join([line] * 100), "\n".join([line] * 55)
+    (tmp_path / "lines.txt").write_text(repeated)
+    with pytest.raises(
+        CalibrationError, match="'lines.txt' repeats itself: only 9 of its 889 runs of 12 words"
+    ):
+        data.load_text(tmp_path / "lines.txt", "calibration")
+    with pytest.raises(CalibrationError, match="'100 calibration documents' repeats .*or 'general'"):
+        data.load_text([line] * 100, "calibration")
+    assert data.load_text([line] * 100, "evaluation")  # whoever measures on it knows what is in it
+    assert data.load_text([few], "calibration") == few  # 495 words
+    for new, refused in ((60, True), (160, False)):  # 8 % and 16 % of the runs say something new
+        text = " ".join([*map(str, range(new)), *(["again"] * (1000 - new))])
+        if refused:
+            with pytest.raises(CalibrationError, match=rf"only {new + 1} of its 989"):
+                data.load_text([text], "calibration")
+        else:
+            assert data.load_text([text], "calibration") == text
+
+
 def test_describe_text_holds_no_directory(tmp_path):
     assert data.describe_text(tmp_path / "wiki.txt", "abc").startswith(
         "wiki.txt, 3 characters, sha256 ba7816bf8f01"
@@ -276,7 +297,7 @@ def test_data_sets_need_a_package(monkeypatch):
 def test_tokens_that_only_the_tokenizer_knows_are_refused(tokenizer, tmp_path):
     """One that was added to the tokenizer and not to the model's embeddings, wherever a text goes in."""
     tokenizer.add_tokens(["<|new|>"])
-    text = ["the <|new|> fox " * 200]
+    text = ["the <|new|> fox " * 160]
     new = tokenizer.convert_tokens_to_ids("<|new|>")
     model = tiny_llama(
         dtype=torch.float32, vocab_size=new, hidden_size=64, intermediate_size=128, head_dim=16

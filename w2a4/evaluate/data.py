@@ -1,8 +1,8 @@
 """Text in, windows of tokens out: what calibration and evaluation read.
 
-A source of text is one of the words `general` and `builtin`, a local file (.txt, .jsonl, .parquet), a data set
-of the hub (`hub:NAME[,CONFIG][:SPLIT]`), or a list of documents. Documents are joined by an empty line, as the
-raw WikiText-2 split is for perplexity.
+A source of text is one of the words `general` and `builtin`, a local file (.txt, .jsonl, .parquet), a data
+set of the hub (`hub:NAME[,CONFIG][:SPLIT]`), or a list of documents. Documents are joined by an empty line,
+as the raw WikiText-2 split is for perplexity.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ SEPARATOR = "\n\n"
 
 #: The general text; `text/README.md` beside it names its sources and licences.
 GENERAL = Path(__file__).with_name("text") / "general.jsonl.bz2"
+
+#: A text of more words than `REPEATED_WORDS` says something new in a tenth of its runs of `RUN` words, or is
+#: refused for fitting. The first `CHECKED` characters are looked at.
+REPEATED_WORDS, RUN, LEAST_NEW, CHECKED = 500, 12, 0.1, 2_000_000
 
 READABLE = (".txt", ".jsonl", ".parquet")
 
@@ -116,16 +120,36 @@ def load_text(source: TextSource, part: Part) -> str:
     Args:
         source: `general`, `builtin`, a path or data set for `read_text`, or a list of documents.
         part: which part of a packaged text is wanted; what is fitted is never evaluated.
+
+    Raises:
+        CalibrationError: as `read_text`, or a text to calibrate with repeats itself nearly throughout.
     """
-    if isinstance(source, (str, Path)):
-        if str(source) not in PACKAGED:
-            return read_text(source)
+    if isinstance(source, (str, Path)) and str(source) in PACKAGED:
         calibration, evaluation = PACKAGED[str(source)]()
         return calibration if part == "calibration" else evaluation
-    text = _checked(SEPARATOR.join(source), f"{len(source)} {part} documents")
-    if not text.strip():
-        raise CalibrationError(f"the {len(source)} {part} documents given are empty; give some text")
+    if isinstance(source, (str, Path)):
+        text, name = read_text(source), source_of(source)
+    else:
+        text, name = SEPARATOR.join(source), f"{len(source)} {part} documents"
+        if not _checked(text, name).strip():
+            raise CalibrationError(f"the {name} given are empty; give some text")
+    if part == "calibration":
+        _check_new(text, name)
     return text
+
+
+def _check_new(text: str, name: str) -> None:
+    """Raise CalibrationError for a text that repeats itself nearly throughout."""
+    words = text[:CHECKED].split()
+    if len(words) <= REPEATED_WORDS:
+        return
+    runs = len(words) - RUN + 1
+    distinct = len(set(zip(*(words[start:] for start in range(RUN)), strict=False)))
+    if distinct < LEAST_NEW * runs:
+        raise CalibrationError(
+            f"the text of {name!r} repeats itself: only {distinct} of its {runs} runs of {RUN} words are "
+            "distinct; give a text with more in it, or 'general'"
+        )
 
 
 def _checked(text: str, name: str) -> str:
