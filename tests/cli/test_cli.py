@@ -1,8 +1,10 @@
 """The command line: every command on a tiny model, and every error as one line with exit code 1."""
 
 import functools
+import inspect
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -21,9 +23,12 @@ from support.commands import FEW_STEPS, SMALL, fail, run, succeed
 from support.tiny_models import tiny_tokenizer
 from w2a4.cli import demo
 from w2a4.cli import main as cli
+from w2a4.evaluate import data
 from w2a4.evaluate import perplexity as evaluate
 from w2a4.quantization import job as pipeline
+from w2a4.quantization.rotation.learn import learn_rotation
 from w2a4.train import generations
+from w2a4.train.run import train as train_model
 
 COMMANDS = ("quantize", "train", "learn-rotation", "eval", "generate", "chat", "info", "demo")
 
@@ -68,6 +73,19 @@ def test_quantize_writes_a_whole_checkpoint(plain, quantized):
     assert "| full precision" in card and str(plain.parent) not in card
     for file in ("config.json", "report.json", "recipe.yaml", "README.md"):
         assert str(plain.parent) not in (out / file).read_text()
+
+
+def test_the_packaged_general_text_calibrates_and_trains_by_default(plain, tmp_path):
+    """Half a million tokens of it: the tokenizer of the tests knows hardly more than bytes."""
+    for command in ("quantize", "train", "learn-rotation"):
+        assert "general" in re.search(r"--calib [^-]*(\n +[^-].*)*", run(command, "--help").stdout)[0]
+    few = (*SMALL[:4], *FEW_STEPS[:6])
+    succeed("train", plain, "--out", tmp_path / "out", *few, "--json", tmp_path / "t.json")
+    report = json.loads((tmp_path / "t.json").read_text())
+    known = data.describe_text("general", data.general_text()[0])
+    assert report["calibration"] == report["training"]["text"] == known
+    for function in (w2a4.quantize, w2a4.prepare, learn_rotation, train_model):
+        assert inspect.signature(function).parameters["calibration"].default == "general"
 
 
 def test_quantized_model_loads_with_plain_transformers(quantized):

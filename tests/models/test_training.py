@@ -19,6 +19,7 @@ from support.packed import SHAPE, calibration
 from support.tiny_models import tiny_llama
 from support.training_runs import TRAINING, Letters, Writer, llama, small_recipe, stream
 from w2a4.errors import CalibrationError, TrainingError
+from w2a4.evaluate.data import load_text
 from w2a4.recipe import Training
 from w2a4.train import budget, checkpoints, generations, graphs, run, trainer
 from w2a4.train.block import BlockTrainer
@@ -350,7 +351,7 @@ def test_training_on_the_teachers_own_text(tmp_path, monkeypatch):
     monkeypatch.setattr(generations, "BATCH", 3)
     model = run.train(llama(), Writer(), small_recipe(data="self"), tmp_path, progress=False)
     assert (tmp_path / "generations.jsonl").is_file()
-    assert model.w2a4_report.training["text"] == "the teacher's own, from builtin"
+    assert model.w2a4_report.training["text"] == "the teacher's own, from general"
 
 
 @pytest.mark.parametrize("route", ["end_to_end", "block"])
@@ -407,8 +408,11 @@ def test_work_of_another_run_is_refused(tmp_path):
 
 
 def test_training_on_the_teachers_top_tokens(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(load_text("builtin", "calibration")[:20_000])
+
     def trained(top, name):
-        recipe = small_recipe(teacher_top=top, steps=4, init="lloyd")
+        recipe = small_recipe(teacher_top=top, steps=4, init="lloyd", data=str(text))
         run.train(llama(), Letters(), recipe, tmp_path / name, progress=False)
         return tmp_path / name / "teacher"
 
@@ -418,7 +422,7 @@ def test_training_on_the_teachers_top_tokens(tmp_path):
     assert files and not [file for file in files if file.suffix != ".safetensors"]
     stamps = [file.stat().st_mtime_ns for file in files]
     files[0].unlink()  # as after a kill
-    recipe = small_recipe(teacher_top=5, steps=4, init="lloyd")
+    recipe = small_recipe(teacher_top=5, steps=4, init="lloyd", data=str(text))
     run.train(llama(), Letters(), recipe, tmp_path / "cached", progress=False)
     assert [file.stat().st_mtime_ns for file in files][1:] == stamps[1:] and files[0].is_file()
 

@@ -5,8 +5,11 @@ from click.testing import CliRunner
 from support.tiny_models import tiny_model, tiny_tokenizer
 from w2a4.cli.main import main
 
-SMALL = ("--set", "calib_samples=4", "--set", "calib_seqlen=32")
-FEW_STEPS = ("--set", "training.steps=2", "--set", "training.seqlen=16", "--minutes", "0")
+#: The built-in text is half as long as the general one, the default.
+SMALL = ("--set", "calib_samples=4", "--set", "calib_seqlen=32", "--calib", "builtin")
+FEW_STEPS = (
+    "--set", "training.steps=2", "--set", "training.seqlen=16", "--minutes", "0", "--data", "builtin",
+)  # fmt: skip
 
 
 def run(*arguments, input=None):

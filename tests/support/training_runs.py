@@ -47,5 +47,5 @@ class Writer(Letters):
 
 def small_recipe(**changes):
     recipe = w2a4.Recipe.load("w2a4kv4").override(gptq_refine=0, calib_samples=8, calib_seqlen=32)
-    changes = {"steps": 3, "batch_size": 2, "seqlen": 16, "lr": 1e-3, **changes}
+    changes = {"steps": 3, "batch_size": 2, "seqlen": 16, "lr": 1e-3, "data": "builtin", **changes}
     return recipe.override(**{f"training.{key}": value for key, value in changes.items()})

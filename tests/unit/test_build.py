@@ -77,6 +77,27 @@ def test_build_info_is_one_line_that_says_why_there_is_no_cuda():
     assert re.search(r"w2a4\._cuda: (not loaded \(.+\)|CUDA kernels)", ops.build_info())
 
 
+def test_wheel_and_source_archive_carry_the_data(tmp_path):
+    """What the package reads beside its modules: the recipes and the general text."""
+    data = {
+        "w2a4/evaluate/text/general.jsonl.bz2",
+        "w2a4/evaluate/text/README.md",
+        "w2a4/recipe/w2a4kv4.yaml",
+    }
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "*.so", "triton_kernels")
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=ignored)
+    for command in (["build_py", "-d", str(tmp_path / "lib")], ["egg_info", "-e", str(tmp_path)]):
+        run = subprocess.run(
+            [sys.executable, "setup.py", "-q", *command], cwd=source, capture_output=True, text=True,
+            env=os.environ | {"W2A4_BUILD_EXT": "0"},
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    assert all((tmp_path / "lib" / name).is_file() for name in data)
+    listed = (tmp_path / "w2a4.egg-info/SOURCES.txt").read_text().splitlines()
+    assert data <= set(listed)
+
+
 def test_a_source_tree_that_is_not_installed_is_usable(tmp_path):
     """As after `build_ext --inplace`: the package has no metadata, and Triton kernels lie elsewhere."""
     for folder in ("w2a4", "kernels"):

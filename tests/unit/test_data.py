@@ -1,6 +1,8 @@
 """Texts, windows, and every way a text can be wrong."""
 
+import bz2
 import json
+import re
 import sys
 
 import pytest
@@ -35,6 +37,59 @@ def test_builtin_text_is_cut_in_two_disjoint_parts():
     assert len(evaluation) > 5 * 16 * 2048
 
 
+def test_general_text_is_packaged_and_its_parts_share_nothing():
+    calibration, evaluation = (
+        data.load_text("general", "calibration"),
+        data.load_text("general", "evaluation"),
+    )
+    # 128 windows of 2048 tokens of SmolLM2, which reads 4.2 characters a token here, and 22 to evaluate.
+    assert len(calibration) > 4.2 * 128 * 2048 and len(evaluation) > 4.2 * 22 * 2048
+    assert data.GENERAL.stat().st_size <= 400_000
+
+    def shingles(text):
+        words = re.findall(r"\w+", text.lower())
+        return {tuple(words[i : i + 12]) for i in range(len(words) - 11)}
+
+    assert not shingles(calibration) & shingles(evaluation)
+    records = [json.loads(line) for line in bz2.decompress(data.GENERAL.read_bytes()).splitlines()]
+    found = {part: [r for r in records if r["part"] == part] for part in ("calibration", "evaluation")}
+    ordered = [sorted(part, key=lambda record: record["position"]) for part in found.values()]
+    assert [data.SEPARATOR.join(r["text"] for r in part) for part in ordered] == [calibration, evaluation]
+    sources = [{record["source"] for record in part} for part in ordered]
+    assert not sources[0] & sources[1]
+    books = [
+        {source.split(":")[0] for source in part if source.startswith("standardebooks")} for part in sources
+    ]
+    assert len(books[0]) > 10 and len(books[1]) > 3 and not books[0] & books[1]
+
+
+def test_every_source_of_the_general_text_has_a_licence_in_its_readme():
+    readme = data.GENERAL.with_name("README.md").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in bz2.decompress(data.GENERAL.read_bytes()).splitlines()]
+    repositories = {record["source"].split(":")[0] for record in records}
+    for repository in repositories:
+        owner, name = repository.split("/")
+        if owner == "standardebooks":
+            title = name.partition("_")[2].replace("-", " ")
+            assert title in readme.lower().replace(".", ""), repository
+        else:
+            assert f"[{repository}]" in readme
+    for part, unit in (("calibration", "402 excerpts"), ("evaluation", "The 70 of")):
+        count = sum(record["part"] == part for record in records)
+        assert str(count) in unit and unit in readme
+
+
+def test_a_prefix_of_the_general_text_is_a_fair_sample():
+    records = [json.loads(line) for line in bz2.decompress(data.GENERAL.read_bytes()).splitlines()]
+    fitted = sorted((r for r in records if r["part"] == "calibration"), key=lambda r: r["position"])
+
+    def share(of, start):
+        return sum(record["source"].startswith(start) for record in of) / len(of)
+
+    for start in ("standardebooks/", "factbook/", "LukeSmithxyz/"):
+        assert share(fitted[:100], start) == pytest.approx(share(fitted, start), abs=0.03)
+
+
 def test_load_text_of_each_kind(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\u2028three", encoding="utf-8")
     assert data.load_text(tmp_path / "a.txt", "evaluation") == "one\ntwo\u2028three"
@@ -44,6 +99,7 @@ def test_load_text_of_each_kind(tmp_path):
     assert data.load_text(["one", "two"], "evaluation") == "one\n\ntwo"
     assert data.load_text("builtin", "calibration") == data.builtin_text()[0]
     assert data.load_text("builtin", "evaluation") == data.builtin_text()[1]
+    assert data.load_text("general", "evaluation") == data.general_text()[1]
 
 
 def test_parquet(tmp_path):
@@ -90,6 +146,27 @@ def test_bad_text_files_are_named(tmp_path, name, content, message):
 def test_empty_documents():
     with pytest.raises(CalibrationError, match="2 calibration documents given are empty"):
         data.load_text(["", " "], "calibration")
+
+
+def test_a_text_that_repeats_itself_is_refused_for_fitting(tmp_path):
+    line = "the quick brown fox jumps over the lazy dog"
+    repeated, few = "\n".join([line] * 100), "\n".join([line] * 55)
+    (tmp_path / "lines.txt").write_text(repeated)
+    with pytest.raises(
+        CalibrationError, match="'lines.txt' repeats itself: only 9 of its 889 runs of 12 words"
+    ):
+        data.load_text(tmp_path / "lines.txt", "calibration")
+    with pytest.raises(CalibrationError, match="'100 calibration documents' repeats .*or 'general'"):
+        data.load_text([line] * 100, "calibration")
+    assert data.load_text([line] * 100, "evaluation")  # whoever measures on it knows what is in it
+    assert data.load_text([few], "calibration") == few  # 495 words
+    for new, refused in ((60, True), (160, False)):  # 8 % and 16 % of the runs say something new
+        text = " ".join([*map(str, range(new)), *(["again"] * (1000 - new))])
+        if refused:
+            with pytest.raises(CalibrationError, match=rf"only {new + 1} of its 989"):
+                data.load_text([text], "calibration")
+        else:
+            assert data.load_text([text], "calibration") == text
 
 
 def test_describe_text_holds_no_directory(tmp_path):
@@ -220,7 +297,7 @@ def test_data_sets_need_a_package(monkeypatch):
 def test_tokens_that_only_the_tokenizer_knows_are_refused(tokenizer, tmp_path):
     """One that was added to the tokenizer and not to the model's embeddings, wherever a text goes in."""
     tokenizer.add_tokens(["<|new|>"])
-    text = ["the <|new|> fox " * 200]
+    text = ["the <|new|> fox " * 160]
     new = tokenizer.convert_tokens_to_ids("<|new|>")
     model = tiny_llama(
         dtype=torch.float32, vocab_size=new, hidden_size=64, intermediate_size=128, head_dim=16

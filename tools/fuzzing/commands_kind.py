@@ -36,7 +36,8 @@ VALUES = (*NUMBERS, "null", "none", "auto", "search", "true", "2001-99-99", "200
           "learned", "16", "8")  # fmt: skip
 FILES: dict[str, bytes] = {
     "empty.txt": b"", "spaces.txt": b" \n\n", "latin.txt": b"caf\xe9 " * 100, "nul.txt": b"\0" * 500,
-    "short.txt": b"abc", "good.txt": b"some words to read. " * 200, "half.jsonl": b'{"text": "a\\ud800b"}\n',
+    "short.txt": b"abc", "half.jsonl": b'{"text": "a\\ud800b"}\n',
+    "good.txt": b" ".join(b"some words to read %d." % number for number in range(200)),
     "deep.jsonl": b"[" * 100000, "list.jsonl": b"[1]\n", "long.jsonl": b'{"text": ' + b"9" * 5000 + b"}",
     "none.jsonl": b'{"text": null}\n', "bad.parquet": b"PAR1", "x.csv": b"a,b\n",
     "r.yaml": b"weight_bits: 4\n",

@@ -44,7 +44,7 @@ def make(folder: Path) -> None:
     if (folder / "ready.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    (folder / "text.txt").write_text(" ".join(f"Fox {n} jumps over the lazy dog." for n in range(80)))
     tiny().save_pretrained(folder / "fp")
     tokenizer().save_pretrained(folder / "fp")
     ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(1))

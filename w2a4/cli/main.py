@@ -114,7 +114,9 @@ def quantize(
 @options.settings
 @options.calib
 @click.option(
-    "--data", metavar="FILE|builtin|self", help="Text to train on: overrides the recipe's training.data."
+    "--data",
+    metavar="FILE|general|builtin|self",
+    help="Text to train on: overrides the recipe's training.data.",
 )
 @click.option(
     "--minutes",

@@ -89,10 +89,10 @@ settings = click.option(
 )
 calib = click.option(
     "--calib",
-    default="builtin",
+    default="general",
     show_default=True,
-    metavar="FILE|builtin",
-    help="Calibration text: .txt, .jsonl, .parquet, or hub:NAME[,CONFIG][:SPLIT].",
+    metavar="FILE|general|builtin",
+    help="Calibration text: a packaged one, .txt, .jsonl, .parquet, or hub:NAME[,CONFIG][:SPLIT].",
 )
 
 

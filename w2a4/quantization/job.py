@@ -17,6 +17,7 @@ from .. import arch
 from ..errors import RotationError, W2A4Error
 from ..evaluate.data import TextSource, calibration_ids
 from ..evaluate.report import Report, source_name, versions
+from ..evaluate.text_checks import warn_of_unknown_text
 from ..format.directories import atomic_directory, check_out_dir
 from ..format.grid import Uniform
 from ..format.linear import W8Embedding, W8Linear, _PackedModule
@@ -114,7 +115,7 @@ def rotate_by_recipe(
     model: nn.Module,
     tokenizer: Any,
     recipe: Recipe,
-    calibration: TextSource | Tensor = "builtin",
+    calibration: TextSource | Tensor = "general",
     progress: bool = True,
     resume: str | Path | None = None,
 ) -> nn.Module:
@@ -122,6 +123,7 @@ def rotate_by_recipe(
 
     Args: as for `quantize`; learning keeps its state in `resume` too.
     """
+    warn_of_unknown_text(model, tokenizer, calibration)
     rotation = recipe.rotation
     with tempfile.TemporaryDirectory() as temporary:
         if rotation.to_learn:
@@ -142,7 +144,7 @@ def quantize(
     model: nn.Module,
     tokenizer: Any,
     recipe: Recipe | str = "w2a4kv4",
-    calibration: TextSource | Tensor = "builtin",
+    calibration: TextSource | Tensor = "general",
     progress: bool = True,
     resume: str | Path | None = None,
     refine: Refine | None = None,
@@ -156,7 +158,7 @@ def quantize(
         model: of a family in `arch`, float, unrotated or fresh from `rotate`.
         tokenizer: for the calibration text.
         recipe: a `Recipe`, the name of one, or a YAML file.
-        calibration: `builtin`, a text file, a list of documents, or token ids `[samples, tokens]`.
+        calibration: `general`, `builtin`, a text file, a list of documents, or token ids `[samples, tokens]`.
         progress: show a bar.
         resume: a directory that receives every finished layer; if it holds some of the same
             quantisation, interrupted, go on behind them. Yours to remove when the model is saved.

@@ -39,7 +39,7 @@ class Training:
         weight_decay: of the latent weights.
         max_grad_norm: gradients are scaled down to this norm.
         gradient_checkpointing: recompute layers in the backward pass: less memory, a third more time.
-        data: `builtin`, a text file, `hub:NAME`, or `self`: the teacher's own continuations.
+        data: `general`, `builtin`, a text file, `hub:NAME`, or `self`: the teacher's own continuations.
         minutes: stop (with the schedule's end) when this much time is over; 0 is no limit.
     """
 
@@ -62,7 +62,7 @@ class Training:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = True
-    data: str = "builtin"
+    data: str = "general"
     minutes: float = 0.0
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ def prepare(
     model: nn.Module,
     tokenizer: Any,
     recipe: Recipe | str = "w2a4kv4",
-    calibration: TextSource | Tensor = "builtin",
+    calibration: TextSource | Tensor = "general",
     progress: bool = True,
     resume: str | Path | None = None,
 ) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import TrainingError
 from ..evaluate.data import TextSource, check_known, token_stream
+from ..evaluate.text_checks import warn_of_unknown_text
 from ..format.files import read_text, write_json
 from ..ops.devices import peak_memory_mb
 from ..quantization import job as pipeline
@@ -40,7 +41,7 @@ def train(
     tokenizer: Any,
     recipe: Recipe | str,
     work: str | Path,
-    calibration: TextSource = "builtin",
+    calibration: TextSource = "general",
     progress: bool = True,
     device: torch.device | None = None,
     score: Callable[..., dict[str, Any]] | None = None,
@@ -160,6 +161,8 @@ def _set_up(
     stream = check_known(token_stream(tokenizer, text)[0], model.config.vocab_size)
     if not own:
         data.recipe_windows(recipe, stream)  # a text that is too short is refused before the claim
+    if not own and training.data != calibration:  # `prepare` looks at the calibration text
+        warn_of_unknown_text(model, tokenizer, training.data)
     _claim(work, recipe, stream, model)
     if own:
         tokens = training.steps * training.batch_size * training.seqlen

@@ -91,7 +91,7 @@ def learn_rotation(
     model: nn.Module,
     tokenizer: Any,
     recipe: Recipe | str,
-    calibration: TextSource | Tensor = "builtin",
+    calibration: TextSource | Tensor = "general",
     out: str | Path = "rotation.safetensors",
     progress: bool = True,
     resume: bool = True,
@@ -106,8 +106,8 @@ def learn_rotation(
         tokenizer: for the calibration text.
         recipe: a `Recipe`, the name of one, or a YAML file. Learns those of R1 and R2 that it sets to
             `learned`, or both if it sets neither; `rotation_learning` has the settings.
-        calibration: `builtin`, a text file, a list of documents, or token ids int64 `[samples, tokens]`,
-            cut to `seqlen`.
+        calibration: `general`, `builtin`, a text file, a list of documents, or token ids int64
+            `[samples, tokens]`, cut to `seqlen`.
         out: `.safetensors`; gets `R1` float32 `[hidden, hidden]` and `R2.<layer>` `[head_dim, head_dim]`,
             with the report as metadata. The report as `.json` and, with matplotlib, a plot as `.png` are
             written beside it. A file that the same call wrote before is not learned again.
