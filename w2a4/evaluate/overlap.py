@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from . import quality
-from .data import TextSource, describe_text, load_text, source_of
-from .perplexity import EVALUATION_TEXTS
+from .data import PACKAGED, TextSource, describe_text, load_text, source_of
 
 #: Words in a row that two texts hardly have in common by chance.
 SHINGLE = 12
@@ -65,7 +64,7 @@ def warn_of_known(texts: Sequence[TextSource], fitted_on: Mapping[str, str]) -> 
         fitted_on: see `Report.fitted_on`.
     """
     packaged = {use: quality.origin(line) for use, line in fitted_on.items()}
-    warn_of_overlap(texts, {use: name for use, name in packaged.items() if name in EVALUATION_TEXTS})
+    warn_of_overlap(texts, {use: name for use, name in packaged.items() if name in PACKAGED})
     for source in texts:
         if describe_text(source, load_text(source, "evaluation")) in fitted_on.values():
             warnings.warn(
