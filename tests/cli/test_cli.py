@@ -159,6 +159,8 @@ def test_info(plain, quantized, tmp_path):
     assert summary["bytes"]["total"] < summary["disk_bytes"]
     for part in ("bits a weight", "codes", "levels", "scales", "R4 hadamard", "source: tiny", "q_proj"):
         assert part in result.stdout
+    assert summary["evaluation"] == quantized[1]["evaluation"]
+    assert w2a4.evaluate.quality.number(summary["evaluation"]["ratios"][0]["ratio"]) in result.stdout
     assert "not quantised" in succeed("info", plain).stdout
 
 

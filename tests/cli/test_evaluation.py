@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 
+import w2a4
 from support.commands import FEW_STEPS, SMALL, fail, run, succeed
 from support.tiny_models import tiny_tokenizer
 from w2a4.cli.evaluation import chosen_texts
@@ -54,6 +55,28 @@ def test_texts_are_measured_beside_full_precision(plain, quantized, texts, tmp_p
     ]  # the fixture calibrated on builtin
     assert "builtin, in domain" in shown and "fox.txt, in domain" not in shown
     assert quality.ONE_TEXT not in shown and "--reference" not in shown
+
+
+def test_a_checkpoint_with_a_report_of_one_text_as_dicts_is_read_and_saved_again(quantized, tmp_path):
+    """As an earlier version wrote it."""
+    old = shutil.copytree(quantized[0], tmp_path / "old")
+    stored = json.loads((old / "report.json").read_text())
+    keep = ("perplexity", "seqlen", "windows", "tokens", "bos", "text")
+    stored["evaluation"] = {
+        key: {name: stored["evaluation"][key][0][name] for name in keep} for key in ("before", "after")
+    }
+    (old / "report.json").write_text(json.dumps(stored))
+    shown = succeed("info", old).stdout
+    for result in stored["evaluation"].values():
+        assert quality.number(result["perplexity"]) in shown
+    w2a4.save(*w2a4.load_model(old), tmp_path / "again")
+    evaluation = json.loads((tmp_path / "again" / "report.json").read_text())["evaluation"]
+    assert evaluation["before"] == [stored["evaluation"]["before"]]
+    assert evaluation["after"] == [stored["evaluation"]["after"] | {"in_domain": True}]
+    assert (
+        evaluation["ratios"][0]["ratio"] > 0
+        and "| builtin, in domain" in (tmp_path / "again" / "README.md").read_text()
+    )
 
 
 def test_one_text_is_measured_and_said_to_be_one(quantized, texts, tmp_path):

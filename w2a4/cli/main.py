@@ -319,13 +319,16 @@ def chat(
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @options.json_file
 def info(directory: Path, json_file: Path | None) -> None:
-    """Show a checkpoint's bits a weight, bytes by part, rotations and provenance."""
+    """Show a checkpoint's bits a weight, bytes by part, rotations, provenance and what was measured of it."""
     from ..evaluate import report
 
     summary = report.checkpoint_summary(directory)
     click.echo(report.summary_text(summary))
     if summary["quantized"] and (directory / "report.json").is_file():
-        click.echo("\n" + report.layers_table(report.Report.from_json(directory / "report.json")))
+        made = report.Report.from_json(directory / "report.json")
+        click.echo(f"\n{report.layers_table(made)}\n")
+        evaluation.show(made)
+        summary["evaluation"] = made.evaluation
     options.write_result(json_file, summary)
 
 
