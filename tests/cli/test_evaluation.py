@@ -49,10 +49,7 @@ def test_texts_are_measured_beside_full_precision(plain, quantized, texts, tmp_p
         assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
         for part in (made["perplexity"], full["perplexity"], ratio["ratio"]):
             assert quality.number(part) in shown
-    assert [text["in_domain"] for text in found["texts"]] == [
-        False,
-        True,
-    ]  # the fixture calibrated on builtin
+    assert [text["in_domain"] for text in found["texts"]] == [False, True]  # calibrated on builtin
     assert "builtin, in domain" in shown and "fox.txt, in domain" not in shown
     assert quality.ONE_TEXT not in shown and "--reference" not in shown
 
@@ -73,10 +70,8 @@ def test_a_checkpoint_with_a_report_of_one_text_as_dicts_is_read_and_saved_again
     evaluation = json.loads((tmp_path / "again" / "report.json").read_text())["evaluation"]
     assert evaluation["before"] == [stored["evaluation"]["before"]]
     assert evaluation["after"] == [stored["evaluation"]["after"] | {"in_domain": True}]
-    assert (
-        evaluation["ratios"][0]["ratio"] > 0
-        and "| builtin, in domain" in (tmp_path / "again" / "README.md").read_text()
-    )
+    assert evaluation["ratios"][0]["ratio"] > 0
+    assert "| builtin, in domain" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_one_text_is_measured_and_said_to_be_one(quantized, texts, tmp_path):
