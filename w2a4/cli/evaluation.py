@@ -55,13 +55,14 @@ def evaluate_command(
     json_file: Path | None,
 ) -> None:
     """Perplexity of MODEL or DIR on texts, with an interval, and its ratio to full precision."""
-    from ..evaluate import overlap, perplexity, quality, report
+    from ..evaluate import data, overlap, perplexity, quality, report
 
     chosen = chosen_texts(texts)
     for source in (model, reference):
         if source is not None:
             sources.check_source(source)
-    overlap.warn_of_overlap(chosen, {})  # reports a missing file before the model is loaded
+    for text in chosen:
+        data.load_text(text, "evaluation")  # reports a missing file before the model is loaded
     measure = functools.partial(perplexity.evaluate, texts=chosen, seqlen=seqlen, windows=windows)
     loaded, tokenizer = options.load_model(model, dtype, device)
     if reference is not None:
