@@ -35,9 +35,12 @@ from benchmarks.experiments.shape_report import shapes
 from benchmarks.files import write_json
 from benchmarks.harness import metadata
 from w2a4.cli.options import parse_settings
-from w2a4.evaluate.perplexity import perplexity
-from w2a4.evaluate.report import number
+from w2a4.evaluate import quality
+from w2a4.evaluate.overlap import warn_of_overlap
+from w2a4.evaluate.perplexity import evaluate
+from w2a4.evaluate.quality import number
 from w2a4.ops.devices import pick_device
+from w2a4.train.data import fitted_texts
 from w2a4.train.run import train
 
 
@@ -65,10 +68,12 @@ def measure(grid: Grid, row: Row, seed: int, device: torch.device, threads: int)
             else:
                 w2a4.quantize(model, tokenizer, recipe, grid.calibration, progress=False)
     making = time.perf_counter() - started
-    score = perplexity(model, tokenizer, grid.text, seqlen=grid.seqlen, windows=grid.windows, progress=False)
+    made = getattr(model, "w2a4_report", None)
+    found = evaluate(model, tokenizer, grid.text, seqlen=grid.seqlen, windows=grid.windows, progress=False)
+    found = quality.marked(found, made.fitted_on if made is not None else {})
     return {
-        "row": row.name, "seed": seed, "key": row.key(grid, seed), "perplexity": score["perplexity"],
-        "text": w2a4.evaluate.report.protocol(score), "losses": losses, "seconds": making,
+        "row": row.name, "seed": seed, "key": row.key(grid, seed),
+        "evaluation": dict(zip(grid.text, found, strict=True)), "losses": losses, "seconds": making,
     }  # fmt: skip
 
 
@@ -99,7 +104,8 @@ def run(grid: Grid, path: Path | None, workers: int, device: torch.device) -> di
                 cell = future.result()
                 cells.append(cell | {"commit": result["meta"]["commit"]})
                 bar.update()
-                bar.set_postfix_str(f"{cell['row']} {number(cell['perplexity'])}")
+                figures = (number(found["perplexity"]) for found in cell["evaluation"].values())
+                bar.set_postfix_str(f"{cell['row']} {', '.join(figures)}")
                 if path is not None:
                     write_json(path, result)
         except BaseException:
@@ -128,31 +134,61 @@ def _command() -> str:
     return " ".join(["python -m benchmarks.experiments.accuracy", *sys.argv[1:]])
 
 
+def check_overlap(grid: Grid) -> None:
+    """Warn of evaluation texts that share content with what rows are fitted on; before the work."""
+    fitted: dict[str, str] = {"calibration": grid.calibration}
+    for row in grid.rows:
+        text = fitted_texts(row.recipe, grid.calibration).get("training") if row.train else None
+        if text not in (None, *fitted.values()):
+            fitted[f"training ({row.name})"] = text
+    warn_of_overlap(grid.text, fitted)
+
+
 def summarise(result: dict[str, Any], grid: Grid) -> list[dict[str, Any]]:
-    """A row a recipe: perplexities by seed, their ratios to full precision, mean and standard deviation."""
+    """A row a text and recipe: perplexities by seed, their ratios to full precision, and how far these go.
+
+    Of the ratios there are mean and standard deviation over seeds, and `low` and `high`, the
+    `quality.interval` of their mean over the windows that both were measured on.
+    """
     found = {(cell["row"], cell["seed"]): cell for cell in result["cells"]}
     rows = []
-    for row in grid.rows:
-        values = [found[row.name, seed]["perplexity"] for seed in grid.seeds]
-        full = [found[FULL_PRECISION, seed]["perplexity"] for seed in grid.seeds]
-        ratios = [value / base for value, base in zip(values, full, strict=True)]
-        rows.append({
-            "row": row.name, "perplexity": values, "ratio": ratios, "mean": statistics.fmean(ratios),
-            "spread": _spread(ratios),
-            "seconds": statistics.fmean(found[row.name, seed]["seconds"] for seed in grid.seeds),
-        })  # fmt: skip
+    for text in grid.text:
+        for row in grid.rows:
+            cells = [found[row.name, seed]["evaluation"][text] for seed in grid.seeds]
+            full = [found[FULL_PRECISION, seed]["evaluation"][text] for seed in grid.seeds]
+            pairs = list(zip(cells, full, strict=True))
+            ratios = [cell["perplexity"] / base["perplexity"] for cell, base in pairs]
+            low, high = quality.interval(
+                [[a - b for a, b in zip(cell["losses"], base["losses"], strict=True)] for cell, base in pairs]
+            )
+            rows.append({
+                "text": text, "row": row.name, "in_domain": any(cell["in_domain"] for cell in cells),
+                "perplexity": [cell["perplexity"] for cell in cells], "ratio": ratios,
+                "mean": statistics.fmean(ratios), "spread": _spread(ratios), "low": low, "high": high,
+                "seconds": statistics.fmean(found[row.name, seed]["seconds"] for seed in grid.seeds),
+            })  # fmt: skip
     return rows
 
 
-def judge(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Does it hold? Of two rows, the mean gap at equal seeds must be more than its spread over seeds."""
-    by_name = {row["row"]: row for row in rows}
+def judge(claim: Claim, rows: list[dict[str, Any]], text: str) -> dict[str, Any]:
+    """Does it hold on a text?
+
+    Of two rows, the mean gap at equal seeds must be more than its spread over seeds.
+    """
+    by_name = {row["row"]: row for row in rows if row["text"] == text}
     left = by_name[claim.left]["ratio"]
     right = [claim.limit] * len(left) if claim.limit is not None else by_name[claim.right]["ratio"]
     gaps = [b - a for a, b in zip(left, right, strict=True)]
     gap, spread = statistics.fmean(gaps), _spread(gaps)
     holds = gap >= 0 if claim.limit is not None else gap > spread
-    return {"claim": str(claim), "holds": holds, "gap": gap, "spread": spread}
+    return {"claim": str(claim), "text": text, "holds": holds, "gap": gap, "spread": spread}
+
+
+def judge_all(grid: Grid, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every claim on the text that it names, or on each of the grid's."""
+    return [
+        judge(claim, rows, text) for claim in grid.claims for text in grid.text if claim.text in (None, text)
+    ]
 
 
 def _spread(values: list[float]) -> float:
@@ -163,24 +199,28 @@ def _spread(values: list[float]) -> float:
 def report(result: dict[str, Any], grid: Grid) -> str:
     """The tables for people."""
     lines = [
-        (row["row"], *(number(value) for value in row["perplexity"]), f"{row['mean']:.3f}",
-         f"{row['spread']:.3f}", f"{row['seconds']:.0f}")
+        (row["text"] + (", in domain" if row["in_domain"] else ""), row["row"],
+         *(number(value) for value in row["perplexity"]), f"{row['mean']:.3f}", f"{row['spread']:.3f}",
+         quality.between(row), f"{row['seconds']:.0f}")
         for row in result["summary"]
     ]  # fmt: skip
-    head = ("row", *(f"seed {seed}" for seed in grid.seeds), "ratio", "spread", "s")
-    text = tabulate(lines, head, disable_numparse=True, colalign=("left", *["right"] * (len(head) - 1)))
-    text += f"\nPerplexity on {result['cells'][0]['text']}; ratio to full precision: mean over seeds.\n"
+    head = ("text", "row", *(f"seed {seed}" for seed in grid.seeds), "ratio", "spread", "ratio, 95 %", "s")
+    align = ("left", "left", *["right"] * (len(head) - 2))
+    text = tabulate(lines, head, disable_numparse=True, colalign=align) + "\n"
+    for found in result["cells"][0]["evaluation"].values():
+        text += f"Perplexity on {quality.protocol(found)}.\n"
+    text += "Ratio to full precision: mean and standard deviation over seeds; 95 %: of resampled windows.\n"
+    if len(grid.text) == 1:
+        text += f"{quality.ONE_TEXT}\n"
     if result["claims"]:
         claims = [
-            (
-                claim["claim"],
-                f"{claim['gap']:.3f}",
-                f"{claim['spread']:.3f}",
-                "yes" if claim["holds"] else "NO",
-            )
+            (claim["claim"], claim["text"], f"{claim['gap']:.3f}", f"{claim['spread']:.3f}",
+             "yes" if claim["holds"] else "NO")
             for claim in result["claims"]
-        ]
-        text += "\n" + tabulate(claims, ("claim", "gap", "spread", "holds"), disable_numparse=True) + "\n"
+        ]  # fmt: skip
+        text += (
+            "\n" + tabulate(claims, ("claim", "on", "gap", "spread", "holds"), disable_numparse=True) + "\n"
+        )
     return text
 
 
@@ -205,9 +245,10 @@ def main(
     try:
         grid = Grid.load(source).pick(rows and rows.split(","), seeds and seeds.split(","))
         grid = grid.override(model, parse_settings(settings))
+        check_overlap(grid)
         result = run(grid, path, workers, pick_device(device))
         result["summary"] = summarise(result, grid)
-        result["claims"] = [judge(claim, result["summary"]) for claim in grid.claims]
+        result["claims"] = judge_all(grid, result["summary"])
         if plots is not None:
             result["shapes"] = shapes(*load(grid, grid.seeds[0]))
     except w2a4.W2A4Error as error:

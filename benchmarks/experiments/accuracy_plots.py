@@ -46,7 +46,11 @@ def _ratios(figure, result: dict[str, Any]) -> None:
     rows = result["summary"][::-1]
     axes = figure.subplots()
     axes.barh(
-        [row["row"] for row in rows], [row["mean"] - 1 for row in rows], left=1, color="tab:blue", alpha=0.6
+        [f"{row['row']} ({row['text']})" for row in rows],
+        [row["mean"] - 1 for row in rows],
+        left=1,
+        color="tab:blue",
+        alpha=0.6,
     )
     for place, row in enumerate(rows):
         axes.plot(row["ratio"], [place] * len(row["ratio"]), "k.", markersize=4)

@@ -3,13 +3,14 @@
 model: testbed                  # or a directory or .gguf file
 outliers: {factor: 16.0}        # planted in the testbed: arguments of `plant_outliers`
 seeds: [0, 1, 2]                # of the testbed, its outliers, rotations and the order of the text
+text: [general, builtin]        # what is evaluated on: one source or several; this is the default
 seqlen: 256                     # of the evaluation's windows
-windows: 128
+windows: 128                    # at most, of each text
 set: {calib_samples: 32}        # recipe keys of every row
 rows:
   rcp: {recipe: w2a4kv4-rcp-quick, train: true, set: {training.steps: 200}}
   gptq: {recipe: w2a4kv4}
-claims: ["rcp < gptq", "rcp <= 1.5"]   # of ratios to full precision
+claims: ["rcp < gptq", "rcp <= 1.5 on general"]   # of ratios to full precision; on all texts if none is named
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import yaml
 
 import w2a4
 from w2a4 import Recipe
+from w2a4.evaluate.perplexity import EVALUATION_TEXTS
 
 #: The row that others are compared with; every grid has it.
 FULL_PRECISION = "full precision"
@@ -34,7 +36,7 @@ FULL_PRECISION = "full precision"
 GRIDS = Path(__file__).parent / "grids"
 
 #: Cells of earlier runs do not count when this changes.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -61,26 +63,36 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """`left < right` of two rows, or `left <= limit`."""
+    """`left < right` of two rows, or `left <= limit`; `on text`, or on every text of the grid."""
 
     left: str
     right: str | None = None
     limit: float | None = None
+    text: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.left} < {self.right}" if self.limit is None else f"{self.left} <= {self.limit:g}"
+        claim = f"{self.left} < {self.right}" if self.limit is None else f"{self.left} <= {self.limit:g}"
+        return claim if self.text is None else f"{claim} on {self.text}"
 
     @classmethod
-    def parse(cls, text: str, rows: Sequence[str]) -> Claim:
-        match = re.fullmatch(r"\s*(.+?)\s*(<=?)\s*(.+?)\s*", str(text))
+    def parse(cls, text: str, rows: Sequence[str], sources: Sequence[str]) -> Claim:
+        match = re.fullmatch(r"\s*(.+?)\s*(<=?)\s*(.+?)(?:\s+on\s+(\S+))?\s*", str(text))
         if match is None:
-            raise w2a4.RecipeError(f"claim {text!r}: give 'row < row' or 'row <= number'")
-        left, sign, right = match.groups()
+            raise w2a4.RecipeError(
+                f"claim {text!r}: give 'row < row' or 'row <= number', and 'on TEXT' if need be"
+            )
+        left, sign, right, source = match.groups()
+        if source not in (None, *sources):
+            raise w2a4.RecipeError(
+                f"claim {text!r}: there is no text {source!r}; texts of the grid: {', '.join(sources)}"
+            )
         for name in (left, *([right] if sign == "<" else [])):
             if name not in rows:
                 raise w2a4.RecipeError(f"claim {text!r}: there is no row {name!r}; rows: {', '.join(rows)}")
         try:
-            return cls(left, right) if sign == "<" else cls(left, limit=float(right))
+            return (
+                cls(left, right, text=source) if sign == "<" else cls(left, limit=float(right), text=source)
+            )
         except ValueError:
             raise w2a4.RecipeError(f"claim {text!r}: {right!r} is not a number") from None
 
@@ -94,7 +106,7 @@ class Grid:
     claims: tuple[Claim, ...] = ()
     model: str = "testbed"
     calibration: str = "builtin"
-    text: str = "builtin"
+    text: tuple[str, ...] = EVALUATION_TEXTS
     seeds: tuple[int, ...] = (0,)
     seqlen: int = 2048
     windows: int | None = None
@@ -125,7 +137,14 @@ class Grid:
     def _parse(cls, name: str, content: dict[str, Any]) -> Grid:
         shared, given = content.pop("set", {}), content.pop("rows")
         rows = (Row(FULL_PRECISION), *(_parse_row(key, value or {}, shared) for key, value in given.items()))
-        claims = [Claim.parse(text, [row.name for row in rows]) for text in content.pop("claims", [])]
+        texts = content.pop("text", EVALUATION_TEXTS)
+        texts = tuple(map(str, texts if isinstance(texts, (list, tuple)) else [texts]))
+        if not texts or len(set(texts)) < len(texts):
+            raise w2a4.RecipeError(
+                f"grid {name!r}: text is {list(texts)}; give at least one source, each once"
+            )
+        names = [row.name for row in rows]
+        claims = [Claim.parse(text, names, texts) for text in content.pop("claims", [])]
         known = {field.name for field in dataclasses.fields(cls)}
         for key in content:
             if key not in known - {"name"}:
@@ -133,7 +152,7 @@ class Grid:
                     f"grid {name!r}: unknown key {key!r}; known: {', '.join(sorted(known))}, set"
                 )
         content["seeds"] = tuple(content.get("seeds", (0,)))
-        return cls(name=name, rows=rows, claims=tuple(claims), **content)
+        return cls(name=name, rows=rows, claims=tuple(claims), text=texts, **content)
 
     def pick(self, rows: Sequence[str] | None, seeds: Sequence[str] | None) -> Grid:
         """Only these rows and seeds, and the claims on them; None is all."""

@@ -19,6 +19,6 @@ def quantized(plain, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     result = succeed(
         "quantize", plain, "--out", out / "q", "--recipe", "w2a4kv4", *SMALL, "--set", "gptq_damp=5e-2",
-        "--eval", "builtin", "--eval-windows", 1, "--json", out / "q.json",
+        "--calib", "builtin", "--eval", "builtin", "--eval-windows", 1, "--json", out / "q.json",
     )  # fmt: skip
     return out / "q", json.loads((out / "q.json").read_text()), result

@@ -1,5 +1,6 @@
 """benchmarks.experiments.accuracy: grids are read, cells measured once, claims judged."""
 
+import functools
 import json
 
 import pytest
@@ -12,6 +13,8 @@ from benchmarks.experiments.grid import FULL_PRECISION, GRIDS, Claim, Grid
 from benchmarks.experiments.shape_report import BINS, shapes
 from benchmarks.experiments.testbed import byte_tokenizer
 from support.tiny_models import tiny_llama
+from w2a4.evaluate import quality
+from w2a4.evaluate.perplexity import EVALUATION_TEXTS
 
 ROWS = """
 rows:
@@ -50,37 +53,76 @@ def grid(model, tmp_path):
 
 def test_a_grid_is_measured_and_gone_on_with(grid, tmp_path):
     path = tmp_path / "out.json"
-    arguments = ["--grid", grid("claims: [rtn <= 1000, trained <= 0.001]"), "--json", str(path)]
+    arguments = ["--grid", grid("claims: [rtn <= 1000, trained <= 0.001 on builtin]"), "--json", str(path)]
     run = CliRunner().invoke(accuracy.main, [*arguments, "--workers", "1"])
     assert run.exit_code == 1, run.output  # the second claim cannot hold
     result = json.loads(path.read_text())
     assert [(cell["row"], cell["seed"]) for cell in result["cells"]] == [
         (row, seed) for row in (FULL_PRECISION, "rtn", "trained") for seed in (0, 1)
     ]
-    assert [claim["holds"] for claim in result["claims"]] == [True, False]
+    # A claim that names no text has to hold on each.
+    assert [(claim["claim"], claim["text"], claim["holds"]) for claim in result["claims"]] == [
+        ("rtn <= 1000", "general", True), ("rtn <= 1000", "builtin", True),
+        ("trained <= 0.001 on builtin", "builtin", False),
+    ]  # fmt: skip
     assert len(result["cells"][-1]["losses"]) == 2 and result["cells"][0]["losses"] is None
     assert result["meta"]["commit"] == result["cells"][0]["commit"]
-    perplexities = [cell["perplexity"] for cell in result["cells"]]
+    for summed in result["summary"]:
+        # Calibrated on builtin, and trained on general.
+        fitted = {FULL_PRECISION: [], "rtn": ["builtin"], "trained": ["builtin", "general"]}
+        assert summed["in_domain"] == (summed["text"] in fitted[summed["row"]])
+        assert summed["low"] <= summed["mean"] <= summed["high"] or summed["row"] == FULL_PRECISION
+    rows = [(summed["text"], summed["row"]) for summed in result["summary"]]
+    assert rows == [(text, row) for text in EVALUATION_TEXTS for row in (FULL_PRECISION, "rtn", "trained")]
+    for cell in result["cells"]:
+        assert {text: len(found["losses"]) for text, found in cell["evaluation"].items()} == dict.fromkeys(
+            EVALUATION_TEXTS, 4
+        )
+    perplexities = [cell["evaluation"]["general"]["perplexity"] for cell in result["cells"]]
     assert perplexities[0] == perplexities[1]  # of one model; the seeds of the others differ
     assert len(set(perplexities)) == 5
-    for row in ("full precision", "rtn", "trained"):
-        assert row in run.output
+    for part in ("full precision", "rtn", "trained", "Perplexity on general, ", "Perplexity on builtin "):
+        assert part in run.output
 
     for cell in result["cells"]:
-        cell["perplexity"] *= 2  # kept cells are not measured again
+        cell["evaluation"]["general"]["perplexity"] *= 2  # kept cells are not measured again
     path.write_text(json.dumps({"cells": result["cells"][:-1]}))
     again = CliRunner().invoke(
         accuracy.main, [*arguments, "--rows", "trained", "--seeds", "1", "--workers", "1"]
     )
     cells = json.loads(path.read_text())["cells"]
     assert [cell["row"] for cell in cells] == [FULL_PRECISION, "trained"] and again.exit_code == 1
-    assert cells[0]["perplexity"] == 2 * perplexities[1] and cells[1]["perplexity"] == perplexities[5]
+    kept, measured = (cell["evaluation"]["general"]["perplexity"] for cell in cells)
+    assert kept == 2 * perplexities[1] and measured == perplexities[5]
+
+
+def test_a_grid_of_one_text_says_so_and_warns_of_what_was_trained_on(grid, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word {number}" for number in range(4000)))
+    settings = SETTINGS.replace("set: {", f"text: {text}\nset: {{training.data: {text}, ")
+    with pytest.warns(
+        UserWarning, match=r"100.0% of the evaluation text 'text.txt' .* training \(trained\) text"
+    ):
+        run = CliRunner().invoke(
+            accuracy.main,
+            ["--grid", grid("", settings=settings), "--rows", "trained", "--seeds", "0", "--workers", "1"],
+        )
+    assert run.exit_code == 0 and quality.ONE_TEXT in run.output
+    assert f"{text}, in domain" in run.output
 
 
 @pytest.mark.parametrize(
     "more, rows, said",
     [
         ("claims: [rtn < other]", ROWS, "there is no row 'other'"),
+        (
+            "claims: [rtn < trained on nothing]",
+            ROWS,
+            "there is no text 'nothing'; texts of the grid: general",
+        ),
+        ("text: []", ROWS, "text is []; give"),
+        ("text: [builtin, builtin]", ROWS, "text is ['builtin', 'builtin']; give"),
+        ("text: nothing.txt", ROWS, "text file 'nothing.txt' does not exist"),
         ("claims: [rtn = 2]", ROWS, "give 'row < row'"),
         ("claims: [rtn <= much]", ROWS, "'much' is not a number"),
         ("speed: 3", ROWS, "unknown key 'speed'"),
@@ -120,18 +162,22 @@ def test_grids_of_the_repository_are_read(name):
 
 def test_claims_need_more_than_the_spread_at_equal_seeds():
     rows = [
-        {"row": "a", "ratio": [1.0, 1.5, 2.0]},
-        {"row": "b", "ratio": [1.1, 1.62, 2.08]},  # a little more at every seed
-        {"row": "c", "ratio": [1.4, 1.2, 2.2]},  # more on average
+        {"text": "t", "row": "a", "ratio": [1.0, 1.5, 2.0]},
+        {"text": "t", "row": "b", "ratio": [1.1, 1.62, 2.08]},  # a little more at every seed
+        {"text": "t", "row": "c", "ratio": [1.4, 1.2, 2.2]},  # more on average
+        {"text": "other", "row": "a", "ratio": [9.0, 9.0, 9.0]},
+        {"text": "other", "row": "b", "ratio": [1.0, 1.0, 1.0]},
     ]
-    judged = accuracy.judge(Claim("a", "b"), rows)
+    judge = functools.partial(accuracy.judge, rows=rows, text="t")
+    assert not accuracy.judge(Claim("a", "b"), rows, "other")["holds"]
+    judged = judge(Claim("a", "b"))
     assert judged["claim"] == "a < b" and judged["holds"]
     assert judged["gap"] == pytest.approx(0.1) and judged["spread"] == pytest.approx(0.02)
-    assert not accuracy.judge(Claim("a", "c"), rows)["holds"]
-    assert not accuracy.judge(Claim("b", "a"), rows)["holds"]
-    limited = accuracy.judge(Claim("a", limit=1.5), rows)
+    assert not judge(Claim("a", "c"))["holds"]
+    assert not judge(Claim("b", "a"))["holds"]
+    limited = judge(Claim("a", limit=1.5))
     assert limited["claim"] == "a <= 1.5" and limited["holds"] and limited["gap"] == pytest.approx(0)
-    assert not accuracy.judge(Claim("a", limit=1.4), rows)["holds"]
+    assert not judge(Claim("a", limit=1.4))["holds"]
 
 
 def test_shapes_are_relative_to_the_root_mean_square():
@@ -159,7 +205,7 @@ def test_plots(tmp_path):
     from benchmarks.experiments.accuracy_plots import plot
 
     cells = [{"row": "a", "seed": s, "losses": [3.0, 2.0, 1.0]} for s in (0, 1)]
-    summary = [{"row": "a", "mean": 1.5, "ratio": [1.4, 1.6]}]
+    summary = [{"text": "builtin", "row": "a", "mean": 1.5, "ratio": [1.4, 1.6]}]
     shape = {"weights": [0.5] * BINS, "activations": [0.5] * BINS, "kurtosis": {"q_proj": [3.0, 4.0]}}
     result = {"cells": cells, "summary": summary, "shapes": {"before": shape, "after": shape, "reach": 8.0}}
     names = ["perplexity", "losses", "histograms", "kurtosis"]

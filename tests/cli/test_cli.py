@@ -64,10 +64,10 @@ def test_quantize_writes_a_whole_checkpoint(plain, quantized):
     stored = json.loads((out / "report.json").read_text())
     assert stored["source"] == "tiny" and len(stored["layers"]) == 2 * 7
     assert stored["evaluation"] == result["evaluation"]
-    measured = result["evaluation"]["after"]
+    (measured,) = result["evaluation"]["after"]
     assert (measured["windows"], measured["seqlen"], measured["bos"]) == (1, 2048, True)
     assert result["summary"]["bits_per_weight"]["linears"] > 2
-    for part in ("bits a weight", "perplexity before", "perplexity after", "down_proj", f"written to {out}"):
+    for part in ("bits a weight", "full precision", "this checkpoint", "down_proj", f"written to {out}"):
         assert part in shown.stdout
     card = (out / "README.md").read_text()
     assert "| full precision" in card and str(plain.parent) not in card
@@ -99,20 +99,22 @@ def test_quantized_model_loads_with_plain_transformers(quantized):
 
 def test_eval_of_packed_and_plain(plain, quantized, tmp_path):
     out, made, _ = quantized
-    found = {}
     for name, model in (("before", plain), ("after", out)):
-        result = succeed("eval", model, "--windows", 1, "--json", tmp_path / "e.json")
-        found[name] = json.loads((tmp_path / "e.json").read_text())
+        given = ("--text", "builtin", "--windows", 1)
+        result = succeed("eval", model, *given, "--json", tmp_path / "e.json")
+        (found,) = json.loads((tmp_path / "e.json").read_text())["texts"]
         assert "1 windows of 2048 (2048 tokens), BOS once" in result.stdout
-        assert found[name]["perplexity"] == pytest.approx(made["evaluation"][name]["perplexity"], rel=1e-5)
-        assert {"perplexity", "seqlen", "windows", "tokens", "bos"} <= set(found[name])
+        assert found["perplexity"] == pytest.approx(made["evaluation"][name][0]["perplexity"], rel=1e-5)
+        assert {"perplexity", "seqlen", "windows", "tokens", "bos"} <= set(found)
     (tmp_path / "a.txt").write_text("Some words to measure. " * 9)
     succeed("eval", out, "--text", tmp_path / "a.txt", "--seqlen", 32, "--json", tmp_path / "e.json")
-    assert json.loads((tmp_path / "e.json").read_text())["text"].startswith("a.txt, ")
+    assert json.loads((tmp_path / "e.json").read_text())["texts"][0]["text"].startswith("a.txt, ")
 
 
 def test_dtype_of_eval(plain):
-    result = succeed("eval", plain, "--windows", 1, "--seqlen", 16, "--dtype", "bfloat16")
+    result = succeed(
+        "eval", plain, "--text", "builtin", "--windows", 1, "--seqlen", 16, "--dtype", "bfloat16"
+    )
     assert "perplexity" in result.stdout
 
 
@@ -157,6 +159,8 @@ def test_info(plain, quantized, tmp_path):
     assert summary["bytes"]["total"] < summary["disk_bytes"]
     for part in ("bits a weight", "codes", "levels", "scales", "R4 hadamard", "source: tiny", "q_proj"):
         assert part in result.stdout
+    assert summary["evaluation"] == quantized[1]["evaluation"]
+    assert w2a4.evaluate.quality.number(summary["evaluation"]["ratios"][0]["ratio"]) in result.stdout
     assert "not quantised" in succeed("info", plain).stdout
 
 
@@ -343,24 +347,24 @@ def test_what_the_teacher_writes_stays(plain, tmp_path, monkeypatch):
 def test_train_measures_before_at_every_checkpoint_and_after(plain, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 400)
-    watched = ("--eval", text, "--eval-windows", "1", "--json", tmp_path / "t.json")
+    watched = ("--eval", text, "--eval", "builtin", "--eval-windows", "1", "--json", tmp_path / "t.json")
     train = ("train", plain, *SMALL, *FEW_STEPS, "--set", "first_token=0", *watched, "--out")
     shown = succeed(*train, tmp_path / "trained").stdout
     result = json.loads((tmp_path / "t.json").read_text())
     steps, values = zip(*result["training"]["perplexities"], strict=True)
     assert steps == (0, 1, 2)
-    after = result["evaluation"]["after"]["perplexity"]
+    before, after = ([one["perplexity"] for one in result["evaluation"][key]] for key in ("before", "after"))
     assert values[-1] == pytest.approx(after, rel=1e-3)  # the packed model is the trained one
     # But for 4-bit codes that the rounding of fused ops flips: run module by module it is the same.
     model, tokenizer = w2a4.load_model(tmp_path / "trained")
     for layer in model.model.layers:
         layer.input_layernorm.register_forward_hook(lambda *args: None)
-    unfused = evaluate.perplexity(model, tokenizer, text, windows=1)["perplexity"]
-    assert values[-1] == pytest.approx(unfused, rel=1e-4)
-    assert values[0] != values[-1] and result["evaluation"]["before"]["perplexity"] != after
-    assert (
-        "perplexity before: " in shown and f"perplexity after: {w2a4.evaluate.report.number(after)}" in shown
-    )
+    unfused = evaluate.evaluate(model, tokenizer, [text, "builtin"], windows=1)
+    assert values[-1] == pytest.approx([one["perplexity"] for one in unfused], rel=1e-4)
+    assert all(first != last for first, last in zip(values[0], values[-1], strict=True))
+    assert set(before).isdisjoint(after) and after[0] != after[1]
+    for value in (*before, *after):
+        assert w2a4.evaluate.quality.number(value) in shown
 
 
 def test_train_says_what_is_wrong(plain, tmp_path):
@@ -412,6 +416,12 @@ def test_demo(plain, tmp_path, here):
     rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["full precision", "w4a4kv4", "w2a4kv4"]
     assert rows[0]["summary"]["bits_per_weight"]["model"] == 16
+    texts = list(evaluate.EVALUATION_TEXTS)
+    for row in rows:
+        assert [w2a4.evaluate.quality.origin(one["text"]) for one in row["eval"]["texts"]] == texts
+    assert all(len(row["ratios"]) == len(texts) for row in rows[1:])
+    for text in texts:
+        assert result.stdout.count(f"\n{text}") == 3
     sizes = [row["summary"]["bytes"]["total"] for row in rows]
     assert sizes == sorted(sizes, reverse=True)
     for part in ("bits a weight", "MB on disk", "peak MB", "perplexity", "tokens/s", "trained", str(out)):

@@ -219,12 +219,17 @@ def test_reports_with_a_part_of_another_kind(quantized, tmp_path):  # noqa: F811
     directory = shutil.copytree(quantized[0], tmp_path / "copy")
     path = directory / "report.json"
     report = json.loads(path.read_text())
-    measured = report["evaluation"]["after"]
+    (measured,) = report["evaluation"]["after"]
     wrong = {
         "layers": [None, 5, "x", {}, [5], [{"a": 1}], [report["layers"][0] | {"relative_error": "x"}]],
         "recipe": [None, 5, []], "sizes": [[], {"total": "x"}], "seconds": [None, "x", True],
-        "evaluation": [5, {"after": 5}, {"after": measured | {"perplexity": "x"}}, {"before": {"seqlen": 1}}],
-        "training": [5], "versions": [None, 5], "source": [5],
+        "evaluation": [
+            5, {"after": 5}, {"after": [5]}, {"after": measured | {"perplexity": "x"}},
+            {"before": {"seqlen": 1}},
+            {"after": [measured, measured | {"low": "x"}]}, {"after": [measured | {"losses": ["x"]}]},
+            {"before": [measured | {"text": 5}]}, {"before": [measured | {"tokens_sha256": 5}]},
+        ],
+        "training": [5, {"text": 5}], "versions": [None, 5], "source": [5],
     }  # fmt: skip
     for key, values in wrong.items():
         for value in values:

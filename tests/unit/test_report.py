@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import save_file
 
 from w2a4.errors import CheckpointError
-from w2a4.evaluate import report
+from w2a4.evaluate import quality, report
 from w2a4.evaluate.report import Report
 from w2a4.ops.packing import packed_width
 from w2a4.recipe import RECIPES, Recipe
@@ -189,12 +189,45 @@ def full_report(**changes) -> Report:
     made = Report(
         recipe=RECIPES["w2a4kv4"].to_dict(), source="/home/someone/models/tiny", calibration="builtin",
         seed=3, sizes={"codes": 10**6, "levels": 10**5}, seconds=12.5, peak_memory_mb=900.0,
-        evaluation={"before": measured, "after": {**measured, "perplexity": 198.7}}, **changes,
+        **changes,
     )  # fmt: skip
+    made.add_evaluation([measured], [{**measured, "perplexity": 198.7}])
     made.add_layer("model.layers.0.self_attn.q_proj", 2, 64, 0.05)
     made.add_layer("model.layers.1.self_attn.q_proj", 2, 64, torch.tensor(0.15))
     made.add_layer("model.layers.0.mlp.down_proj", 2, 128, 0.2)
     return made
+
+
+def test_a_report_with_one_text_as_dicts_is_brought_to_lists(tmp_path):
+    """As versions before several texts wrote it, and as report.json of a checkpoint still holds it."""
+    old = full_report().to_dict()
+    old["evaluation"] = {key: old["evaluation"][key][0] for key in ("before", "after")}
+    del old["evaluation"]["after"]["in_domain"]
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    made = Report.from_json(tmp_path / "report.json")
+    assert made == full_report()
+    assert made.evaluation["ratios"] == [
+        {"text": "wiki.txt", "ratio": pytest.approx(198.7 / 23.456), "low": None, "high": None}
+    ]
+    for part in ("23.46", "198.70", "8.47", "8 windows of 2048 (16384 tokens)", quality.ONE_TEXT):
+        assert part in report.quality_of(made)
+    only = Report.from_dict(old | {"evaluation": {"before": None, "after": old["evaluation"]["after"]}})
+    assert only.evaluation["before"] == [] and "198.70" in report.quality_of(only)
+
+
+def test_texts_of_the_fit_are_marked():
+    made = full_report()
+    measured = made.evaluation["before"][0]
+    made.training = {"text": "other.txt, 9 characters, sha256 00"}
+    assert made.fitted_on == {"calibration": "builtin", "training": "other.txt, 9 characters, sha256 00"}
+    texts = ("wiki.txt", "other.txt", "builtin (pydoc_data.topics of Python 3.11.7)")
+    after = [measured | {"text": f"{text}, 9 characters, sha256 11"} for text in texts]
+    made.add_evaluation(after, after)
+    assert [result["in_domain"] for result in made.evaluation["after"]] == [False, True, True]
+    card = report.model_card(made)
+    for name in ("| wiki.txt |", "| other.txt, in domain |", "| builtin, in domain |"):
+        assert name in re.sub(" +", " ", card)
+    assert quality.ONE_TEXT not in card
 
 
 def test_report_round_trip(tmp_path):
@@ -270,11 +303,3 @@ def test_json_is_strict_and_written_whole(tmp_path, monkeypatch):
         report.write_json(file, {"a": 1})
     assert json.loads(file.read_text(encoding="utf-8"))["c"] == {"d": "ä"}
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, "-"), (23.456, "23.46"), (1912.3, "1,912"), (123456.0, "1.2e+05"), (float("inf"), "inf")],
-)
-def test_numbers(value, text):
-    assert report.number(value) == text

@@ -19,7 +19,7 @@ import transformers
 
 from ..errors import W2A4Error
 from ..evaluate import perplexity as evaluate
-from ..evaluate import report
+from ..evaluate import quality, report
 from ..format.directories import holds_working_directory
 from ..hub.sources import check_source
 from ..ops import devices
@@ -44,10 +44,11 @@ def run(out: Path, model: str | None, windows: int, seqlen: int) -> list[dict[st
     Args:
         out: directory; an earlier demo in it is replaced.
         model: instead of SmolLM2-135M-Instruct.
-        windows, seqlen: of the evaluation.
+        windows, seqlen: of the evaluation, on each of `EVALUATION_TEXTS`.
 
     Returns:
-        a row a model: its name, and the results of `info`, `eval` and `generate`.
+        a row a model: its name, the results of `info`, `eval` and `generate`, and `ratios` to full precision,
+        see `quality.ratio`, one a text.
 
     Raises:
         W2A4Error: the model is not installed, a step failed, `out` holds something else, or `generate` of
@@ -63,14 +64,16 @@ def run(out: Path, model: str | None, windows: int, seqlen: int) -> list[dict[st
     try:
         source, half = _full_precision(*loaded, model, scratch)
         del loaded
-        rows = [_measure("full precision", half, [*evaluation, "--dtype", "float32"])]
+        rows = [_measure(quality.FULL_PRECISION, half, [*evaluation, "--dtype", "float32"])]
         for name, (command, *options) in ROWS.items():
             _step(command, str(source), *options, "--out", str(out / name))
             rows.append(_measure(name, out / name, evaluation))
+            full, made = rows[0]["eval"]["texts"], rows[-1]["eval"]["texts"]
+            rows[-1]["ratios"] = quality.evaluation(full, made, {})["ratios"]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    click.echo("\n" + report.table([_row(row, rows[0]) for row in rows]))
-    click.echo(f"\nPerplexity on {report.protocol(rows[0]['eval'])}.\n")
+    click.echo("\n" + quality.table([_row(row) for row in rows]))
+    click.echo("\n" + quality.quality_text({row["name"]: row["eval"]["texts"] for row in rows}) + "\n")
     for row in rows:
         click.echo(f"{row['name']}: {PROMPT}{row['generate']['text']}\n")
     click.echo(f"Checkpoints: {', '.join(str(out / name) for name in ROWS)}")
@@ -125,17 +128,14 @@ def _step(*arguments: str) -> dict[str, Any]:
     return evaluate.measured_apart(arguments)
 
 
-def _row(row: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
+def _row(row: dict[str, Any]) -> dict[str, str]:
     bits = row["summary"]["bits_per_weight"]
-    perplexity, base = row["eval"]["perplexity"], first["eval"]["perplexity"]
     return {
         "model": row["name"],
         "bits a weight": f"{bits['linears'] or bits['model']:.2f}",
         "MB on disk": f"{row['summary']['disk_bytes'] / 1e6:.1f}",
         "peak MB, eval": f"{row['eval']['peak_memory_mb']:.0f}",
         "peak MB, generate": f"{row['generate']['peak_memory_mb']:.0f}",
-        "perplexity": report.number(perplexity),
-        "ratio": report.number(perplexity / base) if perplexity and base else "-",
         "tokens/s": f"{row['generate']['tokens_per_second']:.1f}",
     }
 

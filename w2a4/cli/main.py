@@ -7,11 +7,10 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0, 1 for an err
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import click
 from ..errors import TrainingError, W2A4Error
 from ..format import directories, files
 from ..hub import sources
-from . import options
+from . import evaluation, options
 from .group import Group
 from .verify import verify
 
@@ -70,8 +69,8 @@ def quantize(
     recipe: str,
     settings: Sequence[str],
     calib: str,
-    eval_text: str | None,
-    eval_windows: int | None,
+    eval_texts: Sequence[str],
+    eval_windows: int,
     resume: bool,
     device: str | None,
     json_file: Path | None,
@@ -85,7 +84,7 @@ def quantize(
     from ..quantization import job as pipeline
 
     data.load_text(calib, "calibration")  # reports a missing file before the model is loaded
-    score = _scorer(eval_text, eval_windows)
+    score = evaluation.scorer(eval_texts, eval_windows, {"calibration": calib})
     chosen = devices.pick_device(device)
     # Layers move to the GPU one at a time, unless a step needs the whole model there.
     whole = score is not None or parsed.rotation.to_learn
@@ -95,16 +94,16 @@ def quantize(
     made = pipeline.quantize(loaded, tokenizer, parsed, calibration=calib, resume=partial, device=chosen)
     made.source = report.source_name(model)
     if score is not None:
-        made.evaluation = {"before": before, "after": score(loaded, tokenizer)}
+        made.add_evaluation(before, score(loaded, tokenizer))
     pipeline.save(loaded, tokenizer, out)
     if partial is not None:
         shutil.rmtree(partial, ignore_errors=True)
     summary = report.checkpoint_summary(out)
     click.echo(report.summary_text(summary) + "\n")
     click.echo(report.layers_table(made) + "\n")
-    _show_evaluation(made.evaluation)
+    evaluation.show(made)
     click.echo(f"written to {out} in {made.seconds:.0f} s")
-    _write(json_file, {**made.to_dict(), "out": str(out), "summary": summary})
+    options.write_result(json_file, {**made.to_dict(), "out": str(out), "summary": summary})
 
 
 @main.command()
@@ -135,8 +134,8 @@ def train(
     calib: str,
     data: str | None,
     minutes: float | None,
-    eval_text: str | None,
-    eval_windows: int | None,
+    eval_texts: Sequence[str],
+    eval_windows: int,
     device: str | None,
     json_file: Path | None,
 ) -> None:
@@ -157,11 +156,11 @@ def train(
     from ..ops import devices
     from ..quantization import job as pipeline
     from ..train import distributed
-    from ..train.data import check_text
+    from ..train.data import check_text, fitted_texts
     from ..train.run import GENERATIONS, train
 
     check_text(parsed)
-    score = _scorer(eval_text, eval_windows)
+    score = evaluation.scorer(eval_texts, eval_windows, fitted_texts(parsed, calib))
     if score is not None and distributed.world() > 1:
         raise TrainingError("--eval runs in one process; measure DIR afterwards with w2a4 eval")
     chosen = devices.pick_device(device)
@@ -183,17 +182,17 @@ def train(
     made = loaded.w2a4_report
     made.source = report.source_name(model)
     if score is not None:
-        made.evaluation = {"before": before, "after": score(loaded, tokenizer)}
+        made.add_evaluation(before, score(loaded, tokenizer))
     pipeline.save(loaded, tokenizer, out)
     click.echo(report.summary_text(report.checkpoint_summary(out)) + "\n")
     click.echo(report.training_text(made.training))
-    _show_evaluation(made.evaluation)
+    evaluation.show(made)
     written = work / GENERATIONS
     if written.is_file():
         click.echo(f"the teacher's text: {written.replace(out.with_name(f'{out.name}.{GENERATIONS}'))}")
     shutil.rmtree(work, ignore_errors=True)
     click.echo(f"written to {out}")
-    _write(json_file, {**made.to_dict(), "out": str(out)})
+    options.write_result(json_file, {**made.to_dict(), "out": str(out)})
 
 
 @main.command("learn-rotation")
@@ -232,7 +231,7 @@ def learn_rotation(
     """
     sources.check_source(model)
     parsed = options.parse_recipe(recipe, settings)
-    from ..evaluate import data, report
+    from ..evaluate import data, quality
     from ..ops import devices
     from ..quantization import job as pipeline
     from ..quantization.rotation.learn import learn_rotation
@@ -241,55 +240,15 @@ def learn_rotation(
     loaded, tokenizer = pipeline.load_model(model, device=devices.pick_device(device))
     made = learn_rotation(loaded, tokenizer, parsed, calib, out, resume=resume)
     click.echo(
-        f"loss {report.number(made.before)} before, {report.number(made.after)} after {len(made.losses)} "
+        f"loss {quality.number(made.before)} before, {quality.number(made.after)} after {len(made.losses)} "
         f"steps in {made.seconds:.0f} s; max |RᵀR - I| {max(made.final.values()):.1e}; plot {made.plot}"
     )
     kinds = [f"--set rotation.r{n}=learned" for n in (1, 2) if any(k.startswith(f"R{n}") for k in made.final)]
     click.echo(f"written to {out}; use it with w2a4 quantize {' '.join(kinds)} --set rotation.learned={out}")
-    _write(json_file, {**dataclasses.asdict(made), "out": str(out)})
+    options.write_result(json_file, {**dataclasses.asdict(made), "out": str(out)})
 
 
-@main.command("eval")
-@click.argument("model")
-@click.option(
-    "--text",
-    default="builtin",
-    show_default=True,
-    metavar="FILE|builtin",
-    help=".txt, .jsonl (field text), .parquet (column text), or hub:NAME[,CONFIG][:SPLIT].",
-)
-@click.option(
-    "--seqlen",
-    type=options.count(2),
-    default=2048,
-    show_default=True,
-    metavar="N",
-    help="Tokens a window.",
-)
-@click.option("--windows", type=options.count(1), metavar="N", help="At most N windows; all if not given.")
-@options.dtype
-@options.device
-@options.json_file
-def evaluate_command(
-    model: str,
-    text: str,
-    seqlen: int,
-    windows: int | None,
-    dtype: str | None,
-    device: str | None,
-    json_file: Path | None,
-) -> None:
-    """Perplexity of MODEL or DIR on a text."""
-    from ..evaluate import data, report
-    from ..evaluate import perplexity as evaluate
-
-    sources.check_source(model)
-    data.load_text(text, "evaluation")
-    loaded, tokenizer = _load(model, dtype, device)
-    result = evaluate.perplexity(loaded, tokenizer, text, seqlen, windows)
-    click.echo(f"perplexity {report.number(result['perplexity'])}, {report.protocol(result)}")
-    click.echo(f"{result['tokens_per_second']:.0f} tokens/s, peak memory {result['peak_memory_mb']:.0f} MB")
-    _write(json_file, result)
+main.add_command(evaluation.evaluate_command)
 
 
 @main.command()
@@ -314,7 +273,7 @@ def generate(
     from ..runtime import engine
 
     chosen = engine.Sampling(**sampling) if sampling else None
-    loaded, tokenizer = _load(model, dtype, device)
+    loaded, tokenizer = options.load_model(model, dtype, device)
     click.echo(prompt, nl=False)
     result = evaluate.generation_speed(
         loaded, tokenizer, prompt, max_new_tokens, _streamer(tokenizer), chosen
@@ -324,7 +283,7 @@ def generate(
         f"peak memory {result['peak_memory_mb']:.0f} MB",
         err=True,
     )
-    _write(json_file, result)
+    options.write_result(json_file, result)
 
 
 @main.command()
@@ -347,27 +306,30 @@ def chat(
     from ..runtime import engine
 
     chosen = engine.Sampling(**sampling) if sampling else None
-    loaded, tokenizer = _load(model, dtype, device)
+    loaded, tokenizer = options.load_model(model, dtype, device)
     messages: list[dict[str, str]] = []
     for line in _lines():
         messages.append({"role": "user", "content": line})
         answer = evaluate.reply(loaded, tokenizer, messages, max_new_tokens, _streamer(tokenizer), chosen)
         messages.append({"role": "assistant", "content": answer})
-    _write(json_file, {"messages": messages})
+    options.write_result(json_file, {"messages": messages})
 
 
 @main.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @options.json_file
 def info(directory: Path, json_file: Path | None) -> None:
-    """Show a checkpoint's bits a weight, bytes by part, rotations and provenance."""
+    """Show a checkpoint's bits a weight, bytes by part, rotations, provenance and what was measured of it."""
     from ..evaluate import report
 
     summary = report.checkpoint_summary(directory)
     click.echo(report.summary_text(summary))
     if summary["quantized"] and (directory / "report.json").is_file():
-        click.echo("\n" + report.layers_table(report.Report.from_json(directory / "report.json")))
-    _write(json_file, summary)
+        made = report.Report.from_json(directory / "report.json")
+        click.echo(f"\n{report.layers_table(made)}\n")
+        evaluation.show(made)
+        summary["evaluation"] = made.evaluation
+    options.write_result(json_file, summary)
 
 
 main.add_command(verify)
@@ -384,14 +346,7 @@ main.add_command(verify)
     help="For the checkpoints.",
 )
 @click.option("--model", metavar="MODEL", help="Instead of SmolLM2-135M-Instruct.")
-@click.option(
-    "--windows",
-    type=options.count(1),
-    default=8,
-    show_default=True,
-    metavar="N",
-    help="Evaluation windows.",
-)
+@options.windows
 @click.option(
     "--seqlen",
     type=options.count(2),
@@ -412,39 +367,11 @@ def demo(
     from . import demo as steps
 
     _refuse_existing(out, "or replace an earlier demo with --overwrite", filled=overwrite)
-    _write(json_file, {"rows": steps.run(out, model, windows, seqlen)})
+    options.write_result(json_file, {"rows": steps.run(out, model, windows, seqlen)})
 
 
 def _refuse_existing(out: Path, advice: str = "or remove it first", filled: bool = False) -> None:
     directories.check_out_dir(out, f"give another --out, {advice}", filled)
-
-
-def _scorer(text: str | None, windows: int | None) -> Callable[..., dict[str, Any]] | None:
-    """A function that measures a model and tokenizer on the text of `--eval`; None without one."""
-    if text is None:
-        return None
-    from ..evaluate import data
-    from ..evaluate import perplexity as evaluate
-
-    data.load_text(text, "evaluation")  # reports a missing file before the model is loaded
-    return functools.partial(evaluate.perplexity, text=text, windows=windows)
-
-
-def _show_evaluation(measured: dict[str, Any] | None) -> None:
-    from ..evaluate import report
-
-    for when, result in (measured or {}).items():
-        click.echo(f"perplexity {when}: {report.number(result['perplexity'])}, {report.protocol(result)}")
-
-
-def _load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
-    import torch
-
-    from ..ops import devices
-    from ..quantization import job as pipeline
-
-    where = devices.pick_device(device)
-    return pipeline.load_model(model, getattr(torch, dtype) if dtype else "auto", where)
 
 
 def _streamer(tokenizer: Any) -> Any:
@@ -471,13 +398,6 @@ def _lines() -> Iterator[str]:
             return
         if line:
             yield line
-
-
-def _write(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        from ..format.files import write_json
-
-        write_json(path, result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import click
 import yaml
 
 from ..errors import RecipeError
-from ..format.files import try_file
+from ..format.files import try_file, write_json
 from ..recipe import RECIPES, Recipe, parse_yaml
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -96,16 +96,30 @@ calib = click.option(
 )
 
 
+DEFAULT_TEXTS = "By default two kinds of text that the package has."
+
 _EVALUATION = (
-    click.option("--eval", "eval_text", metavar="FILE|builtin", help="Measure perplexity before and after."),
     click.option(
-        "--eval-windows", type=count(1), metavar="N", help="Evaluate at most N windows of 2048 tokens."
+        "--eval", "eval_texts", multiple=True, is_flag=False, flag_value="", metavar="[FILE|general|builtin]",
+        help=f"Measure perplexity before and after; repeatable, as --text of `w2a4 eval`. {DEFAULT_TEXTS}",
     ),
+    click.option(
+        "--eval-windows", type=count(1), default=8, show_default=True, metavar="N",
+        help="Evaluate at most N windows of 2048 tokens of each text.",
+    ),
+)  # fmt: skip
+windows = click.option(
+    "--windows",
+    type=count(1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="At most N windows of each text.",
 )
 
 
 def evaluation(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that reach the command as `eval_text` and `eval_windows`."""
+    """Options that reach the command as `eval_texts` and `eval_windows`."""
     return _EVALUATION[0](_EVALUATION[1](command))
 
 
@@ -147,6 +161,23 @@ def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_SAMPLING):
         run = option(run)
     return run
+
+
+def load_model(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer, as `--dtype` and `--device` say."""
+    import torch
+
+    from ..ops import devices
+    from ..quantization import job as pipeline
+
+    where = devices.pick_device(device)
+    return pipeline.load_model(model, getattr(torch, dtype) if dtype else "auto", where)
+
+
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """Write what `--json` asks for, if it does."""
+    if path is not None:
+        write_json(path, result)
 
 
 def parse_recipe(name: str, settings: Sequence[str]) -> Recipe:

@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity by one protocol, and speed of generation.
+"""What a model is worth: perplexity by one protocol on several texts, and speed of generation.
 
 Both take any causal language model of transformers, packed or plain. `measured_apart` runs a command
 of the command line in a process of its own, so that its peak memory is that of the work alone.
@@ -6,6 +6,7 @@ of the command line in a process of its own, so that its peak memory is that of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -21,11 +22,16 @@ from torch import Tensor
 from ..errors import CalibrationError, W2A4Error
 from ..ops.devices import peak_memory_mb
 from ..runtime.engine import Engine, Sampling, inference
-from . import data
+from . import data, quality
 
 #: Positions whose logits exist at one time; 256 x 49,152 in float32 are 50 MB.
 LOGITS_CHUNK = 256
 
+#: What is evaluated on where nobody names texts: of two kinds, since a figure on one may flatter.
+EVALUATION_TEXTS: tuple[data.TextSource, ...] = ("general", "builtin")
+
+#: `ids -> (start, stop -> logits of those positions)`.
+LogitsOf = Callable[[Tensor], Callable[[int, int], Tensor]]
 
 #: Runs the package that is running here, not a folder of that name in the working directory.
 _CHILD = f"""import sys
@@ -44,46 +50,99 @@ def perplexity(
     windows: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Perplexity of a text, tokenised once, with BOS once if the tokenizer has one, in windows side by side.
+    """Perplexity of one text; `evaluate` has the arguments, what is returned, and the errors.
+
+    A figure on one text may flatter: `evaluate` measures several.
+    """
+    return evaluate(model, tokenizer, [text], seqlen, windows, progress)[0]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[data.TextSource] = EVALUATION_TEXTS,
+    seqlen: int = 2048,
+    windows: int | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Perplexities of texts, each tokenised once, with BOS once if the tokenizer has one, in windows.
 
     `exp` of the mean float32 cross-entropy over the `seqlen - 1` predictions of every window; the tail that
     fills no window is dropped. A model with a 4-bit KV cache quantises keys and values here too.
 
     Args:
-        text: `builtin`, a .txt, .jsonl or .parquet file, or a list of documents.
-        windows: at most so many, from the start; None is all of them.
+        texts: sources of `data.load_text`: its evaluation part of a text that the package has, a file, a data
+            set of the hub, a list of documents.
+        windows: at most so many of each text, from the start; None is all of them.
         progress: show a bar on stderr.
 
     Returns:
-        perplexity, seqlen, windows, tokens (in the windows), bos, text, seconds, tokens_per_second,
+        for each text perplexity, low and high (95 % bootstrap interval over windows, see
+        `quality.interval`), losses (mean cross-entropy of each window, nats a token), seqlen, windows,
+        tokens (in the windows), tokens_sha256 (of their ids), bos, text, seconds, tokens_per_second,
         peak_memory_mb.
 
     Raises:
-        CalibrationError: the text is missing, empty, or shorter than one window.
+        CalibrationError: no text, or one that is missing, empty, or shorter than one window.
     """
     if windows is not None and windows < 1:
         raise CalibrationError(f"windows={windows}: give a number >= 1, or none for all")
-    content = data.load_text(text, "evaluation")
-    ids = data.check_known(data.windows(tokenizer, content, seqlen)[:windows], model.config.vocab_size)
-    start = time.perf_counter()
-    total = 0.0
+    if isinstance(texts, (str, Path)) or not texts:
+        raise CalibrationError(f"texts={texts!r}: give a list of at least one source, as ['builtin']")
+    prepared = []
+    for source in texts:
+        content = data.load_text(source, "evaluation")
+        ids = data.windows(tokenizer, content, seqlen)[:windows]
+        prepared.append((data.check_known(ids, model.config.vocab_size), data.describe_text(source, content)))
     with inference(model):
-        logits_of = _logits_function(model, ids[:1])
-        for window in _progress(ids, "perplexity", progress):
-            total += _cross_entropy_sum(logits_of, window[None].to(model.device))
+        logits_of = _logits_function(model, prepared[0][0][:1])
+        found = [_measure(model.device, logits_of, ids, text, progress) for ids, text in prepared]
+    return [{**result, "bos": tokenizer.bos_token_id is not None} for result in found]
+
+
+def _measure(
+    device: torch.device, logits_of: LogitsOf, ids: Tensor, text: str, progress: bool
+) -> dict[str, Any]:
+    """What `evaluate` returns of the windows int64 `[windows, seqlen]`, but for `bos`."""
+    start = time.perf_counter()
+    predictions = ids.shape[1] - 1
+    losses = [
+        _cross_entropy_sum(logits_of, window[None].to(device)) / predictions
+        for window in _progress(ids, f"perplexity on {quality.origin(text)}", progress)
+    ]
     seconds = time.perf_counter() - start
-    mean = total / (len(ids) * (seqlen - 1))
+    low, high = quality.interval([losses])
     return {
-        "perplexity": torch.tensor(mean, dtype=torch.float64).exp().item(),
-        "seqlen": seqlen,
+        "perplexity": torch.tensor(losses, dtype=torch.float64).mean().exp().item(),
+        "low": low,
+        "high": high,
+        "losses": losses,
+        "seqlen": ids.shape[1],
         "windows": len(ids),
         "tokens": ids.numel(),
-        "bos": tokenizer.bos_token_id is not None,
-        "text": data.describe_text(text, content),
+        "tokens_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12],
+        "text": text,
         "seconds": seconds,
         "tokens_per_second": ids.numel() / seconds,
-        "peak_memory_mb": peak_memory_mb(model.device),
+        "peak_memory_mb": peak_memory_mb(device),
     }
+
+
+def check_same_tokens(tokenizer: Any, other: Any, texts: Sequence[data.TextSource]) -> None:
+    """Two models are compared by the token, so their tokenizers have to cut the texts alike.
+
+    Raises:
+        CalibrationError: they do not.
+    """
+    for source in texts:
+        content = data.load_text(source, "evaluation")
+        mine, theirs = (data.token_stream(each, content)[0] for each in (tokenizer, other))
+        if not torch.equal(mine, theirs):
+            raise CalibrationError(
+                f"the tokenizers of the two models cut the text {data.source_of(source)!r} into other tokens "
+                f"({len(mine)} and {len(theirs)}), so a perplexity of one says nothing of the other; give "
+                "the full-precision model that the checkpoint was made of"
+            )
 
 
 def generation_speed(
@@ -176,8 +235,8 @@ def measured_apart(arguments: Sequence[str]) -> dict[str, Any]:
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def _logits_function(model: Any, sample: Tensor) -> Callable[[Tensor], Callable[[int, int], Tensor]]:
-    """`ids -> (start, stop -> logits of those positions)`, the head applied to few positions at a time.
+def _logits_function(model: Any, sample: Tensor) -> LogitsOf:
+    """The head applied to few positions at a time.
 
     Models that do more to their logits than a linear head (soft caps, scaling) are found out by a short
     trial and run whole.
@@ -200,7 +259,7 @@ def _logits_function(model: Any, sample: Tensor) -> Callable[[Tensor], Callable[
     return in_parts if same else whole
 
 
-def _cross_entropy_sum(logits_of: Callable[[Tensor], Callable[[int, int], Tensor]], ids: Tensor) -> float:
+def _cross_entropy_sum(logits_of: LogitsOf, ids: Tensor) -> float:
     """Sum of the float32 cross-entropies of the `seqlen - 1` predictions of one window `[1, seqlen]`."""
     logits = logits_of(ids)
     predictions = ids.shape[1] - 1

@@ -12,7 +12,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from ..format.manifest import is_replacement, read_manifest
 from ..ops.packing import packed_width
 from ..recipe import Recipe
 from ..version import VERSION
+from . import quality
+from .quality import table
 
 #: Bytes of a checkpoint by part, in the order tables print them.
 PARTS = {
@@ -69,8 +71,8 @@ class Report:
         seconds: wall-clock time of quantising.
         peak_memory_mb: of the process that quantised, see `peak_memory_mb`.
         versions: of the software used.
-        evaluation: what was measured, `{"before": …, "after": …}` with the dicts that
-            `evaluate.perplexity` returns, or None.
+        evaluation: what was measured, see `quality.evaluation`, or None. A report of an earlier version has
+            one dict where there is a list now, and is brought to this form.
         training: what `w2a4 train` did: steps, tokens, losses, learning rates; or None.
     """
 
@@ -88,6 +90,19 @@ class Report:
 
     def __post_init__(self) -> None:
         self.source = source_name(self.source)
+        found = [(self.evaluation or {}).get(key) for key in ("before", "after")]
+        if any(isinstance(measured, Mapping) for measured in found):
+            self.add_evaluation(*([measured] if measured else [] for measured in found))
+
+    @property
+    def fitted_on(self) -> dict[str, str]:
+        """Lines of `data.describe_text` by what the text was for: `calibration`, `training`."""
+        texts = {"calibration": self.calibration, "training": (self.training or {}).get("text")}
+        return {use: text for use, text in texts.items() if text}
+
+    def add_evaluation(self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
+        """Record what `perplexity.evaluate` returned of full precision and of the checkpoint."""
+        self.evaluation = quality.evaluation(before, after, self.fitted_on)
 
     def add_layer(self, name: str, bits: int, group_size: int, relative_error: float) -> None:
         """Record one quantised linear; the error is of its output, relative, mean over tokens."""
@@ -155,13 +170,28 @@ def _check_kinds(data: Any) -> None:
             check(f"layers[{i}].{key}", layer.get(key), kind)
     for key, value in data.get("sizes", {}).items():
         check(f"sizes.{key}", value, int)
+    check("training.text", (data.get("training") or {}).get("text"), str | None)
+    evaluation = data.get("evaluation") or {}
     for key in ("before", "after"):
-        measured = (data.get("evaluation") or {}).get(key)
-        check(f"evaluation.{key}", measured, Mapping | None)
-        if measured:
-            check(f"evaluation.{key}.perplexity", measured.get("perplexity"), int | float | None)
-            for part in ("windows", "seqlen", "tokens"):
-                check(f"evaluation.{key}.{part}", measured.get(part), int)
+        measured = evaluation.get(key)
+        check(f"evaluation.{key}", measured, Mapping | list | None)  # a list since several texts are measured
+        listed = measured if isinstance(measured, list) else [measured] if measured else []
+        for i, result in enumerate(listed):
+            _check_measured(f"evaluation.{key}[{i}]", result, check)
+
+
+def _check_measured(name: str, result: Any, check: Callable[[str, Any, Any], None]) -> None:
+    """`_check_kinds` of one text."""
+    check(name, result, Mapping)
+    for part in ("perplexity", "low", "high"):
+        check(f"{name}.{part}", result.get(part), int | float | None)
+    for part in ("windows", "seqlen", "tokens"):
+        check(f"{name}.{part}", result.get(part), int)
+    for part in ("text", "tokens_sha256"):
+        check(f"{name}.{part}", result.get(part), str | None)
+    check(f"{name}.losses", result.get("losses"), list | None)
+    for i, loss in enumerate(result.get("losses") or []):
+        check(f"{name}.losses[{i}]", loss, int | float | None)
 
 
 def training_text(training: Mapping[str, Any]) -> str:
@@ -329,18 +359,6 @@ def _size(config: Mapping[str, Any], key: str) -> int | None:
 # Tables and the model card
 
 
-def table(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
-    """Rows as a table, keys of the first row as its head; None is a dash."""
-    from tabulate import tabulate
-
-    head = list(rows[0]) if rows else []
-    style = "github" if markdown else "simple"
-    return tabulate(
-        [[row.get(key) for key in head] for row in rows], head, tablefmt=style, missingval="-",
-        disable_numparse=True, colalign=["left", *["right"] * (len(head) - 1)] if head else None,
-    )  # fmt: skip
-
-
 def bytes_table(summary: Mapping[str, Any], markdown: bool = False) -> str:
     """Bytes by part of a `checkpoint_summary` (or of `Report.sizes` under the key `bytes`)."""
     size = summary["bytes"]
@@ -367,6 +385,14 @@ def layers_table(report: Report, markdown: bool = False) -> str:
             "worst": f"{max(errors):.2%}",
         })  # fmt: skip
     return table(rows, markdown)
+
+
+def quality_of(report: Report, markdown: bool = False) -> str:
+    """The table of the report's `evaluation`; empty if nothing was measured."""
+    found = report.evaluation or {}
+    labels = {"before": quality.FULL_PRECISION, "after": quality.CHECKPOINT}
+    models = {label: found[key] for key, label in labels.items() if found.get(key)}
+    return quality.quality_text(models, markdown) if models else ""
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
@@ -419,7 +445,7 @@ def model_card(report: Report) -> str:
         f"## Recipe\n\nRotations: {_rotations(report.recipe)}.\n"
         f"Calibration: {report.calibration or 'none'}.\n\n"
         f"```yaml\n{yaml.safe_dump(report.recipe, sort_keys=False)}```",
-        f"## Quality\n\n{_quality(report)}",
+        f"## Quality\n\n{quality_of(report, markdown=True) or _UNMEASURED}",
     ]
     if report.sizes:
         sections.append(f"## Size\n\n{bytes_table({'bytes': report.sizes}, markdown=True)}")
@@ -436,6 +462,8 @@ def model_card(report: Report) -> str:
     sections.append(_limitations(recipe))
     return "\n\n".join(sections) + "\n"
 
+
+_UNMEASURED = "Perplexity was not measured when this checkpoint was made: run `w2a4 eval PATH`."
 
 _CARD_USE = """## Use
 
@@ -455,18 +483,6 @@ def _rotations(recipe: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.upper()} {rotation.get(name, 'none')}" for name in ("r1", "r2", "r3", "r4"))
 
 
-def _quality(report: Report) -> str:
-    evaluation = report.evaluation or {}
-    last = evaluation.get("after") or evaluation.get("before")
-    if not last:
-        return "Perplexity was not measured when this checkpoint was made: run `w2a4 eval PATH`."
-    rows = []
-    for key, label in {"before": "full precision", "after": "this checkpoint"}.items():
-        if measured := evaluation.get(key):
-            rows.append({"model": label, "perplexity": number(measured["perplexity"])})
-    return f"{table(rows, markdown=True)}\n\nPerplexity on {protocol(last)}."
-
-
 def _limitations(recipe: Mapping[str, Any]) -> str:
     points = ["Only LLaMA-shaped models; there are no GPU kernels yet, the kernels run on CPUs."]
     if recipe["weight_bits"] == 2:
@@ -474,19 +490,3 @@ def _limitations(recipe: Mapping[str, Any]) -> str:
     if recipe["act_bits"] == 4:
         points.append("Activations are quantised at run time, so outputs differ from the base model's.")
     return "## Limitations\n\n" + "\n".join(f"- {point}" for point in points)
-
-
-def protocol(measured: Mapping[str, Any]) -> str:
-    """What stands beside every perplexity: text, seqlen, windows, tokens, BOS."""
-    text = f"{measured['text']}: " if measured.get("text") else ""
-    return (
-        f"{text}{measured['windows']} windows of {measured['seqlen']} ({measured['tokens']} tokens), "
-        f"BOS {'once at the start' if measured.get('bos') else 'none'}"
-    )
-
-
-def number(value: float | None) -> str:
-    """Short form of a perplexity or ratio: `23.41`, `1,912`, `1.2e+05`, `-` for what was not measured."""
-    if value is None or not math.isfinite(value):
-        return "-" if value is None else str(value)
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e5 else f"{value:.1e}"

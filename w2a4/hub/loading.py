@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import CheckpointError, W2A4Error
 from .consistency import PREFIXES, check_directory, check_sizes
+from .sources import is_gguf
 
 #: Buffers that old checkpoints hold and models compute for themselves.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(masked_bias|attn\.bias)$")
@@ -42,9 +43,31 @@ def load_pretrained(source: str | Path, dtype: torch.dtype | str) -> tuple[nn.Mo
     except W2A4Error:
         raise
     except Exception as error:  # of the hub, of pickles that hold more than tensors, of many tokenizers
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot load {str(source)!r}: {first}") from error
+        raise CheckpointError(f"cannot load {str(source)!r}: {_reason(error)}") from error
     return model.eval(), tokenizer
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a directory, hub id or .gguf file, without its model.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(source)
+    where = {"pretrained_model_name_or_path": source}
+    if is_gguf(source):
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        return AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # of the hub and of many tokenizers
+        raise CheckpointError(f"cannot load the tokenizer of {str(source)!r}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _all_prefixed(names: Any) -> bool:

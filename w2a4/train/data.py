@@ -74,6 +74,15 @@ def check_text(recipe: Recipe) -> None:
         data.load_text(recipe.training.data, "calibration")
 
 
+def fitted_texts(recipe: Recipe, calibration: data.TextSource) -> dict[str, data.TextSource]:
+    """The texts that a run reads, by what they are for, each once."""
+    texts: dict[str, data.TextSource] = {"calibration": calibration}
+    training = recipe.training
+    if training.route == "end_to_end" and training.data not in ("self", calibration):
+        texts["training"] = training.data
+    return texts
+
+
 def load_text(recipe: Recipe, calibration: data.TextSource) -> str:
     """The training text, or for `training.data: self` the calibration text, which gives the prompts."""
     source = recipe.training.data

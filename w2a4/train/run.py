@@ -27,7 +27,7 @@ from .checkpoints import last_checkpoint, remove_partial, trained_state
 from .generations import write_generations
 from .prepare import check_trainable, convert, prepare, start_recipe
 from .teacher import CachedTeacher, PrefixedTeacher, write_top_k
-from .trainer import PERPLEXITY, QATTrainer, training_arguments
+from .trainer import PERPLEXITIES, QATTrainer, training_arguments
 
 #: The text that the teacher writes, in the directory of the run.
 GENERATIONS = "generations.jsonl"
@@ -44,7 +44,7 @@ def train(
     calibration: TextSource = "general",
     progress: bool = True,
     device: torch.device | None = None,
-    score: Callable[..., dict[str, Any]] | None = None,
+    score: Callable[..., list[dict[str, Any]]] | None = None,
 ) -> nn.Module:
     """Prepare, train and pack a LLaMA, in place.
 
@@ -59,13 +59,14 @@ def train(
         progress: show bars.
         device: where to train; None is the model's own. The model moves there; on the route `block` each
             layer does while it trains.
-        score: `(model, tokenizer, progress) -> {"perplexity": …}`; on the route `end_to_end` called before
-            the first step and at every checkpoint, under training's autocast. For one process.
+        score: `(model, tokenizer, progress) -> [{"perplexity": …}, …]`, one a text; on the route
+            `end_to_end` called before the first step and at every checkpoint, under training's autocast. For
+            one process.
 
     Returns:
         the same model, packed; `model.w2a4_report.training` has losses, tokens and minutes, and with `score`
-        `perplexities`, pairs of a step and the perplexity after it. The main one of several processes packs
-        the model; in the others the model is not usable any more.
+        `perplexities`, pairs of a step and the perplexities after it, one a text. The main one of several
+        processes packs the model; in the others the model is not usable any more.
 
     Raises:
         W2A4Error: as `prepare`; `TrainingError` for a loss that explodes, or a `work` of another run.
@@ -118,8 +119,10 @@ def _train_whole(
     trained = model if world == 1 else distributed.copy_to_shard(model)
     checkpoint = last_checkpoint(work / "checkpoints")
     args.eval_on_start = score is not None and checkpoint is None
-    perplexity = None if score is None else lambda: score(model, tokenizer, progress=False)["perplexity"]
-    trainer = QATTrainer(trained, teacher, training, args, perplexity, train_dataset=windows)
+    perplexities = None
+    if score is not None:
+        perplexities = lambda: [one["perplexity"] for one in score(model, tokenizer, progress=False)]  # noqa: E731
+    trainer = QATTrainer(trained, teacher, training, args, perplexities, train_dataset=windows)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     facts = _facts(trainer, described, model.device)
     if trained is not model:
@@ -144,8 +147,8 @@ def _facts(trainer: QATTrainer, described: str, device: torch.device) -> dict[st
         "text": described,
         "peak_memory_mb": peak_memory_mb(device),
     }
-    if trainer.perplexity is not None:
-        facts["perplexities"] = [(e["step"], e[PERPLEXITY]) for e in history if PERPLEXITY in e]
+    if trainer.perplexities is not None:
+        facts["perplexities"] = [(e["step"], e[PERPLEXITIES]) for e in history if PERPLEXITIES in e]
     return facts
 
 

@@ -32,7 +32,7 @@ from .optimizer import parameter_groups, rate
 from .teacher import CachedTeacher
 
 #: The name of the result of `QATTrainer.evaluate` in Trainer's history.
-PERPLEXITY = "eval_perplexity"
+PERPLEXITIES = "eval_perplexities"
 
 
 def training_arguments(
@@ -84,7 +84,8 @@ class QATTrainer(Trainer):
             `loss: cross_entropy`.
         training: see `Training`.
         args: as for Trainer; `training_arguments` makes them from a `Training`.
-        perplexity: measures the model; called when a checkpoint is written, and its time does not count.
+        perplexities: measures the model, one figure a text; called when a checkpoint is written, and its
+            time does not count.
         train_dataset: of `{"input_ids": int64 [seqlen]}`, for stored probabilities with `piece`.
     """
 
@@ -94,14 +95,14 @@ class QATTrainer(Trainer):
         teacher: nn.Module | CachedTeacher | None,
         training: Training,
         args: TrainingArguments,
-        perplexity: Callable[[], float] | None = None,
+        perplexities: Callable[[], list[float]] | None = None,
         **kwargs,
     ):
         super().__init__(model=model, args=args, data_collator=collate, **kwargs)
         if self.is_fsdp_enabled:
             distributed.exclude_packed(self.accelerator, model)
         self.model_accepts_loss_kwargs = False  # the loss is a mean; Trainer is to average accumulated ones
-        self.training, self.perplexity = training, perplexity
+        self.training, self.perplexities = training, perplexities
         self.teacher = teacher.to(self.args.device) if isinstance(teacher, nn.Module) else teacher
         self.budget = Budget(training.minutes)
         self.loss_check = LossCheck(model, training, self.args.output_dir)
@@ -112,7 +113,7 @@ class QATTrainer(Trainer):
             and isinstance(teacher, nn.Module)  # stored probabilities are read from files
             and not training.gradient_checkpointing  # it asks a generator for its state
         )
-        self.add_callback(SaveAndStop(self.budget, evaluate=perplexity is not None))
+        self.add_callback(SaveAndStop(self.budget, evaluate=perplexities is not None))
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Bar())
@@ -198,12 +199,12 @@ class QATTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = distributed.set_up_fsdp(self.accelerator.state)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The perplexity, into Trainer's history."""
-        if self.perplexity is None:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The perplexities, into Trainer's history."""
+        if self.perplexities is None:
             return super().evaluate(*args, **kwargs)
         with self.budget.paused():
-            metrics = {PERPLEXITY: self.perplexity()}
+            metrics = {PERPLEXITIES: self.perplexities()}
         self.log(metrics)
         self.control.should_evaluate = False
         return metrics

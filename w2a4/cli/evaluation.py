@@ -1,0 +1,126 @@
+"""The command `w2a4 eval`, and what `quantize` and `train` do with `--eval`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..hub import sources
+from . import options
+
+if TYPE_CHECKING:
+    from ..evaluate.data import TextSource
+    from ..evaluate.report import Report
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="FILE|general|builtin",
+    help="Repeatable: .txt, .jsonl (field text), .parquet (column text), or hub:NAME[,CONFIG][:SPLIT]. "
+    f"{options.DEFAULT_TEXTS}",
+)
+@click.option(
+    "--reference",
+    metavar="MODEL",
+    help="The full-precision model, measured after MODEL on the same windows.",
+)
+@click.option(
+    "--seqlen",
+    type=options.count(2),
+    default=2048,
+    show_default=True,
+    metavar="N",
+    help="Tokens a window.",
+)
+@options.windows
+@options.dtype
+@options.device
+@options.json_file
+def evaluate_command(
+    model: str,
+    texts: Sequence[str],
+    reference: str | None,
+    seqlen: int,
+    windows: int,
+    dtype: str | None,
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """Perplexity of MODEL or DIR on texts, with an interval, and its ratio to full precision."""
+    from ..evaluate import data, overlap, perplexity, quality, report
+
+    chosen = chosen_texts(texts)
+    for source in (model, reference):
+        if source is not None:
+            sources.check_source(source)
+    for text in chosen:
+        data.load_text(text, "evaluation")  # reports a missing file before the model is loaded
+    measure = functools.partial(perplexity.evaluate, texts=chosen, seqlen=seqlen, windows=windows)
+    loaded, tokenizer = options.load_model(model, dtype, device)
+    if reference is not None:
+        from ..hub.loading import load_tokenizer
+
+        perplexity.check_same_tokens(tokenizer, load_tokenizer(reference), chosen)
+    made: Report | None = getattr(loaded, "w2a4_report", None)
+    fitted_on = made.fitted_on if made is not None else {}
+    overlap.warn_of_known(chosen, fitted_on)
+    measured = quality.marked(measure(loaded, tokenizer), fitted_on)
+    name, seconds = report.source_name(model), sum(text["seconds"] for text in measured)
+    result: dict[str, Any] = {
+        "model": name, "texts": measured, "reference": None, "ratios": None,
+        "tokens_per_second": sum(text["tokens"] for text in measured) / seconds,
+        "peak_memory_mb": max(text["peak_memory_mb"] for text in measured),
+    }  # fmt: skip
+    models = {name: measured}
+    if reference is not None:
+        del loaded  # its memory is free for the other model
+        full = measure(*options.load_model(reference, dtype, device))
+        result["reference"] = {"model": report.source_name(reference), "texts": full}
+        result["ratios"] = quality.evaluation(full, measured, fitted_on)["ratios"]
+        models = {quality.FULL_PRECISION: full, name: measured}
+    click.echo(quality.quality_text(models))
+    if made is not None and reference is None:
+        click.echo("To have full precision beside it, give --reference MODEL.")
+    click.echo(f"{result['tokens_per_second']:.0f} tokens/s, peak memory {result['peak_memory_mb']:.0f} MB")
+    options.write_result(json_file, result)
+
+
+def chosen_texts(given: Sequence[str]) -> list[TextSource]:
+    """The texts that options name; an empty name, or none at all, is `EVALUATION_TEXTS`."""
+    from ..evaluate.perplexity import EVALUATION_TEXTS
+
+    named = [EVALUATION_TEXTS if text == "" else (text,) for text in given or ("",)]
+    return list(dict.fromkeys(text for texts in named for text in texts))
+
+
+def scorer(
+    texts: Sequence[str], windows: int, fitted: Mapping[str, TextSource]
+) -> Callable[..., list[dict[str, Any]]] | None:
+    """A function that measures a model and tokenizer on the texts of `--eval`; None without that option.
+
+    Args:
+        fitted: what the model will be fitted on, see `overlap.warn_of_overlap`.
+    """
+    if not texts:
+        return None
+    from ..evaluate import overlap, perplexity
+
+    chosen = chosen_texts(texts)
+    overlap.warn_of_overlap(chosen, fitted)  # also reports a missing file before the model is loaded
+    return functools.partial(perplexity.evaluate, texts=chosen, windows=windows)
+
+
+def show(made: Report) -> None:
+    """Print what `--eval` measured, if anything."""
+    from ..evaluate import report
+
+    if made.evaluation:
+        click.echo(f"{report.quality_of(made)}\n")
