@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
@@ -12,7 +14,9 @@ import w2a4
 from support.families import ALL, tiny_family
 from support.packed import logits
 from support.tiny_models import tiny_model, tiny_tokenizer, tokens
+from w2a4.cli.main import main
 from w2a4.errors import CheckpointError, RecipeError, W2A4Error
+from w2a4.evaluate import perplexity
 from w2a4.quantization import prefix
 from w2a4.runtime.prefix import KVPrefix
 from w2a4.train.run import train
@@ -217,3 +221,25 @@ def test_a_damaged_prefix_is_refused(tmp_path):
 def test_a_cast_leaves_it_in_16_bits():
     module = KVPrefix.of(torch.randn(2, 3, 8), torch.randn(2, 3, 8)).to(torch.bfloat16)
     assert module.keys.dtype == module.values.dtype == torch.float16 and module.tokens == 3
+
+
+def test_full_precision_is_measured_behind_it(tmp_path):
+    plain, tokenizer = tiny_model(), tiny_tokenizer()
+    options = dict(texts=["builtin"], seqlen=32, windows=3, progress=False)
+    bare, behind = (
+        perplexity.evaluate(plain, tokenizer, prefix=ids, **options)[0]["losses"] for ids in ((), (7, 9))
+    )
+    exact = with_prefix(w2a4.rotate(copy.deepcopy(plain)), (7, 9))
+    own = perplexity.evaluate(exact, tokenizer, **options)[0]["losses"]
+    assert own == pytest.approx(behind, abs=1e-3) and own != pytest.approx(bare, abs=1e-2)
+
+    plain.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    w2a4.save(quantized(plain), tokenizer, tmp_path / "packed")
+    found = tmp_path / "found.json"
+    arguments = [tmp_path / "packed", "--reference", tmp_path / "plain", "--text", "builtin", "--seqlen", 32,
+                 "--windows", 2, "--json", found]  # fmt: skip
+    done = CliRunner().invoke(main, ["eval", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0 and "full precision, with its prefix" in done.output
+    reference = json.loads(found.read_text())["reference"]
+    assert reference["behind_prefix"][0]["losses"] != reference["texts"][0]["losses"]

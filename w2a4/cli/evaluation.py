@@ -70,6 +70,7 @@ def evaluate_command(
 
         perplexity.check_same_tokens(tokenizer, load_tokenizer(reference), chosen)
     made: Report | None = getattr(loaded, "w2a4_report", None)
+    prefix = prefix_of(loaded)
     fitted_on = made.fitted_on if made is not None else {}
     overlap.warn_of_known(chosen, fitted_on)
     measured = quality.marked(measure(loaded, tokenizer), fitted_on)
@@ -82,15 +83,26 @@ def evaluate_command(
     models = {name: measured}
     if reference is not None:
         del loaded  # its memory is free for the other model
-        full = measure(*options.load_model(reference, dtype, device))
+        original = options.load_model(reference, dtype, device)
+        full = measure(*original)
         result["reference"] = {"model": report.source_name(reference), "texts": full}
         result["ratios"] = quality.evaluation(full, measured, fitted_on)["ratios"]
-        models = {quality.FULL_PRECISION: full, name: measured}
+        models = {quality.FULL_PRECISION: full}
+        if prefix:
+            models[quality.FULL_WITH_PREFIX] = measure(*original, prefix=prefix)
+            result["reference"]["behind_prefix"] = models[quality.FULL_WITH_PREFIX]
+        models[name] = measured
     click.echo(quality.quality_text(models))
     if made is not None and reference is None:
         click.echo("To have full precision beside it, give --reference MODEL.")
     click.echo(f"{result['tokens_per_second']:.0f} tokens/s, peak memory {result['peak_memory_mb']:.0f} MB")
     options.write_result(json_file, result)
+
+
+def prefix_of(model: Any) -> tuple[int, ...]:
+    """Ids of the exact prefix of a packed model; none of any other."""
+    manifest = getattr(getattr(model.config, "quantization_config", None), "manifest", None)
+    return getattr(manifest, "prefix", ())
 
 
 def chosen_texts(given: Sequence[str]) -> list[TextSource]:

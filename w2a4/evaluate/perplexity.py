@@ -64,6 +64,7 @@ def evaluate(
     seqlen: int = 2048,
     windows: int | None = None,
     progress: bool = True,
+    prefix: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
     """Perplexities of texts, each tokenised once, with BOS once if the tokenizer has one, in windows.
 
@@ -75,6 +76,8 @@ def evaluate(
             set of the hub, a list of documents.
         windows: at most so many of each text, from the start; None is all of them.
         progress: show a bar on stderr.
+        prefix: ids of tokens before every window that are not scored: what a full-precision model is to be
+            compared with whose quantised form has an exact prefix, which is there by itself.
 
     Returns:
         for each text perplexity, low and high (95 % bootstrap interval over windows, see
@@ -95,7 +98,7 @@ def evaluate(
         ids = data.windows(tokenizer, content, seqlen)[:windows]
         prepared.append((data.check_known(ids, model.config.vocab_size), data.describe_text(source, content)))
     with inference(model):
-        logits_of = _logits_function(model, prepared[0][0][:1])
+        logits_of = _logits_function(model, prepared[0][0][:1], prefix)
         found = [_measure(model.device, logits_of, ids, text, progress) for ids, text in prepared]
     return [{**result, "bos": tokenizer.bos_token_id is not None} for result in found]
 
@@ -235,20 +238,23 @@ def measured_apart(arguments: Sequence[str]) -> dict[str, Any]:
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def _logits_function(model: Any, sample: Tensor) -> LogitsOf:
-    """The head applied to few positions at a time.
+def _logits_function(model: Any, sample: Tensor, prefix: Sequence[int] = ()) -> LogitsOf:
+    """The head applied to few positions at a time, of windows behind the tokens of a prefix.
 
     Models that do more to their logits than a linear head (soft caps, scaling) are found out by a short
     trial and run whole.
     """
     backbone, head = model.base_model, model.get_output_embeddings()
 
+    def behind(ids: Tensor) -> Tensor:
+        return torch.cat([ids.new_tensor(prefix).expand(len(ids), -1), ids], 1)
+
     def in_parts(ids: Tensor) -> Callable[[int, int], Tensor]:
-        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = backbone(input_ids=behind(ids), use_cache=False).last_hidden_state[:, len(prefix) :]
         return lambda start, stop: head(hidden[:, start:stop])
 
     def whole(ids: Tensor) -> Callable[[int, int], Tensor]:
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=behind(ids), use_cache=False).logits[:, len(prefix) :]
         return lambda start, stop: logits[:, start:stop]
 
     if backbone is model or head is None:

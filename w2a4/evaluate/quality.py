@@ -18,6 +18,7 @@ from .data import HUB
 RESAMPLES, ENDS = 1000, (0.025, 0.975)
 
 FULL_PRECISION, CHECKPOINT = "full precision", "this checkpoint"
+FULL_WITH_PREFIX = "full precision, with its prefix"
 
 ONE_TEXT = "Measured on one text only: a figure on one text may flatter, so measure another kind of text too."
 
