@@ -36,7 +36,7 @@ from ..hub.transformers import (
 )
 from ..ops.devices import peak_memory_mb
 from ..recipe import Recipe, RotationConfig
-from .layer import LayerQuantizer, Streams, check_weight
+from .layer import LayerQuantizer, Streams, check_weight, needs_full
 from .prefix import add_prefix, choose_prefix
 from .resume import Progress, fingerprint
 from .rotation import fold
@@ -46,6 +46,9 @@ from .smooth import smooth
 
 #: Tokens that run through a layer at once while quantising.
 BATCH_TOKENS = 2048
+
+#: Batches that run through the full-precision layers where nothing but the error that is shown needs them.
+SHOWN_BATCHES = 2
 
 #: See `quantize`.
 Refine = Callable[[int, LayerQuantizer, list[Tensor], Streams], None]
@@ -249,6 +252,8 @@ def _quantize_layers(
     if recipe.embed_bits == 8:
         check_weight("model.embed_tokens", embed.weight, Uniform(8))
         model.model.embed_tokens = embed = W8Embedding.from_embedding(embed)
+    if refine is None and not needs_full(recipe):
+        del full[SHOWN_BATCHES:]
     streams = Streams(full, [embed(batch).to(device) for batch in batches])
     positions = torch.arange(ids.shape[1], device=device)[None]
     cos_sin = model.model.rotary_emb(streams.full[0], positions)
@@ -286,7 +291,7 @@ def _relative_error(streams: Streams) -> float:
     """Mean over tokens of the relative squared error of the hidden states."""
     ratios = [
         ((q - f).float().square().sum(-1) / f.float().square().sum(-1).clamp_min(1e-30)).mean()
-        for f, q in zip(streams.full, streams.quantized, strict=True)
+        for f, q in zip(streams.full, streams.quantized, strict=False)
     ]
     return float(torch.stack(ratios).mean())
 

@@ -25,12 +25,12 @@ class Moments:
     def hessian(self) -> Tensor:
         return self._upper.triu() + self._upper.triu(1).T
 
-    def add(self, quantized: Tensor, full: Tensor) -> None:
-        """Add tokens: both `[..., in]`, in the same order."""
+    def add(self, quantized: Tensor, full: Tensor | None = None) -> None:
+        """Add tokens: both `[..., in]`, in the same order; `full` where `cross` is wanted."""
         quantized = quantized.reshape(-1, quantized.shape[-1]).float()
         for part in torch.arange(len(self._upper)).tensor_split(PARTS):
             if len(part):
                 first, stop = int(part[0]), int(part[-1]) + 1
                 self._upper[first:stop, first:].addmm_(quantized[:, first:stop].T, quantized[:, first:])
-        if self.cross is not None:
+        if self.cross is not None and full is not None:
             self.cross.addmm_(full.reshape(-1, full.shape[-1]).float().T, quantized)
