@@ -154,12 +154,12 @@ def test_auto_takes_the_token_behind_which_none_is_massive(monkeypatch):
     ids = tokens(model, 4, 32)
     good = int(ids.flatten().bincount().argmax())
 
-    def massive(model, ids, before=()):
+    def read(model, ids, before):
         found = torch.zeros(ids.shape, dtype=torch.bool)
-        found[:, 0] = before[-1:] != (good,)
-        return found
+        found[:, 0] = tuple(before[-1:]) != (good,)
+        return found, torch.zeros(*ids.shape, model.config.hidden_size)
 
-    monkeypatch.setattr(prefix, "massive", massive)
+    monkeypatch.setattr(prefix, "_read", read)
     auto = RECIPE.override(prefix_tokens="auto")
     assert prefix.choose_prefix(model, tokenizer, ids, auto) == (good,)
 

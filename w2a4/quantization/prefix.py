@@ -26,7 +26,7 @@ from ..runtime.prefix import KVPrefix
 MASSIVE = 64.0
 
 #: Windows, and tokens of each, that candidates are tried on; and so many of the most frequent tokens are.
-WINDOWS, TOKENS, COMMON = 4, 128, 6
+WINDOWS, TOKENS, COMMON = 2, 128, 6
 
 #: RoPE whose angles depend on how long a sequence becomes: a key at a fixed position has no fixed angle.
 UNFIXED_ROPE = ("dynamic", "longrope")
@@ -90,32 +90,27 @@ def _rope_kind(config: Any) -> str:
 
 def _score(model: nn.Module, texts: list[Tensor], prefix: tuple[int, ...]) -> tuple[int, float]:
     """Massive tokens of texts behind a prefix, and how badly the model predicts the first of them."""
-    return sum(int(massive(model, text, prefix).sum()) for text in texts), _loss(model, texts[0], prefix)
+    (where, last), *others = (_read(model, text, prefix) for text in texts)
+    pairs = zip(last[:, :-1], texts[0], strict=True)
+    losses = [F.cross_entropy(model.lm_head(hidden).float(), ids[1:]) for hidden, ids in pairs]
+    return int(sum(found.sum() for found, _ in ((where, last), *others))), float(torch.stack(losses).mean())
 
 
-def _behind(prefix: Sequence[int], ids: Tensor) -> Tensor:
-    before = torch.tensor(prefix, dtype=torch.long, device=ids.device)
-    return torch.cat([before.expand(len(ids), -1), ids], 1)
-
-
-def _loss(model: nn.Module, ids: Tensor, prefix: Sequence[int]) -> float:
-    """Mean cross-entropy of the tokens of windows `[samples, tokens]`, but for the first."""
-    hidden = model.model(_behind(prefix, ids), use_cache=False).last_hidden_state[:, len(prefix) : -1]
-    losses = [
-        F.cross_entropy(model.lm_head(h).float(), text[1:]) for h, text in zip(hidden, ids, strict=True)
-    ]
-    return float(torch.stack(losses).mean())
+def massive(model: nn.Module, ids: Tensor, prefix: Sequence[int] = ()) -> Tensor:
+    """Where tokens of windows `[samples, tokens]` behind a prefix are massive in any layer: bool, alike."""
+    return _read(model, ids, prefix)[0]
 
 
 @torch.no_grad()
-def massive(model: nn.Module, ids: Tensor, prefix: Sequence[int] = ()) -> Tensor:
-    """Where tokens of windows `[samples, tokens]` behind a prefix are massive in any layer: bool, alike."""
-    out = model.model(_behind(prefix, ids), use_cache=False, output_hidden_states=True)
+def _read(model: nn.Module, ids: Tensor, prefix: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`massive`, and what lm_head reads of the windows, `[samples, tokens, hidden]`."""
+    before = torch.tensor(prefix, dtype=torch.long, device=ids.device).expand(len(ids), -1)
+    out = model.model(torch.cat([before, ids], 1), use_cache=False, output_hidden_states=True)
     largest = torch.zeros(ids.shape, device=ids.device)
     for states in out.hidden_states[1:-1]:
         norms = states.float().norm(dim=-1)[:, len(prefix) :]
         largest = torch.maximum(largest, norms / norms.median(1, keepdim=True).values.clamp_min(1e-30))
-    return largest > MASSIVE
+    return largest > MASSIVE, out.last_hidden_state[:, len(prefix) :]
 
 
 @torch.no_grad()
