@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import w2a4
-from w2a4.errors import RecipeError
+from w2a4.errors import CheckpointError, RecipeError
 from w2a4.format.fake_quant import codebook_to_ldp, ldp_fake_quant, ldp_levels, ldp_to_codebook, nearest_codes
 from w2a4.format.grid import Codebook, Uniform, grid_of, no_levels
 from w2a4.format.linear import PACKED_LINEARS
@@ -29,7 +29,8 @@ def test_every_code_decodes_to_its_point_and_back(grid):
     scale, levels = grid.fit(matrix(3, 64).unflatten(1, (2, 32)))
     assert scale.shape == (3, 2) and levels.shape == (3, 2, grid.level_count)
     points = grid.points(scale, levels)
-    assert points.shape == (3, 2, 2**grid.bits) and (points.diff(dim=-1) >= 0).all()
+    sign = scale.float().sign()[..., None]
+    assert points.shape == (3, 2, 2**grid.bits) and (sign * points.diff(dim=-1) >= 0).all()
     codes = (torch.arange(2**grid.bits) + grid.least).to(torch.int8).expand(3, 2, -1)
     assert torch.equal(grid.decode(codes, scale, levels), points)
     assert torch.equal(grid.decode(grid.nearest(points, scale, levels), scale, levels), points)
@@ -71,9 +72,14 @@ def test_a_uniform_weight_is_stored_as_a_codebook_of_its_steps(bits):
     fitted = fit_rtn(matrix(), Uniform(bits), 32)
     stored = fitted.on(Codebook(2**bits))
     half = 2 ** (bits - 1)
-    assert torch.equal(stored.levels, torch.arange(-half, half, dtype=torch.int8).expand(6, 2, -1))
+    steps = torch.arange(-half, half, dtype=torch.int8)
+    turned = (fitted.scale < 0)[..., None]
+    assert bool(turned.any()) and not bool(turned.all())  # of either sign; a codebook's are positive
+    assert torch.equal(stored.levels, torch.where(turned, -steps.flip(0), steps)) and (stored.scale > 0).all()
     assert torch.equal(stored.dequantize(), fitted.dequantize())
-    assert torch.equal(stored.on(Uniform(bits)).codes, fitted.codes) and fitted.on(fitted.grid) is fitted
+    again = stored.on(Uniform(bits))
+    assert torch.equal(again.codes, fitted.codes) and torch.equal(again.scale, fitted.scale)
+    assert fitted.on(fitted.grid) is fitted
     with pytest.raises(ValueError, match="not the steps of Uniform"):
         fit_rtn(matrix(), Codebook(2**bits), 32).on(Uniform(bits))
     with pytest.raises(ValueError, match="bits differ"):
@@ -81,7 +87,7 @@ def test_a_uniform_weight_is_stored_as_a_codebook_of_its_steps(bits):
 
 
 def test_fits_of_two_and_four_bits_stay_what_they_were():
-    """Codes, scales in steps of 2**-24 and levels of version 0.1 before there were other grids."""
+    """Codes, scales in steps of 2**-24 and levels."""
     weight = ((torch.arange(32) * 37) % 101 - 50).float().view(2, 16) / 16
     two, four = fit_rtn(weight, 2, 8), fit_rtn(weight, 4, 8)
     assert two.codes.tolist() == [
@@ -95,9 +101,10 @@ def test_fits_of_two_and_four_bits_stay_what_they_were():
     assert (two.scale.double() * 2**24).tolist() == [[371456, 346880], [346880, 371456]]
     assert four.codes.tolist() == [
         [-8, -2, 4, -7, -1, 6, -5, 1, 7, -3, 3, -8, -2, 4, -6, 0],
-        [6, -4, 2, 7, -3, 3, -7, -1, 4, -5, 0, 6, -3, 2, 7, -2],
+        [-6, 4, -2, -7, 3, -3, 7, 1, -5, 5, 0, -6, 4, -2, -8, 2],
     ]
-    assert (four.scale.double() * 2**24).tolist() == [[6180864, 6336512], [6688768, 7303168]]
+    # Where the largest weight is positive, code -8 serves it: what the four bits have gained since.
+    assert (four.scale.double() * 2**24).tolist() == [[6180864, 6336512], [-6688768, -6742016]]
     for fitted in (two, four):
         assert fitted.scale.dtype == torch.float16 and fitted.codes.dtype == torch.int8
 
@@ -174,3 +181,31 @@ def test_equal_steps_are_where_uniform_training_begins(count):
 def test_no_levels():
     levels = no_levels(torch.ones(3, 2))
     assert levels.shape == (3, 2, 0) and levels.dtype == torch.int8
+
+
+def test_a_scale_of_either_sign_uses_all_codes():
+    weight = matrix(64, 256)
+    groups = weight.unflatten(1, (-1, 32))
+    grid = Uniform(4)
+    scale, levels = grid.fit(groups)
+    codes = grid.nearest(groups, scale, levels)
+    assert bool((codes.amin(-1) == -8).float().mean() > 0.8)
+    # What it gains over scales that are positive: 8 steps on the longer side instead of 7.
+    positive = torch.stack([(groups.abs().amax(-1) / 7 * (1 - 0.025 * k)).half() for k in range(21)])
+    error = torch.stack([((grid.decode(grid.nearest(groups, s, levels), s, levels) - groups) ** 2).sum(-1)
+                         for s in positive]).amin(0).sum()  # fmt: skip
+    assert ((grid.decode(codes, scale, levels) - groups) ** 2).sum() < 0.92 * error
+
+
+@pytest.mark.parametrize("damage", [0.0, float("nan"), float("inf")])
+def test_a_scale_of_four_bits_is_finite_and_not_zero(damage):
+    layer = w2a4.W4A4Linear.from_linear(torch.nn.Linear(64, 8), group_size=32)
+    assert bool((layer.scale < 0).any())
+    layer.validate("layer")
+    layer.scale.data[3, 1] = damage
+    with pytest.raises(CheckpointError, match=r"layer.scale\[\(?3, 1\)?\] is"):
+        layer.validate("layer")
+    two = w2a4.W2A4Linear.from_linear(torch.nn.Linear(64, 8), group_size=32)
+    two.scale.data[3, 1] *= -1
+    with pytest.raises(CheckpointError, match="scales are finite and positive"):
+        two.validate("layer")

@@ -215,7 +215,7 @@ def lsq_fake_quant(w: Tensor, step: Tensor, group_size: int | str = 128, bits: i
 
     Args:
         w: floating `[out, in]`.
-        step: float32 `[out, G]`, positive; its float16 is the scale.
+        step: float32 `[out, G]`, of either sign; its float16 is the scale.
         group_size: as in `ldp_fake_quant`.
         bits: codes are -2**(bits - 1) .. 2**(bits - 1) - 1.
 
@@ -224,7 +224,8 @@ def lsq_fake_quant(w: Tensor, step: Tensor, group_size: int | str = 128, bits: i
 
     Source: learned step size, S. Esser et al. (arXiv 1902.08153).
     """
-    step = step.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
+    size = step.abs().clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
+    step = torch.where(step < 0, -size, size)
     scale = straight_through(step, fp16_scale(step).to(step.dtype))[..., None]
     codes = (_groups(w, group_size) / scale).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return (straight_through(codes, codes.round()) * scale).flatten(-2).to(w.dtype)
@@ -315,14 +316,15 @@ def round_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fp16_scale(scale: Tensor) -> Tensor:
-    """A scale in float16 that is safe to divide by: neither 0 nor infinite.
+    """A scale in float16 that is safe to divide by: neither 0 nor infinite; it keeps its sign.
 
     Below float16's normal numbers steps are even and each is a large part of the number. There it is rounded
     up, so that what is divided by it keeps its range; at most a step is lost, never the whole.
     """
-    scale = scale.detach().clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
-    normal = scale >= torch.finfo(torch.float16).smallest_normal
-    return torch.where(normal, scale, (scale / SMALLEST_SCALE).ceil() * SMALLEST_SCALE).half()
+    size = scale.detach().abs().clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
+    normal = size >= torch.finfo(torch.float16).smallest_normal
+    size = torch.where(normal, size, (size / SMALLEST_SCALE).ceil() * SMALLEST_SCALE).half()
+    return torch.where(scale < 0, -size, size)
 
 
 def _logit(part: Tensor, whole: Tensor) -> Tensor:

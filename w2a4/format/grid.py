@@ -98,7 +98,7 @@ class Grid(ABC):
         return self.integers(codes, levels).float() * scale.float()[..., None]
 
     def points(self, scale: Tensor, levels: Tensor) -> Tensor:
-        """All values of each grid, float32 `[..., G, 2**bits]`, ascending."""
+        """All values of each grid in the order of its codes, float32 `[..., G, 2**bits]`."""
         codes = torch.arange(self.least, self.least + 2**self.bits, dtype=torch.int16, device=scale.device)
         return self.decode(codes.to(torch.int8).expand(*scale.shape, -1), scale, levels)
 
@@ -160,6 +160,9 @@ class Grid(ABC):
 class Uniform(Grid):
     """Codes -2**(bits - 1) .. 2**(bits - 1) - 1 times a scale; 2 to 8 bits.
 
+    The scale of a group that was fitted has the sign with which the least code, which has no counterpart,
+    serves the largest weight: all codes are then in use.
+
     >>> Uniform(3).points(torch.ones(1).half(), no_levels(torch.ones(1)))
     tensor([[-4., -3., -2., -1.,  0.,  1.,  2.,  3.]])
     """
@@ -186,7 +189,8 @@ class Uniform(Grid):
     def fit(self, groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         one = torch.ones(1, dtype=torch.float32, device=groups.device)
         importance = one if importance is None else importance
-        widest = divide(groups.abs().amax(-1), self.most)
+        low, high = groups.amin(-1), groups.amax(-1)
+        widest = divide(torch.where(high > -low, -high, -low), self.most)
         best = fp16_scale(widest)
         least = torch.full_like(widest, float("inf"))
         for ratio in CLIP_RATIOS:

@@ -33,6 +33,9 @@ NO_GRADIENT = (
 class _PackedModule(nn.Module):
     """Parameters without gradient whose dtype is part of the format."""
 
+    #: Whether a scale may be negative; none is 0.
+    _signed_scales = False
+
     def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device=None) -> None:
         tensor = torch.empty(shape, dtype=dtype, device=device)
         self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -66,7 +69,8 @@ class _PackedModule(nn.Module):
                     "the checkpoint is damaged or of another model"
                 )
             if key in ("scale", "act_clip"):
-                self._validate_positive(f"{name}.{key}", value)
+                signed = key == "scale" and self._signed_scales
+                self._validate_positive(f"{name}.{key}", value.abs() if signed else value)
 
     @staticmethod
     def _validate_positive(name: str, value: Tensor) -> None:
@@ -254,6 +258,7 @@ class W4A4Linear(_PackedLinear):
     """
 
     grid = Uniform(4)
+    _signed_scales = True
 
     def _linear(
         self, codes: Tensor, scale: Tensor, dtype: torch.dtype, residual: Tensor | None = None

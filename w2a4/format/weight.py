@@ -52,13 +52,18 @@ class QuantizedWeight:
             raise ValueError(f"a weight on {self.grid} has no form on {grid}: the bits differ")
         least = Uniform(grid.bits).least
         steps = torch.arange(least, -least, dtype=torch.int8, device=self.codes.device)
-        steps = steps.expand(*self.scale.shape, -1)
+        # A codebook's scales are positive and its levels ascend: a negative scale turns the steps round.
+        turned = self.scale < 0 if isinstance(grid, Codebook) else self.levels[..., -1] == -least
+        steps = torch.where(turned[..., None], -steps.flip(0), steps)
+        scale = torch.where(turned, -self.scale, self.scale)
+        codes = self.codes.unflatten(1, (-1, self.group_size))
         if isinstance(grid, Codebook):
-            codes, levels = self.codes - least, steps.contiguous()
+            codes, levels = torch.where(turned[..., None], -1 - codes, codes) - least, steps
         else:
             if not torch.equal(self.levels, steps):
                 raise ValueError(
                     f"levels of this {self.grid} are not the steps of {grid}; fit the weight to that"
                 )
-            codes, levels = self.codes + least, no_levels(self.scale)
-        return QuantizedWeight(codes, self.scale, levels, self.group_size, grid)
+            codes, levels = codes + least, no_levels(scale)
+            codes = torch.where(turned[..., None], -1 - codes, codes)
+        return QuantizedWeight(codes.flatten(1), scale, levels, self.group_size, grid)

@@ -36,6 +36,12 @@ def packed_tensors(model: nn.Module) -> set[str]:
     }
 
 
+def signed_scales(model: nn.Module) -> set[str]:
+    """Names of the scales that may be negative."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{name}.scale" for name, module in modules if getattr(module, "_signed_scales", False)}
+
+
 def check_headers(files: list[str], model: nn.Module) -> None:
     """Compare safetensors headers with the tensors a model expects, before any is read.
 
@@ -165,22 +171,25 @@ def check_parallel(model: nn.Module) -> None:
 @torch.no_grad()
 def check_values(model: nn.Module) -> None:
     """Raise CheckpointError if a tensor that is not packed is not finite, or levels do not ascend."""
-    packed = packed_tensors(model)
+    packed, signed = packed_tensors(model), signed_scales(model)
     for name, value in model.named_parameters():
         if value.device.type != "meta":
-            check_value(name, value, name in packed)
+            check_value(name, value, name in packed, name in signed)
 
 
-def check_value(name: str, value: torch.Tensor, packed: bool) -> None:
-    """The same for one tensor; scales and clips are positive besides."""
+def check_value(name: str, value: torch.Tensor, packed: bool, signed: bool) -> None:
+    """The same for one tensor; scales and clips are positive besides, but scales of `signed_scales` not 0."""
     if value.is_floating_point():
         positive = packed and name.endswith((".scale", ".act_clip"))
+        rule = " and not 0" if signed else " and positive" if positive else ""
         for part in value.detach().reshape(-1).split(1 << 24):
-            good = torch.isfinite(part) & (part > 0) if positive else torch.isfinite(part)
+            good = torch.isfinite(part)
+            if rule:
+                good &= (part.abs() if signed else part) > 0
             if not bool(good.all()):
                 raise CheckpointError(
-                    f"{name} holds {float(part[~good][0])}, but its values are finite"
-                    f"{' and positive' if positive else ''}; the checkpoint is damaged"
+                    f"{name} holds {float(part[~good][0])}, but its values are finite{rule}; the checkpoint "
+                    "is damaged"
                 )
     elif packed and name.endswith(".levels") and not bool((value[..., 1:] >= value[..., :-1]).all()):
         raise CheckpointError(f"{name} does not ascend; the checkpoint is damaged or not of w2a4")

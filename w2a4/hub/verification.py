@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..format.digests import compare_config, compare_digests
 from ..format.headers import shards_of
 from ..format.manifest import Replacement
-from .checkpoint import check_headers, check_value, packed_tensors
+from .checkpoint import check_headers, check_value, packed_tensors, signed_scales
 from .consistency import bin_only, check_directory, is_packed
 from .replaced import class_of
 from .sources import check_source
@@ -54,11 +54,12 @@ def verify(directory: str | Path) -> dict[str, Any]:
         compared += compare_digests(shard) or 0
         compare_config(shard, config)
     packed: set[str] = set()
+    signed: set[str] = set()
     if is_packed(config):
         skeleton = _skeleton(directory, config)
         check_headers([str(shard) for shard in shards], skeleton)
-        packed = packed_tensors(skeleton)
-    sizes = [_check_values(shard, packed) for shard in shards]
+        packed, signed = packed_tensors(skeleton), signed_scales(skeleton)
+    sizes = [_check_values(shard, packed, signed) for shard in shards]
     return {
         "path": directory.resolve().name, "packed": is_packed(config), "files": [s.name for s in shards],
         "tensors": sum(count for count, _ in sizes), "bytes": sum(size for _, size in sizes),
@@ -89,14 +90,14 @@ def _skeleton(directory: Path, config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _check_values(shard: Path, packed: set[str]) -> tuple[int, int]:
+def _check_values(shard: Path, packed: set[str], signed: set[str]) -> tuple[int, int]:
     """Tensors of a shard and their bytes."""
     count = size = 0
     try:
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():
                 tensor = file.get_tensor(name)
-                check_value(name, tensor, name in packed)
+                check_value(name, tensor, name in packed, name in signed)
                 count += 1
                 size += tensor.nbytes
     except SafetensorError as error:

@@ -50,7 +50,7 @@ def choose_prefix(model: nn.Module, tokenizer: Any, ids: Tensor, recipe: Recipe)
         RecipeError: a number of tokens for a model whose RoPE has no fixed angles.
     """
     wanted = recipe.prefix_tokens
-    if wanted == 0:
+    if wanted == 0 or recipe.sink_tokens:
         return ()
     kind = _rope_kind(model.config)
     if kind in UNFIXED_ROPE:

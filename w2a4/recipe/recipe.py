@@ -55,7 +55,7 @@ class Recipe:
         sink_tokens: the first cache entries kept in 16 bits.
         prefix_tokens: tokens whose keys and values by the full-precision model stand before every sequence,
             0 to 4; `auto` is as many as it takes to keep massive activations out of texts, 0 where there are
-            none. See `quantization.prefix`.
+            none, and with `sink_tokens`. See `quantization.prefix`.
         head_bits, embed_bits: 8 (per row) or 16 (kept).
         gptq_damp: added to the Hessian's diagonal, as a fraction of its mean.
         gptq_block: columns quantised before the rest is updated.
@@ -79,19 +79,19 @@ class Recipe:
     group_size: int | Literal["auto"] = "auto"
     act_bits: Literal[4, 16] = 4
     act_clip: float | Literal["search"] = "search"
-    act_group_size: int | Literal["auto"] = -1
+    act_group_size: int | Literal["auto"] = "auto"
     o_proj_act: Literal["head", "token"] = "head"
     kv_bits: Literal[4, 16] = 4
     kv_clip: float = 0.95
     sink_tokens: int = 0
-    prefix_tokens: int | Literal["auto"] = 0
+    prefix_tokens: int | Literal["auto"] = "auto"
     head_bits: Literal[8, 16] = 8
     embed_bits: Literal[8, 16] = 8
     gptq_damp: float = 0.01
     gptq_block: int = 128
     gptq_act_order: bool = True
     gptq_refine: int = 3
-    gptq_target: Literal["full", "quantized"] = "full"
+    gptq_target: Literal["full", "quantized"] = "quantized"
     first_token: float = 0.125
     calib_samples: int = 64
     calib_seqlen: int = 512
@@ -109,7 +109,7 @@ class Recipe:
             raise RecipeError(f"act_clip={self.act_clip}: give a number in (0, 1]")
         if isinstance(self.prefix_tokens, int) and not 0 <= self.prefix_tokens <= MOST_PREFIX:
             raise RecipeError(f"prefix_tokens={self.prefix_tokens}: give 'auto' or 0 to {MOST_PREFIX}")
-        if self.sink_tokens and self.prefix_tokens != 0:
+        if self.sink_tokens and self.prefix_tokens not in (0, "auto"):
             raise RecipeError(
                 f"sink_tokens={self.sink_tokens} with prefix_tokens={self.prefix_tokens!r}: what begins a "
                 "text is an ordinary token behind a prefix; set one of them to 0"
