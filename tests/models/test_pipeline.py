@@ -65,8 +65,9 @@ def test_packed_model_is_the_fake_quantised_model(bits, shape):
     ids = prompt(2, 10)
     a, b = logits(packed, ids), logits(fake, ids)
     same = [float((x == y).float().mean()) for x, y in zip(codes["packed"], codes["fake"], strict=True)]
-    # The first linears see identical inputs. Further in, fp32 rounding may move a value over a threshold.
-    assert same[0] == 1.0 and min(same) > 0.99
+    # The first linears see identical inputs. Further in, fp32 rounding may move a value over a threshold, which
+    # moves others in all layers behind it; codes that have nothing to do with each other agree in one of ten.
+    assert same[0] == 1.0 and same[1] > 0.99 and min(same) > 0.8
     if min(same) == 1.0:
         assert (a - b).norm() <= 1e-4 * b.norm()
 
@@ -233,7 +234,7 @@ def test_a_token_with_a_massive_activation_does_not_decide_the_fit(monkeypatch):
     model = model_with_massive_token()
     ids = torch.randint(6, 67, (16, 32))
     ids[:, 0] = 5
-    recipe = w2a4.Recipe.load("w4a4kv4").override(first_token=0)
+    recipe = w2a4.Recipe.load("w4a4kv4").override(first_token=0, gptq_target="full")
 
     def others_error(layer):
         full, quantized = streams_behind(model, layer, ids, recipe)
@@ -259,7 +260,9 @@ def test_the_first_token_keeps_its_massive_activation():
             kept[share] = float(((full * quantized).sum(-1) / full.square().sum(-1)).min())
 
     for share in (0.0, 0.125):
-        recipe = w2a4.Recipe.load("w4a4kv4").override(first_token=share, gptq_refine=0)
+        recipe = w2a4.Recipe.load("w4a4kv4").override(
+            first_token=share, gptq_refine=0, gptq_target="full", prefix_tokens=0
+        )
         model = model_with_massive_token(max_position_embeddings=512)
         w2a4.quantize(model, None, recipe, ids, progress=False, refine=measure)
     assert kept[0.0] < 0.5 and 0.8 < kept[0.125] < 1.1

@@ -9,22 +9,30 @@ from ..errors import RecipeError, W2A4Error
 #: Group sizes `auto` tries, in this order; the first that divides `in_features` is taken.
 AUTO_GROUP_SIZES = (128, 64, 32)
 
+#: What `fine` is, where it divides.
+FINE_GROUP = 32
+
 #: Most tokens of a prefix.
 MOST_PREFIX = 4
 
 
 def resolve_group_size(in_features: int, group_size: int | str) -> int:
-    """Inputs a group really has: `auto` and -1 become numbers, and a number must divide.
+    """Inputs a group really has: `auto`, `fine` (32) and -1 become numbers, and a number must divide.
 
     >>> resolve_group_size(576, "auto"), resolve_group_size(1536, "auto"), resolve_group_size(90, -1)
     (64, 128, 90)
+    >>> resolve_group_size(1536, "fine"), resolve_group_size(90, "fine")
+    (32, 90)
     """
-    if group_size == "auto":
-        return next((g for g in AUTO_GROUP_SIZES if in_features % g == 0), in_features)
+    if group_size in ("auto", "fine"):
+        tried = AUTO_GROUP_SIZES if group_size == "auto" else (FINE_GROUP,)
+        return next((g for g in tried if in_features % g == 0), in_features)
     if group_size == -1:
         return in_features
     if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1:
-        raise RecipeError(f"group_size={group_size!r}: give a number >= 1, -1 (the whole row) or 'auto'")
+        raise RecipeError(
+            f"group_size={group_size!r}: give a number >= 1, -1 (the whole row), 'auto' or 'fine'"
+        )
     if in_features % group_size:
         fits = [g for g in (256, *AUTO_GROUP_SIZES) if in_features % g == 0]
         raise RecipeError(
@@ -64,7 +72,7 @@ def check_formats(config: Any, error: type[W2A4Error]) -> None:
         config: a `Recipe` or a `Manifest`, the types of whose fields are checked already.
     """
     if isinstance(config.group_size, int) and config.group_size != -1 and config.group_size < 4:
-        raise error(f"group_size={config.group_size}: give -1, 'auto' or a number >= 4")
+        raise error(f"group_size={config.group_size}: give -1, 'auto', 'fine' or a number >= 4")
     if isinstance(config.act_group_size, int) and config.act_group_size != -1 and config.act_group_size < 4:
         raise error(f"act_group_size={config.act_group_size}: give -1, 'auto' or a number >= 4")
     if not 0 < config.kv_clip <= 1:

@@ -93,7 +93,7 @@ class Manifest:
     family: str
     weight_bits: Literal[2, 3, 4, 16]
     grid: Literal["codebook", "uniform", "float"]
-    group_size: int | Literal["auto"]
+    group_size: int | Literal["auto", "fine"]
     act_bits: Literal[4, 16]
     act_group_size: int | Literal["auto"]
     o_proj_act: Literal["head", "token"]
@@ -176,7 +176,7 @@ class ReplacedLinears:
     names: tuple
     weight_bits: Literal[2, 3, 4]
     grid: Literal["codebook", "uniform"]
-    group_size: int | Literal["auto"]
+    group_size: int | Literal["auto", "fine"]
     act_bits: Literal[4, 16]
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ class ReplacedLinears:
                 f"grid={self.grid!r} with weight_bits={self.weight_bits}: give {GRIDS[self.weight_bits]!r}"
             )
         if isinstance(self.group_size, int) and self.group_size != -1 and self.group_size < 1:
-            raise CheckpointError(f"group_size={self.group_size}: give -1, 'auto' or a number >= 1")
+            raise CheckpointError(f"group_size={self.group_size}: give -1, 'auto', 'fine' or a number >= 1")
         wrong = [name for name in self.names if not isinstance(name, str) or not name]
         if wrong or not self.names:
             found = shown(wrong[0]) if wrong else "nothing"

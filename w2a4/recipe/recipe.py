@@ -42,7 +42,7 @@ class Recipe:
         weight_method: `rtn` (Lloyd-Max for a codebook, the clip of least squared error for a uniform grid)
             or `gptq`.
         group_size: inputs that share one scale; -1 is the whole row; `auto` the first of
-            128, 64, 32 that divides, else -1.
+            128, 64, 32 that divides, else -1; `fine` 32, or -1 where that does not divide.
         act_bits: 4 (per token, dynamic, symmetric) or 16 (kept).
         act_clip: the scale is `act_clip * max|x| / 7`; `search` takes, for each linear, the clip of
             least squared error on the calibration text.
@@ -76,7 +76,7 @@ class Recipe:
     weight_bits: Literal[2, 3, 4, 16] = 2
     weight_grid: Literal["auto", "codebook", "uniform"] = "auto"
     weight_method: Literal["rtn", "gptq"] = "gptq"
-    group_size: int | Literal["auto"] = "auto"
+    group_size: int | Literal["auto", "fine"] = "auto"
     act_bits: Literal[4, 16] = 4
     act_clip: float | Literal["search"] = "search"
     act_group_size: int | Literal["auto"] = "auto"
