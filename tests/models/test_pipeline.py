@@ -65,8 +65,8 @@ def test_packed_model_is_the_fake_quantised_model(bits, shape):
     ids = prompt(2, 10)
     a, b = logits(packed, ids), logits(fake, ids)
     same = [float((x == y).float().mean()) for x, y in zip(codes["packed"], codes["fake"], strict=True)]
-    # The first linears see identical inputs. Further in, fp32 rounding may move a value over a threshold, which
-    # moves others in all layers behind it; codes that have nothing to do with each other agree in one of ten.
+    # The first linears see identical inputs. Further in, fp32 rounding may move a value over a threshold, and
+    # that others in all layers behind it; codes that have nothing to do with each other agree in one of ten.
     assert same[0] == 1.0 and same[1] > 0.99 and min(same) > 0.8
     if min(same) == 1.0:
         assert (a - b).norm() <= 1e-4 * b.norm()

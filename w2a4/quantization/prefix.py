@@ -105,12 +105,21 @@ def massive(model: nn.Module, ids: Tensor, prefix: Sequence[int] = ()) -> Tensor
 def _read(model: nn.Module, ids: Tensor, prefix: Sequence[int]) -> tuple[Tensor, Tensor]:
     """`massive`, and what lm_head reads of the windows, `[samples, tokens, hidden]`."""
     before = torch.tensor(prefix, dtype=torch.long, device=ids.device).expand(len(ids), -1)
-    out = model.model(torch.cat([before, ids], 1), use_cache=False, output_hidden_states=True)
     largest = torch.zeros(ids.shape, device=ids.device)
-    for states in out.hidden_states[1:-1]:
-        norms = states.float().norm(dim=-1)[:, len(prefix) :]
-        largest = torch.maximum(largest, norms / norms.median(1, keepdim=True).values.clamp_min(1e-30))
-    return largest > MASSIVE, out.last_hidden_state[:, len(prefix) :]
+
+    def look(layer: nn.Module, args: Any, out: Any) -> None:
+        states = out if isinstance(out, Tensor) else out[0]  # transformers 4.57 returns a tuple
+        norms = states.float().norm(dim=-1)[:, len(prefix) :].to(ids.device)
+        largest.copy_(largest.maximum(norms / norms.median(1, keepdim=True).values.clamp_min(1e-30)))
+
+    # What transformers' output_hidden_states leaves in the layers would be in the way when they are packed.
+    handles = [layer.register_forward_hook(look) for layer in model.model.layers[:-1]]
+    try:
+        last = model.model(torch.cat([before, ids], 1), use_cache=False).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest > MASSIVE, last[:, len(prefix) :]
 
 
 @torch.no_grad()
