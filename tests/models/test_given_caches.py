@@ -128,7 +128,7 @@ def test_caches_that_do_not_serve_are_refused():
         "EncoderDecoderCache": EncoderDecoderCache(DynamicCache(), DynamicCache()),
         "type tuple": ((torch.zeros(1, 1, 2, 32),) * 2,) * 2,
         "sink_tokens=5": w2a4.KV4Cache.for_model(packed_model(sink_tokens=5)),
-        "1 layers": w2a4.KV4Cache(model.model.layers[0].self_attn.kv_settings, 1),
+        "1 layers": w2a4.KV4Cache([model.model.layers[0].self_attn.kv_settings]),
     }
     offloading = DynamicCache()
     offloading.offloading = True
