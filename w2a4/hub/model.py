@@ -18,8 +18,8 @@ from ..runtime.arguments import cache_of
 from ..runtime.attention import NAME
 from ..runtime.capturing import forget_capturing
 from ..runtime.classes import Derived, original
-from ..runtime.guards import adopt, is_own, no_other_attention, settings_of
-from ..runtime.kv_cache import check_static
+from ..runtime.guards import adopt, is_own, no_other_attention
+from ..runtime.kv_cache import check_static, settings_of
 from . import portable
 from .checkpoint import atomic_directory
 from .generation import as_it_came
@@ -99,7 +99,7 @@ class PackedModelMixin(WholeSaves):
         length = others.get("max_cache_length", rest[-1] if rest else 0)
         check_static(cache_of(model_kwargs), length)
         out = super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **others)
-        made, settings = cache_of(model_kwargs), settings_of(self)
+        made, settings = cache_of(model_kwargs), settings_of(self.model.layers)
         if settings[0].kv_bits == 4 and type(made) is StaticCache:
             adopt(made, settings, length)
         return out

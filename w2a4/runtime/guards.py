@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +14,8 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from ..errors import W2A4Error
 from .arguments import CACHE, CACHE_NAMES, NO_WEIGHTS, cache_of
 from .attention import NAME
-from .kv_cache import KV4Cache, KV4StaticCache, static_room
+from .kv_cache import KV4Cache, KV4StaticCache, settings_of, static_room
 from .kv_store import KVSettings
-
-
-def settings_of(model: nn.Module) -> list[KVSettings]:
-    """Those of every layer of a rotated or quantised model."""
-    return [layer.self_attn.kv_settings for layer in model.model.layers]
 
 
 @functools.cache
@@ -38,7 +34,7 @@ def before_forward(
     """
     if len(args) > 1:
         kwargs, args = kwargs | dict(zip(_positional(type(model)), args, strict=False)), ()
-    settings = settings_of(model)
+    settings = settings_of(model.model.layers)
     check_attention(model.config, settings[0], kwargs)
     cache = cache_of(kwargs)
     if settings[0].kv_bits != 4:
@@ -101,6 +97,8 @@ def adopt(cache: Any, settings: Sequence[KVSettings], room: int | None = None) -
     """
     if isinstance(cache, KV4Cache):
         own, name = [layer.settings for layer in cache.layers], type(cache).__name__
+        if len(own) == len(settings) and all(map(operator.is_, own, settings)):
+            return
         if len(own) != len(settings) or own[0] != settings[0]:
             raise W2A4Error(
                 f"this {name} has {len(own)} layers with {own[0]}, the model {len(settings)} with "

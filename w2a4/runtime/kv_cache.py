@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,18 @@ from .kv_store import KVSettings, KVSide, KVStore, PackedKV
 
 #: Tokens a new layer holds before it first grows; it then doubles.
 INITIAL_CAPACITY = 64
+
+
+def settings_of(layers: Iterable[Any]) -> list[KVSettings]:
+    """Those of every decoder layer of a rotated or quantised model; its attention may lie in another module."""
+    found: list[KVSettings] = []
+    for layer in layers:
+        attention = layer.self_attn
+        own = vars(attention).get("kv_settings") or next(
+            (vars(part)["kv_settings"] for part in attention.modules() if "kv_settings" in vars(part)), None
+        )
+        found.append(own or found[0])
+    return found
 
 
 class KV4Layer(CacheLayerMixin):
@@ -143,7 +155,7 @@ class KV4Cache(Cache):
                 f"{type(model).__name__} {what}, so that a {cls.__name__} would change what it computes; "
                 "give it a DynamicCache or a StaticCache of transformers"
             )
-        return cls([layer.self_attn.kv_settings for layer in layers], capacity)
+        return cls(settings_of(layers), capacity)
 
     @property
     def stores(self) -> list[KVStore]:
