@@ -17,7 +17,7 @@ INITIAL_CAPACITY = 64
 
 
 def settings_of(layers: Iterable[Any]) -> list[KVSettings]:
-    """Those of every decoder layer of a rotated or quantised model; its attention may lie in another module."""
+    """Those of every layer of a rotated or quantised model; its attention may lie in another module."""
     found: list[KVSettings] = []
     for layer in layers:
         attention = layer.self_attn
