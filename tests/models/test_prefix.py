@@ -204,6 +204,12 @@ def test_rope_without_fixed_angles(family, case):
     assert model.config.quantization_config.manifest.prefix == ()
 
 
+def test_a_prefix_as_long_as_the_model_reads():
+    model = tiny_model(max_position_embeddings=2)
+    with pytest.raises(RecipeError, match="prefix_tokens=2 for a model of max_position_embeddings=2"):
+        prefix.choose_prefix(model, NoText(), tokens(model), RECIPE)
+
+
 def test_other_attentions_are_refused():
     model = quantized(tiny_model(), kv_bits=16)
     with pytest.raises(W2A4Error, match="'sdpa' knows no 4-bit KV cache and no prefix.*prefix_tokens=0"):

@@ -47,11 +47,18 @@ def choose_prefix(model: nn.Module, tokenizer: Any, ids: Tensor, recipe: Recipe)
         ids: calibration windows, int64 `[samples, tokens]`.
 
     Raises:
-        RecipeError: a number of tokens for a model whose RoPE has no fixed angles.
+        RecipeError: a number of tokens for a model whose RoPE has no fixed angles, or as many as it has
+            positions.
     """
     wanted = recipe.prefix_tokens
     if wanted == 0 or recipe.sink_tokens:
         return ()
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if wanted != "auto" and positions is not None and wanted >= positions:
+        raise RecipeError(
+            f"prefix_tokens={wanted} for a model of max_position_embeddings={positions}: nothing is left for "
+            "a text; set prefix_tokens=0"
+        )
     kind = _rope_kind(model.config)
     if kind in UNFIXED_ROPE:
         if wanted == "auto":
