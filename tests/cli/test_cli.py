@@ -366,7 +366,7 @@ def test_train_measures_before_at_every_checkpoint_and_after(plain, tmp_path):
     for layer in model.model.layers:
         layer.input_layernorm.register_forward_hook(lambda *args: None)
     unfused = evaluate.evaluate(model, tokenizer, [text, "builtin"], windows=1)
-    assert logs(values[-1]) == pytest.approx(logs(one["perplexity"] for one in unfused), rel=1e-5)
+    assert logs(values[-1]) == pytest.approx(logs(one["perplexity"] for one in unfused), rel=1e-4)
     assert all(first != last for first, last in zip(values[0], values[-1], strict=True))
     assert set(before).isdisjoint(after) and after[0] != after[1]
     for value in (*before, *after):
