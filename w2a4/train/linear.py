@@ -157,6 +157,9 @@ def _inside_cells(weight: Tensor, fitted: QuantizedWeight) -> Tensor:
     groups = weight.unflatten(1, (-1, fitted.group_size))
     codes = fitted.codes.unflatten(1, (-1, fitted.group_size)).long() - fitted.grid.least
     levels = fitted.grid.points(fitted.scale, fitted.levels)
+    turned = levels[..., :1] > levels[..., -1:]  # a negative scale: the last code is the least
+    codes = torch.where(turned, levels.shape[-1] - 1 - codes, codes)
+    levels = torch.where(turned, levels.flip(-1), levels)
     middles = (levels[..., 1:] + levels[..., :-1]) / 2
     margin = _CELL_MARGIN * levels.diff(dim=-1)
     infinite = torch.full_like(levels[..., :1], float("inf"))
