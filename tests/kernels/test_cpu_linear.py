@@ -70,6 +70,7 @@ def packed(torch, bits: int, out: int, features: int, groups: int):
 
     scale = (torch.rand(out, groups) + 0.1).half()
     if bits == 4:
+        scale[torch.rand(scale.shape) < 0.5] *= -1  # of either sign, as fits give them
         return [pack(torch.randint(-8, 8, (out, features), dtype=torch.int8), 4), scale]
     levels = torch.randint(-128, 128, (out, groups, 2**bits), dtype=torch.int8)
     levels[:, :, 0], levels[:, :, -1] = -128, 127

@@ -18,12 +18,13 @@ def matrix(bits, out, features, group, tokens, act_group=None):
     w = torch.randint(0, 4, (out, features)) if bits == 2 else torch.randint(-8, 8, (out, features))
     levels = torch.randint(-128, 128, (out, groups, 4)).to(torch.int8)
     levels.view(-1, 4)[0] = torch.tensor([-128, 127, -1, 0])
+    signs = torch.randint(0, 2, (out, groups)) * 2 - 1  # scales of 4-bit weights are of either
     return {
         "a_codes": pack(a, 4),
         "a_scale": torch.rand(tokens, features // (act_group or features)) + 0.1,
         "weight": pack(w, bits),
         "levels": levels if bits == 2 else None,
-        "scale": (torch.rand(out, groups) + 0.1).half(),
+        "scale": (torch.rand(out, groups) + 0.1).half() * (1 if bits == 2 else signs),
         "bias": torch.randn(out),
         "group_size": group,
         "in_features": features,
@@ -72,7 +73,7 @@ def simulate(
 def assert_rounding(y, want, case):
     """At most one rounding of each partial sum in float32: bounded by the sum of magnitudes."""
     a = (((case["a_codes"].int()[..., None] >> torch.tensor([0, 4])) + 8) % 16 - 8).flatten(-2).abs()
-    largest = case["a_scale"].max() * case["scale"].float().max() * 128
+    largest = case["a_scale"].max() * case["scale"].float().abs().max() * 128
     magnitude = largest * a.sum(-1, keepdim=True) + case["bias"].abs()
     terms = case["in_features"] / min(case["group_size"], 128) + 4
     assert y.isfinite().all()

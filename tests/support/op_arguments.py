@@ -59,6 +59,7 @@ def linear_inputs(bits, tokens, out, features, group, act_group=-1, bias=None):
     bias = None if bias is None else torch.randn(out).to(bias)
     if bits == 4:
         weight = pack(torch.randint(-8, 8, (out, features), dtype=torch.int8), 4)
+        scale[torch.rand(scale.shape) < 0.5] *= -1  # of either sign, as fits give them
         return a_codes, a_scale, weight, scale, bias, group
     weight = pack(torch.randint(0, 2**bits, (out, features), dtype=torch.int8), bits)
     levels = torch.randint(-128, 128, (out, features // group, 2**bits), dtype=torch.int8)
