@@ -1,6 +1,7 @@
 // Parameters of each op: what passes the checks is put in one of these, and kernels read nothing
-// else. Every pointer carries its shape. Bit layouts are drawn in w2a4/ops/packing.py. `device` is the
-// index of the CUDA device that all tensors are on, from which launchers take it; -1 is the CPU.
+// else. Every pointer carries its shape. Bit layouts are drawn in w2a4/ops/packing.py. `device` is
+// the index of the CUDA device that all tensors are on, from which launchers take it; -1 is the
+// CPU.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
