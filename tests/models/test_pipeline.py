@@ -46,7 +46,9 @@ class FakeLinear(torch.nn.Module):
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("shape", UNUSUAL.values(), ids=UNUSUAL.keys())
 def test_packed_model_is_the_fake_quantised_model(bits, shape):
-    packed, fake = packed_model(shape, weight_bits=bits), packed_model(shape, weight_bits=bits)
+    # A scale a token and the fit of full precision: in groups, codes of later layers flip in more places.
+    recipe = dict(weight_bits=bits, act_group_size=-1, gptq_target="full")
+    packed, fake = packed_model(shape, **recipe), packed_model(shape, **recipe)
     codes: dict[str, list] = {"packed": [], "fake": []}
     for module in packed.modules():
         if isinstance(module, _PackedLinear):
@@ -65,9 +67,8 @@ def test_packed_model_is_the_fake_quantised_model(bits, shape):
     ids = prompt(2, 10)
     a, b = logits(packed, ids), logits(fake, ids)
     same = [float((x == y).float().mean()) for x, y in zip(codes["packed"], codes["fake"], strict=True)]
-    # The first linears see identical inputs. Further in, fp32 rounding may move a value over a threshold, and
-    # that others in all layers behind it; codes that have nothing to do with each other agree in one of ten.
-    assert same[0] == 1.0 and same[1] > 0.99 and min(same) > 0.8
+    # The first linears see identical inputs. Further in, fp32 rounding may move a value over a threshold.
+    assert same[0] == 1.0 and min(same) > 0.99
     if min(same) == 1.0:
         assert (a - b).norm() <= 1e-4 * b.norm()
 
