@@ -35,7 +35,7 @@ struct FakeQuantParams {
   float* grad_clip;   // [rows]: its sum is the gradient
   int64_t rows, size;
   float clip;
-  bool kv;  // asymmetric with a zero-point, else symmetric
+  bool kv;  // asymmetric with a zero-point, else activations
 };
 
 constexpr int64_t kGrain = 1 << 14;  // elements of one thread that are worth waking another
@@ -111,7 +111,7 @@ W2A4_DISPATCH(snap_backward_groups, SnapParams)
 // Scale and zero-point of a row, as the packed forms have them, and their slopes by clip.
 struct Row {
   float least, most;  // code range
-  float low, high;    // of the row; without zero-point the greatest magnitude is high
+  float low, high;    // of the row; without zero-point the number furthest from 0 is high
   float scale, zero;
   float scale_by_clip, zero_by_clip;
 
@@ -126,10 +126,10 @@ struct Row {
       zero_by_clip = (low - high) * 0.5f;
     } else {
       least = -8, most = 7;
-      high = largest(x, n);
-      scale = clip * high / 7.0f;
+      high = furthest_from_zero(x, n);
+      scale = a4_scale(clip, high);
       zero = zero_by_clip = low = 0.0f;
-      scale_by_clip = scale == 0.0f ? 0.0f : high / 7.0f;
+      scale_by_clip = scale == 0.0f ? 0.0f : clip < 0.0f ? high / 8.0f : std::fabs(high) / 7.0f;
     }
   }
 
@@ -149,14 +149,6 @@ struct Row {
     F16 half;
     from_float(x, half);
     return to_float(half);
-  }
-  static W2A4_INLINE float largest(const float* x, int64_t n) {
-    int32_t most = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const int32_t magnitude = bits<int32_t>(x[i]) & 0x7fffffff;
-      most = magnitude > most ? magnitude : most;
-    }
-    return bits<float>(most);
   }
 };
 
@@ -211,11 +203,16 @@ W2A4_INLINE void fake_quant_backward(const FakeQuantParams& p, int64_t begin, in
     } else {
       p.grad_clip[i] = to_scale * row.scale_by_clip;
       if (row.scale == 0.0f) continue;
+      if (p.clip < 0.0f) {
+        add_to_extreme(x, n, row.high, to_scale * p.clip / 8.0f, grad_x);
+        continue;
+      }
       for (int64_t j = 0; j < n; ++j) magnitudes[j] = std::fabs(x[j]);
+      const float most = std::fabs(row.high);
       const float each = to_scale * p.clip / 7.0f /
-                         static_cast<float>(count_equal(magnitudes.data(), n, row.high));
+                         static_cast<float>(count_equal(magnitudes.data(), n, most));
       for (int64_t j = 0; j < n; ++j)
-        grad_x[j] += magnitudes[j] == row.high ? (x[j] < 0 ? -each : each) : 0.0f;
+        grad_x[j] += magnitudes[j] == most ? (x[j] < 0 ? -each : each) : 0.0f;
     }
   }
 }

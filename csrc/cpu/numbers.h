@@ -1,6 +1,7 @@
 // Conversions between storage types and float, and rounding, as loops the compiler vectorises.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -122,6 +123,23 @@ W2A4_INLINE void range(const float* x, int64_t n, float& low, float& high) {
     most = magnitude > most ? magnitude : most;
   }
   if (most > 0x7f800000) low = high = std::numeric_limits<float>::quiet_NaN();
+}
+
+// The number of largest magnitude, of two opposite ones the negative; NaN if one of x is. Bits with
+// the sign turned to the end are ordered as magnitudes are, NaN above infinity.
+W2A4_INLINE float furthest_from_zero(const float* x, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t u = bits<uint32_t>(x[i]), turned = u << 1 | u >> 31;
+    most = turned > most ? turned : most;
+  }
+  return bits<float>(most >> 1 | most << 31);
+}
+
+// The scale of 4-bit activations before 0 becomes 1: its size is shared by all codes of either
+// sign where clip is positive, and where it is negative the furthest number has code -8.
+W2A4_INLINE float a4_scale(float clip, float furthest) {
+  return clip < 0.0f ? clip * furthest / 8.0f : clip * std::fabs(furthest) / 7.0f;
 }
 
 // Value of a signed nibble, 0..15 -> -8..7.

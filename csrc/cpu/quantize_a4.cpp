@@ -1,4 +1,4 @@
-// quantize_a4: symmetric 4-bit activations, bit-exact to the reference, and the stages that may
+// quantize_a4: 4-bit activations, bit-exact to the reference, and the stages that may
 // come before: silu(gate) * up, RMSNorm, Hadamard. A token stays in cache from its load to its
 // codes.
 #include <vector>
@@ -10,19 +10,8 @@
 namespace w2a4::cpu {
 namespace {
 
-// max |x|. The bits of non-negative floats are ordered as the floats are, NaN above infinity, so a
-// NaN is found too and makes the scale NaN.
-W2A4_INLINE float absmax(const float* x, int64_t n) {
-  int32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t magnitude = bits<int32_t>(x[i]) & 0x7fffffff;
-    most = magnitude > most ? magnitude : most;
-  }
-  return bits<float>(most);
-}
-
 W2A4_INLINE float quantize_group(const float* x, int64_t n, float clip, int8_t* codes) {
-  float scale = clip * absmax(x, n) / 7.0f;
+  float scale = a4_scale(clip, furthest_from_zero(x, n));
   if (scale == 0.0f) scale = 1.0f;
   // A group with NaN or infinity has a scale that is one, so its dequantised values show it; the
   // codes are 0, as the quotients of finite values by infinity are.

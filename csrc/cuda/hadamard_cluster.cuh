@@ -170,7 +170,7 @@ W2A4_DEVICE void for_each_octet(const ClusterTransform& t, int tile, int first, 
   }
 }
 
-// Every warp's largest magnitude goes to every block of the cluster.
+// The largest of every warp's `distance_bits` goes to every block of the cluster.
 template <int kTiles>
 W2A4_DEVICE void send_maximum(const ClusterTransform& t, bool has_task, int tile,
                               const float (&y)[kTiles][4], uint32_t* maxima) {
@@ -179,7 +179,7 @@ W2A4_DEVICE void send_maximum(const ClusterTransform& t, bool has_task, int tile
   W2A4_UNROLL
   for (int i = 0; i < 4 * kTiles; ++i)
     if (has_task && row + 8 * (i % 4 / 2) < t.rows)
-      most = larger(most, magnitude_bits(y[i / 4][i % 4]));
+      most = larger(most, distance_bits(y[i / 4][i % 4]));
   most = warp_max(most);
   const unsigned lane = threadIdx.x % 32;
   if (lane >> t.log_blocks == 0)

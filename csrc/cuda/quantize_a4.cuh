@@ -74,7 +74,7 @@ W2A4_DEVICE void note_maxima(const Transform& t, const Unit& unit, const Task& t
     for_each_run(t, task, y, [&](int row, int column, const auto& v) {
       uint32_t most = 0;
       W2A4_UNROLL
-      for (int i = 0; i < kCountOf<decltype(v)>; ++i) most = larger(most, magnitude_bits(v[i]));
+      for (int i = 0; i < kCountOf<decltype(v)>; ++i) most = larger(most, distance_bits(v[i]));
       const int element = element_at(t, row, column);
       if (!inside(t, unit, row, element)) return;
       most_of_all = larger(most_of_all, most);
@@ -84,8 +84,8 @@ W2A4_DEVICE void note_maxima(const Transform& t, const Unit& unit, const Task& t
     for_each_number(t, task, y, work, [&](int row, int column, float v) {
       const int element = element_at(t, row, column);
       if (!inside(t, unit, row, element)) return;
-      most_of_all = larger(most_of_all, magnitude_bits(v));
-      if (!groups.one) groups.note(groups.group_of(element), magnitude_bits(v));
+      most_of_all = larger(most_of_all, distance_bits(v));
+      if (!groups.one) groups.note(groups.group_of(element), distance_bits(v));
     });
   }
   if (!groups.one) return;
@@ -283,7 +283,7 @@ W2A4_DEVICE void note_run_maxima(const QuantizeArgs& args, const Groups& groups,
     if (element >= features) break;
     uint32_t most = 0;
     W2A4_UNROLL
-    for (int i = 0; i < 8; ++i) most = larger(most, magnitude_bits(v[r][i]));  // 0 beyond the end
+    for (int i = 0; i < 8; ++i) most = larger(most, distance_bits(v[r][i]));  // 0 beyond the end
     most_of_all = larger(most_of_all, most);
     if (groups.one) continue;
     if (args.whole) {
@@ -293,7 +293,7 @@ W2A4_DEVICE void note_run_maxima(const QuantizeArgs& args, const Groups& groups,
     W2A4_ROLLED
     for (int n = 0; n < 8; ++n) {  // once round the run
       if (element + n < features)
-        groups.note(groups.group_of(element + n), magnitude_bits(v[r][0]));
+        groups.note(groups.group_of(element + n), distance_bits(v[r][0]));
       shift_in(v[r], v[r][0]);
     }
   }
@@ -440,7 +440,7 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32)
   }
   uint32_t most = 0;
   W2A4_UNROLL
-  for (int i = 0; i < 8 * kTokenRuns; ++i) most = larger(most, magnitude_bits(v[i / 8][i % 8]));
+  for (int i = 0; i < 8 * kTokenRuns; ++i) most = larger(most, distance_bits(v[i / 8][i % 8]));
   share(warp_max(most), maxima, of_warps);
   W2A4_UNROLL
   for (int i = 0; i < kQuantizeWarps; ++i) most = larger(most, of_warps[i]);

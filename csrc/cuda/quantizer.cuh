@@ -6,9 +6,8 @@
 
 namespace w2a4::cuda {
 
-// How a group's values become codes; 16 bytes of shared memory. While maxima are looked for, the
-// first word holds the largest |x| as bits: those of floats are ordered as the floats are, NaN
-// above infinity, so a NaN is found too and makes the scale NaN.
+// How a group's values become codes; 16 bytes of shared memory. While the number furthest from 0 is
+// looked for, the first word holds the largest of their `distance_bits`.
 struct Quantizer {
   float factor;      // a power of two that keeps the numbers below in the range of normal floats
   float scale;       // times factor
@@ -18,6 +17,15 @@ struct Quantizer {
 
 W2A4_DEVICE uint32_t magnitude_bits(float x) {
   return as_bits(x) & 0x7fffffff;
+}
+
+// Bits that are ordered as the magnitudes are, of two opposite numbers the negative above; NaN above
+// infinity, so a NaN is found too and makes the scale NaN.
+W2A4_DEVICE uint32_t distance_bits(float x) {
+  return as_bits(x) << 1 | as_bits(x) >> 31;
+}
+W2A4_DEVICE float from_distance_bits(uint32_t u) {
+  return as_float(u >> 1 | u << 31);
 }
 
 W2A4_DEVICE bool is_finite(float x) {
@@ -46,9 +54,11 @@ W2A4_DEVICE uint32_t rounded_bits(float x) {
   return as_bits(add_rn(x, 12582912.0f));  // 1.5 * 2**23
 }
 
-// Of a group of activations whose largest magnitude has the bits `most`.
+// Of a group of activations, from the largest of their `distance_bits`.
 W2A4_DEVICE float scale_of(float clip, uint32_t most) {
-  const float scale = quotient_rn<7>(mul_rn(clip, as_float(most)));
+  const float x = from_distance_bits(most);
+  const float scale = clip < 0.0f ? mul_rn(mul_rn(clip, x), 0.125f)
+                                  : quotient_rn<7>(mul_rn(clip, as_float(magnitude_bits(x))));
   return scale == 0.0f ? 1.0f : scale;
 }
 

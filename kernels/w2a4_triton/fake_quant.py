@@ -17,8 +17,8 @@ from .language import chunk_of_rows, launch_rows, mul_rn, round_even, row_op, ro
 
 
 @triton.jit
-def _range(x_ptr, row, rows, KV: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Least and greatest of each row, of the magnitudes unless KV, and 0, or NaN where not all is finite."""
+def _range(x_ptr, row, rows, SIZE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Least and greatest of each row, and 0, or NaN where not all is finite."""
     low, high = tl.full([ROWS], float("inf"), tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
     taint = tl.zeros([ROWS], tl.float32)
     for start in range(0, SIZE, CHUNK):
@@ -26,18 +26,21 @@ def _range(x_ptr, row, rows, KV: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.cons
         x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
         # Where a value is not finite, neither is 0 * x. Maxima pass over NaN.
         taint += tl.sum(x * 0.0, axis=1)
-        if not KV:
-            x = tl.abs(x)
         low = tl.minimum(low, tl.min(tl.where(exists, x, float("inf")), axis=1))
         high = tl.maximum(high, tl.max(tl.where(exists, x, float("-inf")), axis=1))
     return low, high, taint
 
 
 @triton.jit
-def _symmetric(largest, clip):
-    """Scale of each row and what clip is multiplied with to give it; 1 and 0 for a row of zeros."""
-    scale = tl.div_rn(clip * largest, 7.0)
-    return tl.where(scale == 0, 1.0, scale)[:, None], tl.where(scale == 0, 0.0, tl.div_rn(largest, 7.0))
+def _scale_a4(low, high, clip):
+    """Scale of each row and what clip is multiplied with to give it; 1 and 0 for a row of zeros.
+
+    And its number furthest from 0, of two opposite ones the negative.
+    """
+    furthest = tl.where(-low >= high, low, high)
+    by_clip = tl.where(clip < 0, tl.div_rn(furthest, 8.0), tl.div_rn(tl.abs(furthest), 7.0))
+    scale = tl.where(clip < 0, tl.div_rn(clip * furthest, 8.0), tl.div_rn(clip * tl.abs(furthest), 7.0))
+    return tl.where(scale == 0, 1.0, scale)[:, None], tl.where(scale == 0, 0.0, by_clip), furthest
 
 
 @triton.jit
@@ -73,6 +76,12 @@ def _is(x, extreme, exists):
 
 
 @triton.jit
+def _sets_scale(x, furthest, clip, exists):
+    """Where x is the number furthest from 0 of its row; its opposite too, unless the sign counts."""
+    return _is(tl.where(clip < 0, x, tl.abs(x)), tl.where(clip < 0, furthest, tl.abs(furthest)), exists)
+
+
+@triton.jit
 def _share(gradient, count):
     """The gradient of each row's extreme, shared by the entries that are it."""
     return tl.div_rn(gradient, tl.maximum(count, 1.0))[:, None]
@@ -85,12 +94,12 @@ def fake_quant_kernel(
 ):  # fmt: skip
     """`scale * code`, plus the zero-point for keys and values."""
     row = rows_of_program(ROWS)
-    low, high, taint = _range(x_ptr, row, rows, KV, SIZE, ROWS, CHUNK)
+    low, high, taint = _range(x_ptr, row, rows, SIZE, ROWS, CHUNK)
     clip = tl.load(clip_ptr)
     if KV:
         scale, zero, _, _ = _asymmetric(low + taint, high + taint, clip)
     else:
-        scale, _ = _symmetric(high + taint, clip)
+        scale, _, _ = _scale_a4(low + taint, high + taint, clip)
     for start in range(0, SIZE, CHUNK):
         offsets, exists = chunk_of_rows(row, rows, start, SIZE, CHUNK)
         x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
@@ -110,9 +119,9 @@ def fake_quant_a4_backward_kernel(
 ):  # fmt: skip
     """To x its gradient where it is not clipped, and through the scale; to clip one sum a row."""
     row = rows_of_program(ROWS)
-    _, largest, taint = _range(x_ptr, row, rows, False, SIZE, ROWS, CHUNK)
+    low, high, taint = _range(x_ptr, row, rows, SIZE, ROWS, CHUNK)
     clip = tl.load(clip_ptr)
-    scale, scale_by_clip = _symmetric(largest + taint, clip)
+    scale, scale_by_clip, furthest = _scale_a4(low + taint, high + taint, clip)
     to_scale, count = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for start in range(0, SIZE, CHUNK):
         offsets, exists = chunk_of_rows(row, rows, start, SIZE, CHUNK)
@@ -120,16 +129,18 @@ def fake_quant_a4_backward_kernel(
         grad = tl.load(grad_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
         steps, code, inside = _quantise(x, scale, -8.0, 7.0)
         to_scale += tl.sum(grad * (code - tl.where(inside, steps, 0.0)), axis=1)
-        count += tl.sum(_is(tl.abs(x), largest, exists).to(tl.float32), axis=1)
-    to_largest = _share(tl.div_rn(to_scale * clip, 7.0), count)
+        count += tl.sum(_sets_scale(x, furthest, clip, exists).to(tl.float32), axis=1)
+    by_furthest = to_scale * clip
+    by_furthest = tl.where(clip < 0, tl.div_rn(by_furthest, 8.0), tl.div_rn(by_furthest, 7.0))
+    to_furthest = _share(by_furthest, count)
     for start in range(0, SIZE, CHUNK):
         offsets, exists = chunk_of_rows(row, rows, start, SIZE, CHUNK)
         x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
         inside = _quantise(x, scale, -8.0, 7.0)[2]
-        sign = tl.where(x < 0, -1.0, tl.where(x > 0, 1.0, 0.0))
+        sign = tl.where((x < 0) & (clip > 0), -1.0, tl.where(x == 0, 0.0, 1.0))
         grad_x = tl.where(inside, grad, 0.0)
-        grad_x += sign * tl.where(_is(tl.abs(x), largest, exists), to_largest, 0.0)
+        grad_x += sign * tl.where(_sets_scale(x, furthest, clip, exists), to_furthest, 0.0)
         tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=exists)
     # Last: while nothing is written, a row that fits into a chunk is loaded only once.
     tl.store(grad_clip_ptr + row, to_scale * scale_by_clip, mask=row < rows)
@@ -142,7 +153,7 @@ def fake_quant_kv4_backward_kernel(
 ):  # fmt: skip
     """To x its gradient where it is not clipped, and through scale and zero-point; to clip one sum a row."""
     row = rows_of_program(ROWS)
-    low, high, taint = _range(x_ptr, row, rows, True, SIZE, ROWS, CHUNK)
+    low, high, taint = _range(x_ptr, row, rows, SIZE, ROWS, CHUNK)
     clip = tl.load(clip_ptr)
     scale, zero, scale_by_clip, zero_by_clip = _asymmetric(low + taint, high + taint, clip)
     to_scale, to_zero = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
@@ -177,8 +188,8 @@ def fake_quant_rows(x: Tensor, clip: Tensor, kv: bool) -> Tensor:
 
     Args:
         x: float32, float16 or bfloat16 `[..., row]`, contiguous.
-        clip: float32 `[1]`. Of activations the scale is `clip * max|x| / 7`; of keys and values it shrinks
-            the range around its middle.
+        clip: float32 `[1]`. Of activations the scale is `clip * max|x| / 7`, or `clip * x / 8` for the x
+            furthest from 0 where clip is negative; of keys and values it shrinks the range around its middle.
         kv: whether a row is of keys or values, with a zero-point.
 
     Returns:

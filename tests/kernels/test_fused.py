@@ -10,7 +10,7 @@ from w2a4.format.hadamard import had_k_matrix
 from w2a4.ops import reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-CLIP = torch.tensor([0.9])
+CLIP, ALL_CODES = torch.tensor([0.9]), torch.tensor([-0.9])
 EPS = 1e-5
 
 #: features, K of had_k, block_size, group_size
@@ -36,7 +36,8 @@ def test_hadamard_a4(features, k, block, group, dtype):
     x = torch.randn(2, 3, features).to(dtype)
     exact = reference.hadamard(x.double(), had_k, block)
     error = hadamard_error(x.double(), had_k, block)
-    assert_quantized(ops.hadamard_a4(x, had_k, block, CLIP, group), exact, error, CLIP, group)
+    for clip in (CLIP, ALL_CODES):
+        assert_quantized(ops.hadamard_a4(x, had_k, block, clip, group), exact, error, clip, group)
 
 
 @pytest.mark.parametrize("features,k,block,group", SHAPES)
@@ -59,7 +60,8 @@ def test_rmsnorm_a4(features, group, dtype, weight_dtype):
     exact = exact if weight is None else exact * weight.double()
     # The mean square adds features / 16 numbers in a lane and then 16 lanes; its root halves the error.
     error = (features / 32 + 16) * UNIT * exact.abs()
-    assert_quantized(ops.rmsnorm_a4(x, weight, EPS, CLIP, group), exact, error, CLIP, group)
+    for clip in (CLIP, ALL_CODES):
+        assert_quantized(ops.rmsnorm_a4(x, weight, EPS, clip, group), exact, error, clip, group)
 
 
 @pytest.mark.parametrize("features,k,block,group", SHAPES)

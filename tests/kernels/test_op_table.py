@@ -210,10 +210,10 @@ def gradients(function, inputs, grad):
     return y.detach(), torch.autograd.grad(y, leaves, grad)
 
 
-@pytest.mark.parametrize("kv", [False, True])
+@pytest.mark.parametrize("kv,clip", [(False, 0.8), (False, -0.8), (False, -1.0), (True, 0.8)])
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_fake_quant_references(kv, size, in_pytorch):
-    x, clip, grad = torch.randn(5, size), torch.tensor([0.8]), torch.randn(5, size)
+def test_fake_quant_references(kv, clip, size, in_pytorch):
+    x, clip, grad = torch.randn(5, size), torch.tensor([clip]), torch.randn(5, size)
     x[0], x[1, 0], x[2] = 0, 100, 3.25
     function = quantizers.fake_quant_kv4 if kv else quantizers.fake_quant_a4
     y, (to_x, to_clip) = gradients(function, (x, clip), grad)

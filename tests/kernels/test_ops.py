@@ -23,7 +23,7 @@ from support.op_arguments import (
 from support.paths import ROOT
 from w2a4 import ops
 from w2a4.ops import reference
-from w2a4.ops.packing import packed_width
+from w2a4.ops.packing import packed_width, unpack
 
 CLIP = torch.tensor([0.9])
 
@@ -87,8 +87,20 @@ def test_quantize_a4(features, group, dtype):
     x = torch.randn(2, 17, features).to(dtype)
     x[0, 3] = 0
     x[1, 5, 0] = 1e4
-    for got, want in zip(ops.quantize_a4(x, CLIP, group), reference.quantize_a4(x, CLIP, group), strict=True):
-        assert_close(got, want)
+    x[1, 6, 0], x[1, 6, -1] = -50, 50
+    for clip in (CLIP, -CLIP):
+        want = reference.quantize_a4(x, clip, group)
+        for got, wanted in zip(ops.quantize_a4(x, clip, group), want, strict=True):
+            assert_close(got, wanted)
+
+
+def test_all_sixteen_codes_of_a_negative_clip():
+    """The number furthest from 0 has code -8, of two opposite ones the negative; its scale has its sign."""
+    x = torch.tensor([[4.0, -1.0, 0.5, 3.5], [-4.0, 4.0, 1.0, -3.5], [0.0, 0.0, -0.0, 0.0]])
+    codes, scale = ops.quantize_a4(x, -torch.ones(1))
+    assert_close(scale, torch.tensor([[-0.5], [0.5], [1.0]]))
+    wanted = torch.tensor([[-8, 2, -1, -7], [-8, 7, 2, -7], [0, 0, 0, 0]], dtype=torch.int8)
+    assert_close(unpack(codes, 4, 4, signed=True), wanted)
 
 
 def test_quantize_a4_ties_go_to_even():
@@ -100,9 +112,10 @@ def test_quantize_a4_ties_go_to_even():
 
 
 @pytest.mark.parametrize("scale", [1e-45, 1e-38, 1e-20, 1e30])
-def test_quantize_a4_of_extreme_sizes(scale):
+@pytest.mark.parametrize("clip", [CLIP, -CLIP])
+def test_quantize_a4_of_extreme_sizes(scale, clip):
     x = torch.randn(5, 64, dtype=torch.float64).mul(scale).float()
-    for got, want in zip(ops.quantize_a4(x, CLIP), reference.quantize_a4(x, CLIP), strict=True):
+    for got, want in zip(ops.quantize_a4(x, clip), reference.quantize_a4(x, clip), strict=True):
         assert_close(got, want)
 
 
@@ -253,7 +266,7 @@ for k, m in ((1, 2), (1, 8), (1, 64), (1, 1024), (1, 8192), (12, 8), (28, 64), (
     out += [ops.hadamard(wide.double(), had_k, k * m), *ops.hadamard_a4(wide, had_k, k * m, clip)]
     out += ops.silu_mul_hadamard_a4(wide, wide.flip(0), had_k, k * m, clip)
     out += ops.rmsnorm_a4(wide, wide[0].clone(), 1e-5, clip, m)
-codes, scale = ops.quantize_a4(x, torch.tensor([0.9]))
+codes, scale = ops.quantize_a4(x, torch.tensor([-0.9]))
 weight = torch.randint(0, 256, (70, 144), dtype=torch.uint8)
 levels = torch.randint(-128, 128, (70, 9, 4), dtype=torch.int8)
 w_scale, int8 = torch.rand(70, 9).half(), torch.randint(-128, 128, (70, 576), dtype=torch.int8)

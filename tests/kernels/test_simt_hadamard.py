@@ -236,6 +236,8 @@ def special_rows(features):
     x[6] *= 1e-41
     x[7] = torch.randint(-14, 15, (features,)) / 2
     x[7, 0] = 7
+    x[8, -1] = x[8, 0] = x[8].abs().max() + 1  # two that are opposite
+    x[8, 0] *= -1
     x[8] *= 1e-30
     return x
 
@@ -244,9 +246,9 @@ def special_rows(features):
                                             (576, 64), (96, 12), (4096, -1), (4096, 128), (20000, -1),
                                             (20008, 8)])  # fmt: skip
 @pytest.mark.parametrize("dtype", [F32, HALF, BF16])
-@pytest.mark.parametrize("clip", [0.9, 1.0])
+@pytest.mark.parametrize("clip", [0.9, 1.0, -0.9, -1.0])
 def test_quantize_a4_is_bit_exact(features, group, dtype, clip):
-    if features > 4096 and (dtype == BF16 or clip == 1.0):
+    if features > 4096 and (dtype == BF16 or abs(clip) == 1.0):
         pytest.skip("covered by the others")
     x = special_rows(features) if features <= 4096 else torch.randn(2, features)
     x, clip = aligned(x.to(dtype)), torch.tensor([clip])
@@ -270,9 +272,9 @@ def test_quotients_are_correctly_rounded():
     x = (scale.float().double() * steps).float()
     bits = x.view(torch.int32) + torch.arange(-4, 5, dtype=torch.int32).repeat_interleave(14)
     x = torch.cat([bits.view(F32), 7 * scale.float(), torch.zeros(200, 1)], 1)
-    clip = torch.ones(1)
-    for got, want in zip(quantize(aligned(x), clip)[0], reference.quantize_a4(x, clip), strict=True):
-        assert_close(got, want)
+    for clip in (torch.ones(1), torch.tensor([-8 / 7])):
+        for got, want in zip(quantize(aligned(x), clip)[0], reference.quantize_a4(x, clip), strict=True):
+            assert_close(got, want)
 
 
 #: tokens, features, K of had_k, block_size, group_size
@@ -294,9 +296,9 @@ def test_hadamard_a4(tokens, features, k, block, group, dtype):
     if dtype == BF16 and features > 6000:
         pytest.skip("float16 covers it")
     had_k, x = had_k_matrix(k), aligned(torch.randn(tokens, features).to(dtype))
-    got, _ = quantize(x, group=group, had_k=had_k, block=block)
-    wide = x.double()
-    assert_quantized(got, fast_hadamard(wide, had_k, block), error_of(wide, had_k, block), CLIP, group)
+    wide, clip = x.double(), -CLIP if dtype == HALF else CLIP
+    got, _ = quantize(x, clip, group, had_k=had_k, block=block)
+    assert_quantized(got, fast_hadamard(wide, had_k, block), error_of(wide, had_k, block), clip, group)
 
 
 @pytest.mark.parametrize("tokens,features,k,block,group", [*FUSED, (3, 7, 1, 1, -1), (2, 4096, 1, 1, 64)])

@@ -23,7 +23,7 @@ def randn(*shape: int) -> torch.Tensor:
 
 
 def rows(*shape: int) -> torch.Tensor:
-    """Also of zeros, equal numbers, ties for the largest, one sign, and some that are hardly a number."""
+    """Also of zeros, equal numbers, ties for the largest of one sign and both, one sign, tiny and huge."""
     x = randn(*shape)
     flat = x.flatten(0, -2)
     flat[0], flat[1] = 0, -3.25
@@ -32,6 +32,7 @@ def rows(*shape: int) -> torch.Tensor:
     flat[4] *= 1e-30
     flat[5] *= 1e4
     flat[6] = -0.0
+    flat[7, :2] = torch.tensor([9.0, -9.0])
     return x
 
 
@@ -46,6 +47,8 @@ def ldp_parameters(out: int, groups: int) -> tuple[torch.Tensor, ...]:
 CASES = {
     "a4": (quantizers.fake_quant_a4, rows(9, 96), (torch.tensor([0.8]),)),
     "a4 odd": (quantizers.fake_quant_a4, rows(3, 5, 37), (torch.tensor([1.0]),)),
+    "a4 all codes": (quantizers.fake_quant_a4, rows(9, 96), (torch.tensor([-0.8]),)),
+    "a4 all codes odd": (quantizers.fake_quant_a4, rows(3, 5, 37), (torch.tensor([-1.0]),)),
     "kv4": (quantizers.fake_quant_kv4, rows(2, 3, 4, 64), (torch.tensor([0.7]),)),
     "kv4 odd": (quantizers.fake_quant_kv4, rows(9, 11), (torch.tensor([0.95]),)),
     "ldp": (ldp, rows(12, 256), ldp_parameters(12, 4)),

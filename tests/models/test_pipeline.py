@@ -46,8 +46,9 @@ class FakeLinear(torch.nn.Module):
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("shape", UNUSUAL.values(), ids=UNUSUAL.keys())
 def test_packed_model_is_the_fake_quantised_model(bits, shape):
-    # A scale a token and the fit of full precision: in groups, codes of later layers flip in more places.
-    recipe = dict(weight_bits=bits, act_group_size=-1, gptq_target="full")
+    # A scale a token and the fit of full precision: in groups, codes of later layers flip in more places, and
+    # all of a token's where its two ends are equally far from 0 and its scale takes the sign of the other.
+    recipe = dict(weight_bits=bits, act_group_size=-1, gptq_target="full", act_codes="symmetric")
     packed, fake = packed_model(shape, **recipe), packed_model(shape, **recipe)
     codes: dict[str, list] = {"packed": [], "fake": []}
     for module in packed.modules():

@@ -175,11 +175,14 @@ def test_saved_after_training(tmp_path):
     assert again.w2a4_report.training == {"steps": 3}
 
 
-@pytest.mark.parametrize("value", [-1e6, -0.5, 0.0])
+@pytest.mark.parametrize(
+    "codes, value",
+    [("symmetric", -1e6), ("symmetric", -0.5), ("symmetric", 0.0), ("all", 0.0), ("all", 0.5), ("all", 1e6)],
+)
 @pytest.mark.parametrize("bits, name", [(2, "act_clip"), (3, "act_clip"), (4, "act_clip"), (4, "step")])
-def test_a_clip_or_step_that_went_below_0_is_packed_and_loaded(bits, name, value, tmp_path):
-    """Training may overstep: what it computes with then is positive, and is what is packed."""
-    model, ids = prepared(weight_bits=bits), prompt()
+def test_a_clip_or_step_that_went_across_0_is_packed_and_loaded(codes, bits, name, value, tmp_path):
+    """Training may overstep: what it computes with then has its sign, and is what is packed."""
+    model, ids = prepared(weight_bits=bits, act_codes=codes), prompt()
     down = model.model.layers[0].mlp.down_proj
     getattr(down, name).data.fill_(value)
     inputs = torch.randn(3, down.in_features, generator=torch.Generator().manual_seed(0))
@@ -199,12 +202,12 @@ def test_a_clip_or_step_that_went_below_0_is_packed_and_loaded(bits, name, value
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_a_positive_clip_is_used_as_it_is():
+def test_a_clip_far_from_0_is_used_as_it_is():
     linear = prepared().model.layers[0].mlp.down_proj
-    for value in (0.9, 0.013, 1.7):
+    for value in (-0.9, -0.013, -1.7):
         linear.act_clip.data.fill_(value)
-        assert torch.equal(linear.positive_clip(), linear.act_clip)
-    (gradient,) = torch.autograd.grad(3 * linear.positive_clip().sum(), [linear.act_clip])
+        assert torch.equal(linear.bounded_clip(), linear.act_clip)
+    (gradient,) = torch.autograd.grad(3 * linear.bounded_clip().sum(), [linear.act_clip])
     assert float(gradient) == 3
 
 

@@ -55,12 +55,19 @@ def assert_quantized(
     features = exact.shape[-1]
     group = features if group == -1 else group
     values, error = exact.unflatten(-1, (-1, group)), error.expand_as(exact).unflatten(-1, (-1, group))
-    want = clip.double() * values.abs().amax(-1) / 7
+    step = clip.double() / (8 if clip < 0 else 7)
+    low, high = values.amin(-1), values.amax(-1)
+    want = step * torch.where(-low >= high, low, high)
+    if clip > 0:
+        want = want.abs()
+    else:  # where two numbers are as far from 0 but for the error, either gives the scale its sign
+        undecided = (low + high).abs() <= 2 * error.amax(-1)
+        want = torch.where(undecided & (want * scale < 0), -want, want)
     want = torch.where(want == 0, 1.0, want)
     # The largest magnitude carries its error; the product with clip and the quotient round once each.
-    assert ((scale - want).abs() <= clip.double() * error.amax(-1) / 7 + 3 * UNIT * want).all()
+    assert ((scale - want).abs() <= step.abs() * error.amax(-1) + 3 * UNIT * want.abs()).all()
     steps = values / scale.double()[..., None]
-    allowed = error / scale.double()[..., None] + 2 * UNIT * steps.abs()
+    allowed = error / scale.double()[..., None].abs() + 2 * UNIT * steps.abs()
     near_tie = ((steps - steps.floor() - 0.5).abs() <= allowed).flatten(-2)
     found = unpack(codes, 4, features, signed=True)
     wanted = steps.round().clamp(-8, 7).to(torch.int8).flatten(-2)

@@ -51,9 +51,12 @@ def opcheck(name: str, args: tuple) -> None:
 
 
 def linear_inputs(bits, tokens, out, features, group, act_group=-1, bias=None):
-    """Arguments of the op up to `group_size`; every code occurs, and levels and codes reach their bounds."""
+    """Arguments of the op up to `group_size`; every code occurs, and levels and codes reach their bounds.
+
+    Scales of activations are of either sign, as with a negative clip.
+    """
     x = torch.randn(*tokens, features) if isinstance(tokens, tuple) else torch.randn(tokens, features)
-    a_codes, a_scale = reference.quantize_a4(x, torch.tensor([0.6]), act_group)
+    a_codes, a_scale = reference.quantize_a4(x, torch.tensor([-0.6]), act_group)
     group = features if group == -1 else group
     scale = (torch.rand(out, features // group) + 0.1).half()
     bias = None if bias is None else torch.randn(out).to(bias)

@@ -45,6 +45,7 @@ def activations(features, dtype):
     x = torch.randn(3, 5, features).to(dtype)
     x[0, 3] = 0
     x[1, 2, 0] = 100
+    x[2, 4, 0], x[2, 4, -1] = -50, 50
     return x
 
 
@@ -57,7 +58,7 @@ def in_dtype(result, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("features,group", ROWS)
-@pytest.mark.parametrize("clip", [0.6, 1.0])
+@pytest.mark.parametrize("clip", [0.6, 1.0, -0.6, -1.0])
 def test_fake_quant_a4(features, group, dtype, clip):
     x, grad = activations(features, dtype), torch.randn(3, 5, features).to(dtype)
     call = (lambda *t: quantizers.fake_quant_a4(*t, group)), (x, torch.tensor([clip])), grad

@@ -39,7 +39,8 @@ def test_every_field_can_be_overridden():
     others = {
         "name": "x", "smooth": 0.5, "weight_bits": 4, "weight_grid": "uniform",
         "weight_method": "rtn", "group_size": -1,
-        "act_bits": 16, "act_clip": 0.8, "act_group_size": 64, "o_proj_act": "token", "kv_bits": 16,
+        "act_bits": 16, "act_clip": 0.8, "act_codes": "symmetric", "act_group_size": 64,
+        "o_proj_act": "token", "kv_bits": 16,
         "kv_clip": 1.0, "sink_tokens": 4, "prefix_tokens": 0, "head_bits": 16,
         "embed_bits": 16, "gptq_damp": 0.1, "gptq_block": 64, "gptq_act_order": False, "gptq_refine": 0,
         "gptq_target": "full", "first_token": 0.5, "calib_samples": 3, "calib_seqlen": 8,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import dispatch
-from ..ops.reference import divide
+from ..ops.reference import a4_scale, divide
 from .groups import resolve_group_size
 
 #: How close to 0 or 1 a sigmoid of LDP is initialised. Nearer, its parameter would hardly move; at
@@ -40,11 +40,12 @@ def fake_quant_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> Tensor:
     """4-bit activations: `dequantize_a4(*quantize_a4(x, clip, group_size))`, differentiable.
 
     Gradients, to x and clip: exactly that of `scale * code` with rounding passed through, the scale being
-    a function of both. Through it a largest entry feels the errors that it causes in all the others.
+    a function of both. Through it a group's furthest entry from 0 feels the errors that it causes in all
+    the others.
 
     Args:
         x: floating `[..., K]`.
-        clip: float32 `[1]`, the scale is `clip * max|x| / 7`.
+        clip: float32 `[1]`, see `ops.reference.a4_scale`.
         group_size: divides K; -1 is the whole token.
 
     Returns:
@@ -55,7 +56,7 @@ def fake_quant_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> Tensor:
     groups = _for_kernels(x).unflatten(-1, (-1, x.shape[-1] if group_size == -1 else group_size))
     if ops.has_training_kernels(groups):
         return _FakeQuantRows.apply(groups, clip, False).flatten(-2).to(x.dtype)
-    scale = divide(clip * groups.abs().amax(-1, keepdim=True), 7)
+    scale = a4_scale(groups, clip)[..., None]
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     codes = (groups / scale).clamp(-8, 7)
     return (straight_through(codes, codes.round()) * scale).flatten(-2).to(x.dtype)

@@ -69,7 +69,7 @@ class _PackedModule(nn.Module):
                     "the checkpoint is damaged or of another model"
                 )
             if key in ("scale", "act_clip"):
-                signed = key == "scale" and self._signed_scales
+                signed = key == "act_clip" or self._signed_scales
                 self._validate_positive(f"{name}.{key}", value.abs() if signed else value)
 
     @staticmethod
@@ -145,7 +145,8 @@ class _PackedLinear(_PackedModule):
             linear: weight `[out, in]`, optional bias.
             group_size: inputs that share levels and scale; divides `in`; -1 is the whole row.
             act_bits: 4, or 16 to keep activations as they are.
-            act_clip: activations are clipped at this fraction of their largest magnitude.
+            act_clip: activations are clipped at this fraction of their largest magnitude; negative, they
+                use all sixteen codes, see `ops.reference.a4_scale`.
             act_group_size: activations that share a scale; -1 is the whole token.
             rotation: applied to the input first; `linear` expects rotated inputs already.
             fitted: codes from a better fit than round to nearest, or on another grid of as many bits.

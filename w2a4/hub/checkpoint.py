@@ -178,9 +178,10 @@ def check_values(model: nn.Module) -> None:
 
 
 def check_value(name: str, value: torch.Tensor, packed: bool, signed: bool) -> None:
-    """The same for one tensor; scales and clips are positive besides, but scales of `signed_scales` not 0."""
+    """The same for one tensor; clips and scales of `signed_scales` are not 0 besides, others positive."""
     if value.is_floating_point():
-        positive = packed and name.endswith((".scale", ".act_clip"))
+        positive = packed and name.endswith(".scale")
+        signed = signed or packed and name.endswith(".act_clip")
         rule = " and not 0" if signed else " and positive" if positive else ""
         for part in value.detach().reshape(-1).split(1 << 24):
             good = torch.isfinite(part)

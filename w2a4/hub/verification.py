@@ -24,7 +24,7 @@ def verify(directory: str | Path) -> dict[str, Any]:
     """Check a checkpoint directory without loading it: every tensor is read once, one at a time.
 
     What is compared: config.json with the tensors' names, shapes and dtypes and with the rotations that it
-    rebuilds; values, which are finite, scales and clips positive and levels ascending; and every tensor and
+    rebuilds; values, which are finite, scales and clips not 0 and levels ascending; and every tensor and
     config.json with the digests that w2a4 wrote beside them. Files written before there were digests, or by
     others, have none.
 

@@ -59,14 +59,15 @@ def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, 
 
     Args:
         x: floating `[..., K]`.
-        clip: float32 `[1]`.
+        clip: float32 `[1]`, in (0, 1], or in [-1, 0) for scales of either sign that use all sixteen codes.
         group_size: divides K; -1 is the whole token.
 
     Returns:
         codes uint8 `[..., ceil(K / 2)]`, scale float32 `[..., K / group_size]`. A group with NaN or
         infinity has that as its scale and codes 0, so the error stays visible.
 
-    Equivalent: `scale = clip * x.abs().amax(-1) / 7; codes = (x / scale).round().clamp(-8, 7)`.
+    Equivalent: `scale = clip * x.abs().amax(-1) / 7; codes = (x / scale).round().clamp(-8, 7)`; for a
+    negative clip `scale = clip * x.gather(-1, x.abs().argmax(-1, True)) / 8`, see `reference.a4_scale`.
     """
     return _ops.quantize_a4.default(x.contiguous(), clip, group_size)
 

@@ -64,11 +64,11 @@ def hadamard_by_doublings(
     kernels="cpu cuda",
 )
 def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, Tensor]:
-    """Symmetric 4-bit quantisation of activations, one scale a token and group.
+    """4-bit quantisation of activations, one scale a token and group.
 
     Args:
         x: floating `[..., K]`.
-        clip: float32 `[1]`; the scale is `clip * max|x| / 7`.
+        clip: float32 `[1]`; the scale is as `a4_scale` has it.
         group_size: divides K; -1 is the whole token.
 
     Returns:
@@ -76,7 +76,7 @@ def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, 
         A group of zeros has scale 1 and codes 0; one with NaN or infinity has that as its scale and codes 0.
     """
     groups = x.float().unflatten(-1, (-1, x.shape[-1] if group_size == -1 else group_size))
-    scale = divide(clip * groups.abs().amax(-1), 7)
+    scale = a4_scale(groups, clip)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     codes = (groups / scale[..., None]).nan_to_num(0.0).round().clamp(-8, 7).flatten(-2)
     return pack(codes.to(torch.int8), 4), scale
@@ -86,6 +86,31 @@ def quantize_a4(x: Tensor, clip: Tensor, group_size: int = -1) -> tuple[Tensor, 
 def _(x, clip, group_size=-1):
     one_device(x=x, clip=clip)
     return _fake_a4(x, group_size)
+
+
+def a4_scale(groups: Tensor, clip: Tensor) -> Tensor:
+    """Scale of each group of activations, before 0 becomes 1. Differentiable.
+
+    Of the codes -8..7 a positive clip leaves -8 to what is clipped: the scale is `clip * max|x| / 7`. A
+    negative one uses all sixteen: the scale is `clip * x / 8` for the x furthest from 0 (of two opposite
+    ones the negative), whose code is -8 at clip -1, and it has the sign that takes. Steps are an eighth
+    smaller, at no cost later.
+
+    Args:
+        groups: float32 `[..., group_size]`.
+        clip: float32 `[1]`, in [-1, 1] and not 0.
+
+    Returns:
+        float32 `[...]`.
+    """
+    signed = divide(clip * furthest_from_zero(groups), 8)
+    return torch.where(clip < 0, signed, divide(clip * groups.abs().amax(-1), 7))
+
+
+def furthest_from_zero(x: Tensor) -> Tensor:
+    """The number of largest magnitude, of two opposite ones the negative: `[..., n]` to `[...]`."""
+    low, high = x.amin(-1), x.amax(-1)
+    return torch.where(-low >= high, low, high)
 
 
 def divide(x: Tensor, divisor: int) -> Tensor:

@@ -6,7 +6,7 @@ here is meant to be fast.
 
 from __future__ import annotations
 
-from .activations import dequantize_a4, divide, hadamard_by_doublings  # noqa: F401
+from .activations import a4_scale, dequantize_a4, divide, hadamard_by_doublings  # noqa: F401
 from .kv import dequantize_kv4  # noqa: F401
 from .library import OPS
 from .packing import unpack  # noqa: F401

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .activations import dequantize_a4, divide, quantize_a4
+from .activations import a4_scale, dequantize_a4, divide, furthest_from_zero, quantize_a4
 from .kv import dequantize_kv4, quantize_kv4
 from .table import fake_of, one_device, op
 
@@ -91,14 +91,17 @@ def _shared(gradient: Tensor, extremes: Tensor) -> Tensor:
 
 
 def _backward_a4(grad: Tensor, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
-    largest = x.abs().amax(-1, keepdim=True)
-    scale = divide(clip * largest, 7)
+    signed, most, furthest = clip < 0, x.abs().amax(-1, keepdim=True), furthest_from_zero(x)[:, None]
+    scale = a4_scale(x, clip)[:, None]
     steps = x / _divisor(scale)
     inside = (steps >= -8) & (steps <= 7)
     to_scale = (grad * (steps.clamp(-8, 7).round() - torch.where(inside, steps, 0.0))).sum(-1, keepdim=True)
     to_scale = torch.where(scale == 0, 0.0, to_scale)  # a row of zeros has scale 1, whatever clip is
-    to_x = grad * inside + x.sign() * _shared(to_scale * clip / 7, x.abs() == largest)
-    return to_x, to_scale * largest / 7
+    if signed:
+        to_x = grad * inside + _shared(to_scale * clip / 8, x == furthest)
+        return to_x, to_scale * furthest / 8
+    to_x = grad * inside + x.sign() * _shared(to_scale * clip / 7, x.abs() == most)
+    return to_x, to_scale * most / 7
 
 
 def _backward_kv4(grad: Tensor, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:

@@ -232,16 +232,17 @@ class LayerQuantizer:
         return dequantize_a4(codes, scale, x.shape[-1])
 
     def _act_clip(self, batches: list[Tensor], act_group: int) -> float:
-        """The recipe's clip, or the one of least relative squared error, mean over tokens."""
-        if self.recipe.act_clip != "search" or self.recipe.act_bits == 16:
-            return self.recipe.act_clip if self.recipe.act_clip != "search" else 1.0
+        """The recipe's clip, or the one of least relative squared error, mean over tokens; with its sign."""
+        recipe = self.recipe
+        if recipe.act_clip != "search" or recipe.act_bits == 16:
+            return recipe.signed_clip(recipe.act_clip if recipe.act_clip != "search" else 1.0)
         sample = torch.cat([x.flatten(0, -2)[:: max(1, len(batches))] for x in batches]).float()
         energy = sample.square().sum(-1).clamp_min(1e-30)
 
         def error(clip: float) -> float:
             return float(((self._as_seen(sample, clip, act_group) - sample).square().sum(-1) / energy).mean())
 
-        return min(ACT_CLIPS, key=error)
+        return min(map(recipe.signed_clip, ACT_CLIPS), key=error)
 
 
 def _outputs(layer: nn.Module, site: Site, x: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class Recipe:
         act_bits: 4 (per token, dynamic, symmetric) or 16 (kept).
         act_clip: the scale is `act_clip * max|x| / 7`; `search` takes, for each linear, the clip of
             least squared error on the calibration text.
+        act_codes: `all` sixteen codes are used by activations: their scale is `act_clip * x / 8` for the x
+            furthest from 0, of either sign. `symmetric`, the papers' choice, spares -8.
         act_group_size: activations of a token that share one scale; -1 is the whole token, `auto` the
             weights' group.
         o_proj_act: `head` gives each attention head of o_proj's input its own scale, `token` as many as
@@ -79,6 +81,7 @@ class Recipe:
     group_size: int | Literal["auto", "fine"] = "auto"
     act_bits: Literal[4, 16] = 4
     act_clip: float | Literal["search"] = "search"
+    act_codes: Literal["all", "symmetric"] = "all"
     act_group_size: int | Literal["auto"] = "auto"
     o_proj_act: Literal["head", "token"] = "head"
     kv_bits: Literal[4, 16] = 4
@@ -126,6 +129,10 @@ class Recipe:
             raise RecipeError(f"gptq_damp={self.gptq_damp}: give a number in (0, 1)")
         if not 0 <= self.first_token < float("inf"):
             raise RecipeError(f"first_token={self.first_token}: give a number >= 0; 0 is off")
+
+    def signed_clip(self, clip: float) -> float:
+        """A clip in (0, 1] as packed layers and ops have it: negative for all sixteen codes."""
+        return -clip if self.act_codes == "all" else clip
 
     @property
     def grid(self) -> Grid:

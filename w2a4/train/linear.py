@@ -19,7 +19,7 @@ from ..recipe import Training
 #: A latent weight starts inside the cell of its code, at least this share of a cell from its borders.
 _CELL_MARGIN = 0.1
 
-#: A trained clip counts as at least this: a step may take it below 0, which no packed layer may have.
+#: A trained clip counts as at least this far from 0: a step may take it across, which turns its meaning.
 _LEAST_CLIP = 2.0**-10
 
 
@@ -75,6 +75,7 @@ class FakeQuantLinear(nn.Module):
             if self.act_bits == 4
             else torch.ones(1, dtype=torch.float32, device=weight.device)
         )
+        self._negative_clip = bool(clip < 0)
         self.act_clip = nn.Parameter(clip)
         self._fixed = self.grid.fixed(form)
         self._packed: tuple[tuple, _PackedLinear] | None = None
@@ -102,9 +103,11 @@ class FakeQuantLinear(nn.Module):
         """The weight as its packed form gives it back, `[out, in]`, differentiable."""
         return self.grid.fake_quant(self.weight, self._values(), self.group_size)
 
-    def positive_clip(self) -> Tensor:
+    def bounded_clip(self) -> Tensor:
         """`act_clip` as it is used and packed, with a gradient that still reaches one that is too small."""
-        return self.act_clip.detach().clamp_min(_LEAST_CLIP) + (self.act_clip - self.act_clip.detach())
+        clip = self.act_clip.detach()
+        bounded = clip.clamp_max(-_LEAST_CLIP) if self._negative_clip else clip.clamp_min(_LEAST_CLIP)
+        return bounded + (self.act_clip - clip)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, in x's dtype."""
@@ -113,7 +116,7 @@ class FakeQuantLinear(nn.Module):
         if self.rotation is not None:
             x = self.rotation.apply(x)
         if self.act_bits == 4:
-            x = fake_quant_a4(x, self.positive_clip(), self.act_group_size)
+            x = fake_quant_a4(x, self.bounded_clip(), self.act_group_size)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.fake_quant_weight().to(x.dtype), bias)
 
@@ -123,7 +126,7 @@ class FakeQuantLinear(nn.Module):
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return PACKED_LINEARS[self.bits].from_linear(
-            linear, fitted=self.fitted(), act_bits=self.act_bits, act_clip=float(self.positive_clip()),
+            linear, fitted=self.fitted(), act_bits=self.act_bits, act_clip=float(self.bounded_clip()),
             act_group_size=self.act_group_size, rotation=self.rotation,
         )  # fmt: skip
 

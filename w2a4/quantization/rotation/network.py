@@ -72,7 +72,7 @@ class RotatedNetwork:
         self.family = arch.of_config(model.config)
         r3 = OnlineRotation.from_dict(self.base.config.w2a4_rotation["online"]["r3"])
         self.settings = KVSettings(recipe.kv_bits, recipe.kv_clip, recipe.sink_tokens, r3)
-        clip = CLIP if recipe.act_clip == "search" else recipe.act_clip
+        clip = recipe.signed_clip(CLIP if recipe.act_clip == "search" else recipe.act_clip)
         self.act_clip = torch.tensor([clip], dtype=torch.float32, device=self.base.lm_head.weight.device)
         self.groups = act_group_sizes(self.base, recipe) if recipe.act_bits < 16 else {}
 
