@@ -429,6 +429,8 @@ def test_demo(plain, tmp_path, here):
         assert part in result.stdout
     for row in rows:
         assert demo.PROMPT + row["generate"]["text"] in result.stdout
+    for number, what in enumerate(("full precision: measuring", "w4a4kv4: making it", "w4a4kv4: measuring"), 1):
+        assert re.search(rf"^\[{number}/5\] {what}; about \d+ (min|s) left$", result.stderr, re.MULTILINE)
 
     assert "--overwrite" in fail(*arguments)
     before = (out / "w4a4kv4" / "report.json").stat().st_mtime_ns
@@ -436,6 +438,17 @@ def test_demo(plain, tmp_path, here):
     succeed(*arguments, "--overwrite")
     assert (out / "w4a4kv4" / "report.json").stat().st_mtime_ns > before
     assert (out / "notes.txt").read_text() == "kept"
+
+
+def test_the_demo_tells_the_time_left_by_what_the_steps_before_took(monkeypatch, capsys):
+    clock = iter([0.0, 200.0, 200.0])  # as it begins, and after a step that was to take 100
+    monkeypatch.setattr(demo.time, "monotonic", lambda: next(clock))
+    countdown = demo.Countdown((100, 150, 20))
+    for step in ("one", "two", "three"):
+        countdown.step(step)
+    assert capsys.readouterr().err.splitlines() == [
+        "[1/3] one; about 4 min left", "[2/3] two; about 6 min left", "[3/3] three; about 16 s left",
+    ]  # fmt: skip
 
 
 def test_demo_tells_when_generate_and_engine_write_different_texts(plain, tmp_path, here, monkeypatch):
