@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import functools
 import json
+import math
 import resource
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from w2a4.recipe import Training
 from w2a4.train import budget, checkpoints, generations, graphs, run, trainer
 from w2a4.train.block import BlockTrainer
 from w2a4.train.data import Windows
+from w2a4.train.linear import fake_quant_linears
 from w2a4.train.losses import distillation_loss
 from w2a4.train.optimizer import parameter_groups, rate
 from w2a4.train.prepare import prepare, start_recipe
@@ -34,8 +36,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache
-def _prepared():
-    recipe = w2a4.Recipe.load("w2a4kv4").override(gptq_refine=0)
+def _prepared(weight_bits=2):
+    recipe = w2a4.Recipe.load("w2a4kv4").override(gptq_refine=0, weight_bits=weight_bits)
     return prepare(llama(), None, recipe, calibration(), progress=False)
 
 
@@ -166,14 +168,30 @@ def test_a_step_can_be_captured(bits, tmp_path):
     assert "losses.py" in only_here, "on a CPU it is asked whether the loss was scaled"
 
 
-def test_groups_have_their_own_rates():
-    groups = parameter_groups(_prepared(), TRAINING)
-    assert [group["lr"] for group in groups] == [1e-3, 2e-3]
-    counts = [len(group["params"]) for group in groups]
-    # Of seven linears, three and two share the clip of their activations.
-    assert counts == [14, 14 * 4 + 2 * 4] and sum(counts) == sum(
-        p.requires_grad for p in _prepared().parameters()
-    )
+@pytest.mark.parametrize("bits", [2, 4])
+def test_rates_are_in_proportion_to_what_they_move(bits):
+    """Every trained parameter once; that of a matrix 64 times as large moves 64 times as fast."""
+    model = copy.deepcopy(_prepared(weight_bits=bits))
+    linears = fake_quant_linears(model)
+    groups = parameter_groups(model, TRAINING)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len(trained)
+    shares, root = [], math.sqrt(2)
+    for linear in linears.values():
+        size = float(linear.weight.square().mean().sqrt())
+        shares.append(rates[id(linear.weight)] / size)
+        assert 1 / root - 1e-6 <= shares[-1] / (16 * TRAINING.lr) <= root + 1e-6
+        assert rates[id(linear.act_clip)] == TRAINING.quantizer_lr
+        for name in linear.grid.parameters:
+            parameter = linear.get_parameter(name)
+            unit = float(parameter.abs().mean()) if name == "step" else 1.0
+            assert 1 / root - 1e-6 <= rates[id(parameter)] / unit / TRAINING.quantizer_lr <= root + 1e-6
+    wide = next(iter(linears.values()))
+    before = rates[id(wide.weight)]
+    wide.sizes["weight"] *= 64
+    found = {id(p): group["lr"] for group in parameter_groups(model, TRAINING) for p in group["params"]}
+    assert found[id(wide.weight)] == 64 * before
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):

@@ -52,6 +52,7 @@ class Grid(ABC):
         most: the greatest integer that a scale multiplies.
         level_count: int8 levels stored for each group.
         parameters: names of what training learns of each group, float32 `[out, G]` each.
+        with_unit: those of them that have the unit of the weights.
     """
 
     bits: int
@@ -59,6 +60,7 @@ class Grid(ABC):
     most: int
     level_count: int
     parameters: tuple[str, ...]
+    with_unit: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -169,7 +171,7 @@ class Uniform(Grid):
 
     bits: int
     level_count = 0
-    parameters = ("step",)
+    parameters = with_unit = ("step",)
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:

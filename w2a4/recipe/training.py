@@ -32,8 +32,9 @@ class Training:
         steps: optimiser steps.
         batch_size, seqlen: sequences a step, over all processes and accumulations, and tokens in each.
         micro_batch: sequences in one forward pass; -1 is all that a process has.
-        lr: of the latent weights, AdamW.
-        quantizer_lr: of levels and clips.
+        lr: of the latent weights, AdamW, for a matrix whose weights have a root mean square of 1/16; in
+            proportion for others.
+        quantizer_lr: of levels and clips; of uniform steps, relative to their size.
         schedule: of both rates after the warm-up.
         warmup: share of the steps.
         weight_decay: of the latent weights.

@@ -70,6 +70,10 @@ class FakeQuantLinear(nn.Module):
         values = self.grid.start(latent, fitted.scale, fitted.levels, form, minmax)
         for name, value in zip(self.grid.parameters, values, strict=True):
             self.register_parameter(name, nn.Parameter(value))
+        #: How large numbers are that have a unit, by the names of the parameters: of these the optimiser's
+        #: rates are shares.
+        self.sizes = {"weight": float(latent.square().mean().sqrt())}
+        self.sizes |= {name: float(self._parameters[name].detach().abs().mean()) for name in self.grid.with_unit}
         clip = (
             start.act_clip.detach().clone()
             if self.act_bits == 4
