@@ -16,7 +16,7 @@ from w2a4.recipe import RECIPES, Recipe, RotationConfig, RotationLearning, Train
 
 def test_named_recipes():
     assert set(RECIPES) == {
-        "w4a4kv4", "w2a4kv4", "w2a4kv4-rcp", "w2a4kv4-rcp-quick", "w2a4kv4-rcp-block",
+        "w4a4kv4", "w4a4kv4-qat", "w2a4kv4", "w2a4kv4-rcp", "w2a4kv4-rcp-quick", "w2a4kv4-rcp-block",
     }  # fmt: skip
     for name, recipe in RECIPES.items():
         assert Recipe.load(name) is recipe
@@ -150,7 +150,7 @@ def test_wrong_recipe_files(tmp_path, text, message):
 
 def test_unknown_recipe_and_missing_file(tmp_path):
     with pytest.raises(
-        RecipeError, match="unknown recipe 'w3'; named recipes: w2a4kv4, .*, w4a4kv4; or give"
+        RecipeError, match="unknown recipe 'w3'; named recipes: w2a4kv4, .*, w4a4kv4-qat; or give"
     ):
         Recipe.load("w3")
     with pytest.raises(RecipeError, match="does not exist"):

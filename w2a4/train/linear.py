@@ -16,8 +16,9 @@ from ..format.online import OnlineRotation
 from ..format.weight import QuantizedWeight
 from ..recipe import Training
 
-#: A latent weight starts inside the cell of its code, at least this share of a cell from its borders.
-_CELL_MARGIN = 0.1
+#: A latent weight starts inside the cell of its code, at least this share of a cell from its borders: so far
+#: that only gradients which agree over many steps take it across. Nearer, noise undoes what the fit weighed.
+_CELL_MARGIN = 0.4
 
 #: A trained clip counts as at least this far from 0: a step may take it across, which turns its meaning.
 _LEAST_CLIP = 2.0**-10
