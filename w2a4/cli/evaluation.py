@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="Tokens a window.",
 )
-@options.windows
+@options.windows()
 @options.dtype
 @options.device
 @options.json_file

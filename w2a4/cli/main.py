@@ -346,7 +346,7 @@ main.add_command(verify)
     help="For the checkpoints.",
 )
 @click.option("--model", metavar="MODEL", help="Instead of SmolLM2-135M-Instruct.")
-@options.windows
+@options.windows(4)
 @click.option(
     "--seqlen",
     type=options.count(2),

@@ -108,14 +108,17 @@ _EVALUATION = (
         help="Evaluate at most N windows of 2048 tokens of each text.",
     ),
 )  # fmt: skip
-windows = click.option(
-    "--windows",
-    type=count(1),
-    default=8,
-    show_default=True,
-    metavar="N",
-    help="At most N windows of each text.",
-)
+def windows(default: int = 8) -> Callable[..., Any]:
+    """The option `--windows`."""
+    return click.option(
+        "--windows",
+        type=count(1),
+        default=default,
+        show_default=True,
+        metavar="N",
+        help="At most N windows of each text.",
+    )
+
 
 
 def evaluation(command: Callable[..., Any]) -> Callable[..., Any]:

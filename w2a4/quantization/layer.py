@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..arch.architecture import Architecture, Site, activation
 from ..arch.forward import decoder_layer
 from ..errors import W2A4Error
+from ..format.fake_quant import fake_quant_a4
 from ..format.grid import Grid
 from ..format.linear import PACKED_LINEARS, _PackedLinear
 from ..format.online import OnlineRotation
 from ..format.rtn import fit_rtn
-from ..ops.reference import dequantize_a4
 from ..recipe import Recipe
 from ..runtime.attention import KVSettings
 from ..runtime.heads import attend
@@ -226,10 +225,9 @@ class LayerQuantizer:
         """Activations after quantisation, as the packed linear will see them."""
         if self.recipe.act_bits == 16:
             return x
-        codes, scale = ops.quantize_a4(
-            x, torch.tensor([clip], dtype=torch.float32, device=x.device), act_group
-        )
-        return dequantize_a4(codes, scale, x.shape[-1])
+        # To the bit what the codes stand for, without writing them.
+        as_tensor = torch.tensor([clip], dtype=torch.float32, device=x.device)
+        return fake_quant_a4(x.float(), as_tensor, act_group)
 
     def _act_clip(self, batches: list[Tensor], act_group: int) -> float:
         """The recipe's clip, or the one of least relative squared error, mean over tokens; with its sign."""
