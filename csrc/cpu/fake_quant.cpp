@@ -209,8 +209,8 @@ W2A4_INLINE void fake_quant_backward(const FakeQuantParams& p, int64_t begin, in
       }
       for (int64_t j = 0; j < n; ++j) magnitudes[j] = std::fabs(x[j]);
       const float most = std::fabs(row.high);
-      const float each = to_scale * p.clip / 7.0f /
-                         static_cast<float>(count_equal(magnitudes.data(), n, most));
+      const float each =
+          to_scale * p.clip / 7.0f / static_cast<float>(count_equal(magnitudes.data(), n, most));
       for (int64_t j = 0; j < n; ++j)
         grad_x[j] += magnitudes[j] == most ? (x[j] < 0 ? -each : each) : 0.0f;
     }

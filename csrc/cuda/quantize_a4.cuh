@@ -292,8 +292,7 @@ W2A4_DEVICE void note_run_maxima(const QuantizeArgs& args, const Groups& groups,
     }
     W2A4_ROLLED
     for (int n = 0; n < 8; ++n) {  // once round the run
-      if (element + n < features)
-        groups.note(groups.group_of(element + n), distance_bits(v[r][0]));
+      if (element + n < features) groups.note(groups.group_of(element + n), distance_bits(v[r][0]));
       shift_in(v[r], v[r][0]);
     }
   }

@@ -19,8 +19,8 @@ W2A4_DEVICE uint32_t magnitude_bits(float x) {
   return as_bits(x) & 0x7fffffff;
 }
 
-// Bits that are ordered as the magnitudes are, of two opposite numbers the negative above; NaN above
-// infinity, so a NaN is found too and makes the scale NaN.
+// Bits that are ordered as the magnitudes are, of two opposite numbers the negative above; NaN
+// above infinity, so a NaN is found too and makes the scale NaN.
 W2A4_DEVICE uint32_t distance_bits(float x) {
   return as_bits(x) << 1 | as_bits(x) >> 31;
 }

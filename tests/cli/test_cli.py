@@ -429,7 +429,8 @@ def test_demo(plain, tmp_path, here):
         assert part in result.stdout
     for row in rows:
         assert demo.PROMPT + row["generate"]["text"] in result.stdout
-    for number, what in enumerate(("full precision: measuring", "w4a4kv4: making it", "w4a4kv4: measuring"), 1):
+    steps = "full precision: measuring", "w4a4kv4: making it", "w4a4kv4: measuring"
+    for number, what in enumerate(steps, 1):
         assert re.search(rf"^\[{number}/5\] {what}; about \d+ (min|s) left$", result.stderr, re.MULTILINE)
 
     assert "--overwrite" in fail(*arguments)

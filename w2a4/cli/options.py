@@ -108,6 +108,8 @@ _EVALUATION = (
         help="Evaluate at most N windows of 2048 tokens of each text.",
     ),
 )  # fmt: skip
+
+
 def windows(default: int = 8) -> Callable[..., Any]:
     """The option `--windows`."""
     return click.option(
@@ -118,7 +120,6 @@ def windows(default: int = 8) -> Callable[..., Any]:
         metavar="N",
         help="At most N windows of each text.",
     )
-
 
 
 def evaluation(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -95,7 +95,7 @@ def replace_linears(
 def _check(linears: dict[str, nn.Linear], group_size: int | str, act_clip: float) -> None:
     """Raise W2A4Error if one of the linears cannot be packed."""
     if not 0 < abs(act_clip) <= 1:
-        raise RecipeError(f"act_clip={act_clip}: give a number in (0, 1], or in [-1, 0) for all sixteen codes")
+        raise RecipeError(f"act_clip={act_clip}: give a number in (0, 1], or in [-1, 0) for 16 codes")
     for name, linear in linears.items():
         resolve_group_size(linear.in_features, group_size)
         if not bool(torch.isfinite(linear.weight.detach()).all()):

@@ -74,7 +74,8 @@ class FakeQuantLinear(nn.Module):
         #: How large numbers are that have a unit, by the names of the parameters: of these the optimiser's
         #: rates are shares.
         self.sizes = {"weight": float(latent.square().mean().sqrt())}
-        self.sizes |= {name: float(self._parameters[name].detach().abs().mean()) for name in self.grid.with_unit}
+        for name in self.grid.with_unit:
+            self.sizes[name] = float(self._parameters[name].detach().abs().mean())
         clip = (
             start.act_clip.detach().clone()
             if self.act_bits == 4
