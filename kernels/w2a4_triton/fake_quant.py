@@ -138,7 +138,7 @@ def fake_quant_a4_backward_kernel(
         x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
         inside = _quantise(x, scale, -8.0, 7.0)[2]
-        sign = tl.where((x < 0) & (clip > 0), -1.0, tl.where(x == 0, 0.0, 1.0))
+        sign = tl.where(x < 0, tl.where(clip < 0, 1.0, -1.0), tl.where(x == 0, 0.0, 1.0))
         grad_x = tl.where(inside, grad, 0.0)
         grad_x += sign * tl.where(_sets_scale(x, furthest, clip, exists), to_furthest, 0.0)
         tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=exists)
