@@ -157,12 +157,17 @@ def _clip(draw: Draw) -> Tensor:
     return torch.tensor([draw.pick((0.9, 1.0, 0.6))])
 
 
+def _signed_clip(draw: Draw) -> Tensor:
+    """Also a negative one: for ops that are exact, so that no rounding decides the sign of a scale."""
+    return torch.tensor([draw.pick((0.9, 1.0, 0.6, -0.9, -1.0))])
+
+
 def _quantize_a4(draw: Draw) -> OpCase:
     features = draw.pick((1, 7, 32, 90, 128))
     x = _randn(draw, *_tokens(draw), features)
     if x.numel() and draw.number(0, 5) == 0:
         x.view(-1)[draw.number(0, x.numel() - 1)] = draw.pick((float("nan"), float("inf"), 0.0))
-    return OpCase("quantize_a4", [x, _clip(draw), _group(draw, features)], exact)
+    return OpCase("quantize_a4", [x, _signed_clip(draw), _group(draw, features)], exact)
 
 
 def _fused_a4(draw: Draw) -> OpCase:
@@ -339,7 +344,8 @@ def _fake_quant_rows(draw: Draw) -> OpCase:
             return reference.dequantize_kv4(*reference.quantize_kv4(even, float(clip)))[..., : x.shape[-1]]
         return reference.dequantize_a4(*reference.quantize_a4(x, clip), x.shape[-1])
 
-    return OpCase("fake_quant_rows", [x, _clip(draw), kv], exact, oracle=oracle)
+    clip = _clip(draw) if kv else _signed_clip(draw)
+    return OpCase("fake_quant_rows", [x, clip, kv], exact, oracle=oracle)
 
 
 def _snap_backward(draw: Draw) -> OpCase:
@@ -364,7 +370,7 @@ def _fake_quant_rows_backward(draw: Draw) -> OpCase:
 
     def oracle(grad: Tensor, x: Tensor, clip: Tensor, kv: bool) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1]).clone().requires_grad_()
-        own = clip.repeat(len(rows)).reshape(-1, 1, *[1] * (not kv)).requires_grad_()  # one for each row
+        own = clip.repeat(len(rows)).reshape(-1, 1).requires_grad_()  # one for each row
         quantizer = quantizers.fake_quant_kv4 if kv else quantizers.fake_quant_a4
         with unittest.mock.patch.object(ops, "has_training_kernels", lambda _: False):
             y = quantizer(rows, own)
@@ -373,7 +379,8 @@ def _fake_quant_rows_backward(draw: Draw) -> OpCase:
 
     limit = 1e-5 * size * _most(grad)
     agree = summed(limit, limit * max(1.0, _most(x)))
-    return OpCase("fake_quant_rows_backward", [grad, x, _clip(draw), kv], agree, oracle=oracle)
+    clip = _clip(draw) if kv else _signed_clip(draw)
+    return OpCase("fake_quant_rows_backward", [grad, x, clip, kv], agree, oracle=oracle)
 
 
 def _packed_linear(draw: Draw, features: int, out: int) -> tuple[list[Tensor], int, int]:
