@@ -38,8 +38,8 @@ ROWS = {
     "w2a4kv4": ("train", "--recipe", "w2a4kv4-rcp-quick"),
 }
 
-#: How long the steps take beside each other, and roughly in seconds on two cores with AVX2 (estimated from their
-#: parts): full precision measured, then each of `ROWS` made and measured. What is done corrects what is told.
+#: How long the steps take beside each other, in seconds of two cores with AVX2 as estimated from their parts:
+#: full precision measured, then each of `ROWS` made and measured. What is done corrects what is told.
 SECONDS = (100, 180, 60, 350, 60)
 
 
