@@ -8,7 +8,8 @@ from w2a4.cli.main import main
 #: The built-in text is half as long as the general one, the default.
 SMALL = ("--set", "calib_samples=4", "--set", "calib_seqlen=32", "--calib", "builtin")
 FEW_STEPS = (
-    "--set", "training.steps=2", "--set", "training.seqlen=16", "--minutes", "0", "--data", "builtin",
+    "--set", "training.steps=2", "--set", "training.seqlen=16", "--set", "training.batch_size=2",
+    "--minutes", "0", "--data", "builtin",
 )  # fmt: skip
 
 
