@@ -7,7 +7,8 @@
 # PYTHON has w2a4 installed with its extra `test`; default python3. Without versions, all three. A version that is not
 # PYTHON's own goes into a folder in front of its packages, with those of its needs that PYTHON's do not meet.
 # Folders are kept in $W2A4_DOORS (a temporary one by default) and used again. The checkpoints that one version saves are
-# what the others load, see tests/models/test_versions.py.
+# what the others load, see tests/models/test_versions.py. With W2A4_SUITE_PASSED=1, after the whole suite, PYTHON's own
+# version runs only these: the suite had the rest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${1:-python3}")
@@ -32,6 +33,10 @@ mapfile -t tests < <(grep -l 'mark\.doors' tests/*/test_*.py)  # to collect all 
 status=0
 for overlay in "${overlays[@]}"; do
   PYTHONPATH=$overlay "$python" -c 'import transformers; print("transformers", transformers.__version__)'
-  PYTHONPATH=$overlay "$python" -m pytest -q -m "doors and not gpu" -p no:cacheprovider "${tests[@]}" || status=1
+  these=("${tests[@]}")
+  if [ -z "$overlay" ] && [ "${W2A4_SUITE_PASSED:-}" = 1 ]; then
+    these=(tests/models/test_versions.py)
+  fi
+  PYTHONPATH=$overlay "$python" -m pytest -q -n 2 -m "doors and not gpu" -p no:cacheprovider "${these[@]}" || status=1
 done
 exit "$status"
