@@ -49,6 +49,8 @@ def test_wrong_usage_is_exit_code_2(plain):
     assert run("quantize", plain).exit_code == 2
     assert run("eval", plain, "--windows", 0).exit_code == 2
     assert run("no-such-command").exit_code == 2
+    taken = run("quantize", "--out", "unused", "--eval", plain)  # whose value may be left out
+    assert taken.exit_code == 2 and "give MODEL in front of --eval" in taken.stderr
     result = run("info", plain, "--json", plain / "no" / "x.json")
     assert result.exit_code == 2 and "does not exist" in result.stderr
 

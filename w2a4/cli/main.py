@@ -42,15 +42,15 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     help="Show the version and what was built, and exit.",
 )
 def main() -> None:
-    """LLaMA with 2-bit weights, 4-bit activations and a 4-bit KV cache.
+    """Language models with 2-, 3- or 4-bit weights, 4-bit activations and a 4-bit KV cache.
 
     MODEL is a transformers directory, a hub id, or a .gguf file; DIR is what
-    `w2a4 quantize` wrote.
+    `w2a4 quantize` or `w2a4 train` wrote.
     """
 
 
 @main.command()
-@click.argument("model")
+@options.model
 @options.out
 @options.recipe("w4a4kv4", "Accurate 2-bit weights need training: `w2a4 train`.")
 @options.settings
@@ -107,7 +107,7 @@ def quantize(
 
 
 @main.command()
-@click.argument("model")
+@options.model
 @options.out
 @options.recipe("w2a4kv4-rcp-quick", "Its `training` part has the settings.")
 @options.settings
@@ -143,7 +143,7 @@ def train(
 
     Checkpoints are kept beside DIR until DIR is written; the same command resumes after an interruption.
     The text that the teacher writes (`--data self`) stays beside DIR; give it as `--data FILE` to reuse it.
-    With the route end_to_end in one process, `--eval` also measures at every checkpoint.
+    `--eval` needs one process; with the route end_to_end it also measures at every checkpoint.
     `torchrun --nproc-per-node N -m w2a4.cli train …` divides the work among N processes.
     """
     _refuse_existing(out)

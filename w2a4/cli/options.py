@@ -98,6 +98,22 @@ calib = click.option(
 
 DEFAULT_TEXTS = "By default two kinds of text that the package has."
 
+
+class _Model(click.Argument):
+    """MODEL; says so where `--eval`, which may have a value, has taken it."""
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        try:
+            return super().process_value(ctx, value)
+        except click.MissingParameter as error:
+            taken = [repr(text) for text in ctx.params.get("eval_texts", ()) if text]
+            if taken:
+                error.message = f"--eval took {' and '.join(taken)} as text: give MODEL in front of --eval"
+            raise
+
+
+model = click.argument("model", cls=_Model)
+
 _EVALUATION = (
     click.option(
         "--eval", "eval_texts", multiple=True, is_flag=False, flag_value="", metavar="[FILE|general|builtin]",

@@ -73,7 +73,8 @@ class Report:
         versions: of the software used.
         evaluation: what was measured, see `quality.evaluation`, or None. A report of an earlier version has
             one dict where there is a list now, and is brought to this form.
-        training: what `w2a4 train` did: steps, tokens, losses, learning rates; or None.
+        training: what `w2a4 train` did: losses, steps, tokens, minutes, text, peak memory, perplexities;
+            errors of layers on the route `block`; or None.
     """
 
     recipe: dict[str, Any]
@@ -105,7 +106,7 @@ class Report:
         self.evaluation = quality.evaluation(before, after, self.fitted_on)
 
     def add_layer(self, name: str, bits: int, group_size: int, relative_error: float) -> None:
-        """Record one quantised linear; the error is of its output, relative, mean over tokens."""
+        """Record one quantised linear; the error is that of `LayerQuantizer.run`."""
         entry = {
             "name": name,
             "bits": bits,

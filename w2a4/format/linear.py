@@ -70,17 +70,17 @@ class _PackedModule(nn.Module):
                 )
             if key in ("scale", "act_clip"):
                 signed = key == "act_clip" or self._signed_scales
-                self._validate_positive(f"{name}.{key}", value.abs() if signed else value)
+                self._validate_scale(f"{name}.{key}", value, signed)
 
     @staticmethod
-    def _validate_positive(name: str, value: Tensor) -> None:
+    def _validate_scale(name: str, value: Tensor, signed: bool) -> None:
         value = value.detach()
-        bad = ~(torch.isfinite(value) & (value > 0))
+        bad = ~(torch.isfinite(value) & ((value.abs() if signed else value) > 0))
         if bool(bad.any()):
             where = tuple(int(i) for i in bad.nonzero()[0])
             raise CheckpointError(
-                f"{name}{list(where)} is {float(value[where])}, but scales are finite and positive; "
-                "the checkpoint is damaged"
+                f"{name}{list(where)} is {float(value[where])}, but scales are finite and "
+                f"{'not 0' if signed else 'positive'}; the checkpoint is damaged"
             )
 
 
@@ -213,9 +213,9 @@ class W2A4Linear(_PackedLinear):
     """`nn.Linear` with non-uniform 2-bit weights and 4-bit activations.
 
     A group of inputs of one output row has four int8 levels and one fp16 scale: `2 + 48 / group_size`
-    bits a weight. Activations are quantised a token at a time. Checkpoint tensors: `weight` uint8
-    `[out, ceil(in / 4)]`, `levels` int8 `[out, G, 4]`, `scale` float16 `[out, G]`, `act_clip` float32
-    `[1]`, `bias`.
+    bits a weight. Activations have a scale a token, or one for each `act_group_size` of its inputs.
+    Checkpoint tensors: `weight` uint8 `[out, ceil(in / 4)]`, `levels` int8 `[out, G, 4]`, `scale` float16
+    `[out, G]`, `act_clip` float32 `[1]`, `bias`.
 
     >>> layer = W2A4Linear.from_linear(nn.Linear(256, 8), group_size=128)
     >>> layer(torch.randn(3, 256)).shape

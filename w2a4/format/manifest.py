@@ -74,7 +74,7 @@ class Manifest:
         family: `model_type` of config.json.
         weight_bits, grid: of the decoder's linears, see `GRIDS`.
         group_size: inputs that share one scale; -1 is the whole row; see `groups.resolve_group_size`.
-        act_bits: 4 (per token, dynamic, symmetric) or 16 (not quantised).
+        act_bits: 4 (dynamic, a scale a token or a group of its inputs) or 16 (not quantised).
         act_group_size: activations of a token that share one scale; -1 is the whole token, `auto` the
             weights' group.
         o_proj_act: `head` gives each attention head of o_proj's input its own scale, `token` does not.
@@ -170,7 +170,7 @@ class ReplacedLinears:
         names: of the modules, as `named_modules` of the model that was saved gives them.
         weight_bits, grid: see `GRIDS`.
         group_size: inputs that share one scale; -1 is the whole row; see `groups.resolve_group_size`.
-        act_bits: 4 (per token, dynamic, symmetric) or 16 (not quantised).
+        act_bits: 4 (dynamic, a scale a token or a group of its inputs) or 16 (not quantised).
     """
 
     names: tuple

@@ -166,7 +166,7 @@ def quantize(
         resume: a directory that receives every finished layer; if it holds some of the same
             quantisation, interrupted, go on behind them. Yours to remove when the model is saved.
         refine: improves a packed layer; called with its index and quantiser, the quantised hidden
-            states before it and both streams behind it, see `training.block.BlockTrainer`.
+            states before it and both streams behind it, see `train.block.BlockTrainer`.
         device: where decoder layers are computed, the model's own if None. Each is there only while its
             turn lasts, so that a GPU need hold no more than one.
 

@@ -96,7 +96,8 @@ class LayerQuantizer:
         """Quantise, and move both streams behind the layer.
 
         Returns:
-            relative output error of each linear's fit, by path.
+            relative squared error of each linear's fit, by path: of what its site computes on the calibration
+            text, or with `rtn` of the weight.
         """
         self.progress = progress
         after = decoder_layer(self.family, self, streams)

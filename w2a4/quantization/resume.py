@@ -47,8 +47,7 @@ def _file_digest(path: str | None) -> str | None:
     """Of the rotations that a recipe names by their file."""
     if path is None or not Path(path).is_file():
         return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class Progress:

@@ -43,11 +43,12 @@ class Recipe:
             or `gptq`.
         group_size: inputs that share one scale; -1 is the whole row; `auto` the first of
             128, 64, 32 that divides, else -1; `fine` 32, or -1 where that does not divide.
-        act_bits: 4 (per token, dynamic, symmetric) or 16 (kept).
-        act_clip: the scale is `act_clip * max|x| / 7`; `search` takes, for each linear, the clip of
-            least squared error on the calibration text.
-        act_codes: `all` sixteen codes are used by activations: their scale is `act_clip * x / 8` for the x
-            furthest from 0, of either sign. `symmetric`, the papers' choice, spares -8.
+        act_bits: 4 (dynamic, a scale a token or a group of its inputs) or 16 (kept).
+        act_clip: where activations are clipped, as a share of the largest; `search` takes, for each site,
+            the clip of least squared error on the calibration text.
+        act_codes: `all` sixteen codes are used by activations: their scale is `-act_clip * x / 8` for the x
+            furthest from 0, whose code is -8 whatever its sign. `symmetric`, the papers' choice, spares -8:
+            `act_clip * max|x| / 7`.
         act_group_size: activations of a token that share one scale; -1 is the whole token, `auto` the
             weights' group.
         o_proj_act: `head` gives each attention head of o_proj's input its own scale, `token` as many as

@@ -22,8 +22,9 @@ class Training:
             `block`; `minutes` does not count them.
         keep_codes: begin with the codes of the fit, which is best for a short run; without, latent weights
             begin at their full-precision values, which GPTQ's codes are not nearest to.
-        grid: `ldp`, four learned levels a group; `uniform`, learned ends and equal steps between; or
-            `minmax`, equal steps between the least and the greatest weight, wherever these move.
+        grid: of a codebook: `ldp`, learned levels (four or eight a group); `uniform`, learned ends and equal
+            steps between; or `minmax`, equal steps between the least and the greatest weight, wherever these
+            move.
         learn_act_clip: whether the clips of the activations are learned.
         loss: `cakld` (both KL divergences, weighted by the teacher's confidence), `kl`
             (teacher to student) or `cross_entropy` (no teacher).

@@ -1,4 +1,4 @@
-"""`prepare` and `convert`: a LLaMA that trains as it will compute, and the packed model it becomes.
+"""`prepare` and `convert`: a model that trains as it will compute, and the packed one it becomes.
 
 model = w2a4.prepare(model, tokenizer, "w2a4kv4-rcp")
 ...                                  # any trainer: losses, optimisers and loops are yours
@@ -38,7 +38,7 @@ def prepare(
     progress: bool = True,
     resume: str | Path | None = None,
 ) -> nn.Module:
-    """Turn a float LLaMA into one that trains quantised, in place.
+    """Turn a float model into one that trains quantised, in place.
 
     The model is rotated, a packed fit (`recipe.training.init`, then `block_steps`) gives the codes to begin
     with, and every decoder linear becomes a `FakeQuantLinear`; activations and the KV cache are quantised in

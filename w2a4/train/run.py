@@ -1,4 +1,4 @@
-"""`train`: from a float LLaMA to a packed one that was trained as it computes."""
+"""`train`: from a float model to a packed one that was trained as it computes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train(
     device: torch.device | None = None,
     score: Callable[..., list[dict[str, Any]]] | None = None,
 ) -> nn.Module:
-    """Prepare, train and pack a LLaMA, in place.
+    """Prepare, train and pack a model, in place.
 
     Args:
         model: of a family in `arch`, float; its full-precision copy is the teacher.

@@ -45,7 +45,7 @@ from .network import OBJECTIVES, act_group_sizes
 #: Recipe fields that learning depends on; the others may change between learning and quantising.
 RECIPE_FIELDS = (
     "rotation", "rotation_learning", "weight_bits", "weight_grid", "group_size", "act_bits", "act_clip",
-    "act_group_size", "o_proj_act", "kv_bits", "kv_clip", "sink_tokens",
+    "act_codes", "act_group_size", "o_proj_act", "kv_bits", "kv_clip", "sink_tokens",
 )  # fmt: skip
 
 #: Recipe fields that learning depends on besides, if the model is smoothed first.
@@ -102,7 +102,7 @@ def learn_rotation(
     `smooth`, with rotations in float32.
 
     Args:
-        model: LlamaForCausalLM, float, unrotated.
+        model: of a family in `arch`, float, unrotated.
         tokenizer: for the calibration text.
         recipe: a `Recipe`, the name of one, or a YAML file. Learns those of R1 and R2 that it sets to
             `learned`, or both if it sets neither; `rotation_learning` has the settings.
@@ -118,8 +118,8 @@ def learn_rotation(
         the losses, times and other facts, see `RotationReport`.
 
     Raises:
-        RotationError: not a float LLaMA, a state or file of other rotations, nothing that is quantised, or
-            a loss that explodes; rotations from before that are kept in `<out>.last-good.safetensors`.
+        RotationError: not a float model of a family in `arch`, a state or file of other rotations, nothing
+            that is quantised, or a loss that explodes; rotations from before that are kept in `<out>.last-good.safetensors`.
         CalibrationError: too little text, or token ids that do not fit.
     """
     out, recipe = Path(out), _learning_recipe(recipe)
