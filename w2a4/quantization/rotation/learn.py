@@ -119,7 +119,8 @@ def learn_rotation(
 
     Raises:
         RotationError: not a float model of a family in `arch`, a state or file of other rotations, nothing
-            that is quantised, or a loss that explodes; rotations from before that are kept in `<out>.last-good.safetensors`.
+            that is quantised, or a loss that explodes; rotations from before that are kept in
+            `<out>.last-good.safetensors`.
         CalibrationError: too little text, or token ids that do not fit.
     """
     out, recipe = Path(out), _learning_recipe(recipe)
