@@ -246,3 +246,18 @@ def test_latent_weights_begin_with_the_codes_or_at_their_values():
         assert torch.equal(linear.weight, original[name].weight)
         same = decoder_linears(kept.model.layers[0])[name]
         assert (same.fitted().codes != linear.fitted().codes).float().mean() > 0.01
+
+
+def test_a_bfloat16_model_takes_steps_that_bfloat16_would_round_away():
+    model = prepare(tiny_llama(dtype=torch.bfloat16, **SHAPE), None, "w2a4kv4", calibration(), progress=False)
+    linear = next(iter(fake_quant_linears(model).values()))
+    before, optimizer = linear.weight.detach().clone(), torch.optim.SGD([linear.weight], lr=1.0)
+    linear.weight.grad = before * 2.0**-10
+    optimizer.step()
+    assert bool((linear.weight != before)[before != 0].all())
+    kept = linear.weight.bfloat16() == before.bfloat16()
+    assert float(kept.float().mean()) > 0.5  # so many steps were lost
+    ids = prompt(2, 16)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    out = convert(model)(ids).logits
+    assert out.dtype == torch.bfloat16 and bool(out.isfinite().all())

@@ -30,7 +30,7 @@ class FakeQuantLinear(nn.Module):
     While training it fake-quantises in float; in eval mode without gradients it packs itself and
     runs the packed layer's op, so that what is evaluated is what `to_packed` will be.
 
-    Parameters: `weight` (latent, floating `[out, in]`), `bias`, `act_clip` float32 `[1]`, and of the
+    Parameters: `weight` (latent, float32 `[out, in]`), `bias`, `act_clip` float32 `[1]`, and of the
     weight quantiser float32 `[out, G]`: `beta`, `gamma`, `s1`, `s2`, ... (`fake_quant.ldp_fake_quant`)
     for a codebook, `step` (`fake_quant.lsq_fake_quant`) for a uniform grid.
     """
@@ -66,7 +66,8 @@ class FakeQuantLinear(nn.Module):
         latent = weight.detach().float()
         if keep_codes and not minmax:
             latent = _inside_cells(latent, fitted)
-        self.weight = nn.Parameter(latent.to(weight.dtype))
+        # A step of training is a thousandth of a weight: 16 bits would round most of them away.
+        self.weight = nn.Parameter(latent)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         values = self.grid.start(latent, fitted.scale, fitted.levels, form, minmax)
         for name, value in zip(self.grid.parameters, values, strict=True):
