@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import math
 import os
 import re
 import resource
@@ -352,22 +351,20 @@ def test_train_measures_before_at_every_checkpoint_and_after(plain, tmp_path):
     text.write_text("the quick brown fox jumps over the lazy dog " * 400)
     watched = ("--eval", text, "--eval", "builtin", "--eval-windows", "1", "--json", tmp_path / "t.json")
     whole = ("--set", "act_group_size=-1", "--set", "gptq_target=full", "--set", "first_token=0")
-    train = ("train", plain, *SMALL, *FEW_STEPS, *whole, *watched, "--out")
+    slow = ("--set", "training.lr=2e-5", "--set", "training.quantizer_lr=5e-4")  # else perplexities of e^100
+    train = ("train", plain, *SMALL, *FEW_STEPS, *whole, *slow, *watched, "--out")
     shown = succeed(*train, tmp_path / "trained").stdout
     result = json.loads((tmp_path / "t.json").read_text())
     steps, values = zip(*result["training"]["perplexities"], strict=True)
     assert steps == (0, 1, 2)
     before, after = ([one["perplexity"] for one in result["evaluation"][key]] for key in ("before", "after"))
-    # The packed model is the trained one. In nats, 100 a token for text that it never saw: float32 rounds
-    # them.
-    trained = [*map(math.log, values[-1])]
-    assert trained == pytest.approx([*map(math.log, after)], rel=1e-4, abs=1e-3)
+    assert values[-1] == pytest.approx(after, rel=1e-3)  # the packed model is the trained one
     # But for 4-bit codes that the rounding of fused ops flips: run module by module it is the same.
     model, tokenizer = w2a4.load_model(tmp_path / "trained")
     for layer in model.model.layers:
         layer.input_layernorm.register_forward_hook(lambda *args: None)
     unfused = evaluate.evaluate(model, tokenizer, [text, "builtin"], windows=1)
-    assert trained == pytest.approx([math.log(one["perplexity"]) for one in unfused], rel=1e-5, abs=1e-4)
+    assert values[-1] == pytest.approx([one["perplexity"] for one in unfused], rel=1e-4)
     assert all(first != last for first, last in zip(values[0], values[-1], strict=True))
     assert set(before).isdisjoint(after) and after[0] != after[1]
     for value in (*before, *after):
