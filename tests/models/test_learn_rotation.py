@@ -313,8 +313,9 @@ class TestFiles:
         assert learn(model, out, ids, recipe(steps=2)) == report
         # What quantising alone depends on is no matter here.
         assert learn(model, out, ids, recipe(steps=2, gptq_damp=0.1)) == report
-        with pytest.raises(RotationError, match="r.safetensors' exists and holds other rotations"):
-            learn(model, out, ids, recipe(steps=3))
+        for other in (recipe(steps=3), recipe(steps=2, act_codes="symmetric")):
+            with pytest.raises(RotationError, match="r.safetensors' exists and holds other rotations"):
+                learn(model, out, ids, other)
         assert out.read_bytes() == before
 
     @pytest.mark.parametrize("objective", rn.OBJECTIVES)

@@ -187,7 +187,7 @@ def test_bad_arguments_are_named():
             r"layer.levels is torch.int8 \(8, 1, 4\), expected .*\(8, 2, 4\)",
         ),
         ("weight", torch.zeros(8, 16, dtype=torch.int8), r"layer.weight is torch.int8"),
-        ("act_clip", torch.zeros(1), r"layer.act_clip\[0\] is 0.0"),
+        ("act_clip", torch.zeros(1), r"layer.act_clip\[0\] is 0.0, but scales are finite and not 0"),
         ("weight", torch.zeros(8, 16, dtype=torch.uint8, device="meta"), "layer.weight is missing"),
     ],
 )

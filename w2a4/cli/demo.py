@@ -38,8 +38,8 @@ ROWS = {
     "w2a4kv4": ("train", "--recipe", "w2a4kv4-rcp-quick"),
 }
 
-#: How long the steps took beside each other, in seconds of two cores of an AMD EPYC with AVX2: full precision
-#: measured, then each of `ROWS` made and measured. What is done corrects what is told.
+#: About how long the steps took beside each other, in seconds of two cores of an AMD EPYC with AVX2: full
+#: precision measured, then each of `ROWS` made and measured. What is done corrects what is told.
 SECONDS = (90, 240, 80, 440, 90)
 
 
