@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch
 from ..errors import CheckpointError
 from ..format.files import write_json
 
+#: The code in a checkpoint, and how config.json calls its class.
+CODE = Path(__file__).with_name("configuration_w2a4.py")
+AUTO_MAP = {"AutoConfig": f"{CODE.stem}.Configuration"}
+
 #: Where transformers 4 looks for RoPE's base, if a configuration has none.
 DEFAULT_THETA = 10000.0
 
@@ -18,16 +23,23 @@ DEFAULT_THETA = 10000.0
 TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
-def write_config(path: Path, dtype: torch.dtype, rope: bool = True) -> None:
-    """Mend config.json: its dtype, and its RoPE unless `rope` is false.
+def write_config(path: Path, dtype: torch.dtype, family: bool = True) -> None:
+    """Mend config.json: its dtype, its RoPE, and the code by which it loads, which is written beside it.
 
     transformers 4.57 takes the dtype of the first parameter, which may be a scale's. Version 5 writes
     `rope_parameters`, which 4.57 ignores without a word; it reads `rope_theta` and `rope_scaling`.
+
+    Args:
+        family: whether the model is of one in `arch`. Of others the RoPE stays as it is, and so does code
+            that the model needs itself.
     """
     config = json.loads(path.read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
-    if rope and (parameters := config.get("rope_parameters")):
+    if family and (parameters := config.get("rope_parameters")):
         config["rope_theta"], config["rope_scaling"] = _older_rope(parameters)
+    if family or config.get("auto_map") in (None, AUTO_MAP):
+        config["auto_map"] = AUTO_MAP
+        shutil.copyfile(CODE, path.with_name(CODE.name))
     write_json(path, config)
 
 

@@ -46,7 +46,7 @@ class ReplacedModelMixin(WholeSaves):
         """Nothing: there is no recipe and no report."""
 
     def _mend_config(self, path: Path) -> None:
-        portable.write_config(path, self.dtype, rope=self.config.model_type in arch.names())
+        portable.write_config(path, self.dtype, family=self.config.model_type in arch.names())
 
 
 def check_replaceable(model: nn.Module) -> None:

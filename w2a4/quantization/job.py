@@ -48,7 +48,7 @@ from .smooth import smooth
 BATCH_TOKENS = 2048
 
 #: Batches that run through the full-precision layers where nothing but the error that is shown needs them.
-SHOWN_BATCHES = 2
+SHOWN_BATCHES = 1
 
 #: See `quantize`.
 Refine = Callable[[int, LayerQuantizer, list[Tensor], Streams], None]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arch.architecture import Architecture, Site, activation
@@ -33,6 +34,9 @@ from .fit.moments import Moments
 
 #: Clips that `act_clip: search` tries.
 ACT_CLIPS = tuple(round(0.6 + 0.05 * step, 2) for step in range(9))
+
+#: Random directions along which the length of a token is measured, which finds it to within a tenth or so.
+DIRECTIONS = 64
 
 #: Root mean square of weights by their bits: below, the least float16 scale is too coarse for them.
 LEAST_SIZES = {2: 1e-7, 3: 2e-7, 4: 4e-7, 8: 1e-6}
@@ -145,15 +149,44 @@ class LayerQuantizer:
         a token with a massive activation, a hundred times as long as the others, would decide the fit alone.
         """
         pairs = zip(streams.full, inputs.full, strict=True)
-        full = wanted = [x + _outputs(self.reference, site, y) for x, y in pairs]
+        full = [x + _outputs(self.reference, site, y) for x, y in pairs]
+        rotated = self._rotated(site, inputs)
         if len(full) < len(streams.quantized):
-            pairs = zip(streams.quantized, inputs.quantized, strict=True)
-            wanted = [x + _outputs(self.reference, site, y) for x, y in pairs]
-        norms = [x.float().norm(dim=-1, keepdim=True).clamp_min(1e-6) for x in wanted]
+            norms = self._lengths(site, streams.quantized, rotated.quantized)
+        else:
+            norms = [x.float().norm(dim=-1, keepdim=True) for x in full]
+        norms = [norm.clamp_min(1e-6) for norm in norms]
         typical = torch.cat([norm.flatten() for norm in norms]).median()
-        self._fit(site, inputs, [typical / norm for norm in norms])
+        self._fit(site, rotated, [typical / norm for norm in norms])
         pairs = zip(streams.quantized, inputs.quantized, strict=True)
         return Streams(full, [x + _outputs(self.layer, site, y) for x, y in pairs])
+
+    def _rotated(self, site: Site, inputs: Streams) -> Streams:
+        """What the weights of a site multiply: behind its online rotation, if it has one."""
+        rotation = self._rotation(site)
+        if rotation is None:
+            return inputs
+        return Streams([rotation.apply(x) for x in inputs.full], [rotation.apply(x) for x in inputs.quantized])
+
+    def _rotation(self, site: Site) -> OnlineRotation | None:
+        return getattr(self.layer.get_submodule(site.paths[0]), "rotation", None)
+
+    def _lengths(self, site: Site, hidden: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        """About the norm of each token of `hidden` plus the site's full-precision output, `[..., 1]`.
+
+        Along all directions it would be the largest product of the fit, and a weight need not be exact.
+        """
+        linear = self.reference.get_submodule(site.paths[0])
+        weight = linear.weight.detach().float()
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (min(DIRECTIONS, len(weight)), len(weight)), generator=generator) * 2.0 - 1
+        signs = signs.to(weight.device) * len(signs) ** -0.5
+        weight = signs @ weight
+        bias = None if linear.bias is None else signs @ linear.bias.detach().float()
+        return [
+            (x.float() @ signs.T + F.linear(y.float(), weight, bias)).norm(dim=-1, keepdim=True)
+            for x, y in zip(hidden, inputs, strict=True)
+        ]
 
     def _map(self, streams: Streams, fn: Callable[[nn.Module, Tensor], Tensor]) -> Streams:
         return Streams(
@@ -168,16 +201,15 @@ class LayerQuantizer:
         """Quantise the linears of a site, stacked into one matrix.
 
         Args:
+            inputs: behind the site's rotation.
             weights: what a token's error is multiplied with before it is squared, beside its position's
                 weight, `[sequences, tokens, 1]` a batch; None is 1.
         """
         recipe, names = self.recipe, [linear.name for linear in site.linears]
         group = [self.layer.get_submodule(path) for path in site.paths]
-        rotation: OnlineRotation | None = getattr(group[0], "rotation", None)
-        rotate = rotation.apply if rotation is not None else (lambda x: x)
+        rotation = self._rotation(site)
         head_dim, in_features = self.layer.self_attn.head_dim, group[0].in_features
         act_group = self.family.act_group_size(recipe, site, head_dim, in_features)
-        inputs = Streams([rotate(x) for x in inputs.full], [rotate(x) for x in inputs.quantized])
         clip = self._act_clip(inputs.quantized, act_group)
         weight = torch.cat([linear.weight.detach().float() for linear in group])
         for name, linear in zip(names, group, strict=True):
