@@ -3,6 +3,7 @@
 #include <Python.h>
 #include <torch/headeronly/version.h>
 
+#include "cpu/arch.h"
 #include "registration.h"
 
 #if defined(__clang__)
@@ -20,6 +21,7 @@ extern "C" PyMODINIT_FUNC PyInit__C(void) {
                                "w2a4._C: CPU kernels, abi3, built with torch " TORCH_VERSION
                                " headers, " W2A4_COMPILER);
     PyModule_AddStringConstant(module, "signatures", w2a4::signatures().c_str());
+    PyModule_AddStringConstant(module, "cpu_isa", w2a4::cpu::isa_name());
     PyModule_AddStringConstant(module, "no_cuda", W2A4_NO_CUDA);  // why w2a4._cuda was not built
   }
   return module;

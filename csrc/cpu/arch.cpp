@@ -50,4 +50,20 @@ Isa isa() {
   return best;
 }
 
+const char* isa_name() {
+  switch (isa()) {
+    case Isa::kBase:
+      return "base";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvxVnni:
+      return "avxvnni";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx512Vnni:
+      return "avx512vnni";
+  }
+  return "";
+}
+
 }  // namespace w2a4::cpu

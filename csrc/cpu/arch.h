@@ -38,6 +38,9 @@ enum class Isa { kBase, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni };
 // instructions, so that it would have to stand behind the kernel's permission and a self-test.
 Isa isa();
 
+// Its name, as the environment variable has it.
+const char* isa_name();
+
 // kLanes: floats in a vector register; kVectors: registers' worth of columns that a tile of sums
 // spans.
 struct Base {

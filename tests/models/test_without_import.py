@@ -1,4 +1,4 @@
-"""A checkpoint loads in a process that does not import w2a4, for who trusts the code in it, and for nobody else."""
+"""A checkpoint loads where nobody imports w2a4, for who trusts the code in it, and for nobody else."""
 
 import json
 import os

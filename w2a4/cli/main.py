@@ -20,6 +20,7 @@ from ..errors import TrainingError, W2A4Error
 from ..format import directories, files
 from ..hub import sources
 from . import evaluation, options
+from .doctor import doctor
 from .group import Group
 from .verify import verify
 
@@ -333,6 +334,7 @@ def info(directory: Path, json_file: Path | None) -> None:
 
 
 main.add_command(verify)
+main.add_command(doctor)
 
 
 @main.command()

@@ -1,11 +1,12 @@
-"""Lets transformers load the checkpoint that this file lies in, where w2a4 is installed and nobody imports it.
+"""Lets transformers load the checkpoint beside this file where w2a4 is installed and nobody imports it.
 
 transformers runs it for who asks with `trust_remote_code`, and for nobody else. It is all the code that a
 checkpoint of w2a4 holds; `auto_map` in config.json names it.
 """
 
-import w2a4  # noqa: F401  registers the quantiser, which is all that was missing
 from transformers import AutoConfig
+
+import w2a4  # noqa: F401  registers the quantiser, which is all that was missing
 
 
 class Configuration:

@@ -166,7 +166,7 @@ class LayerQuantizer:
         rotation = self._rotation(site)
         if rotation is None:
             return inputs
-        return Streams([rotation.apply(x) for x in inputs.full], [rotation.apply(x) for x in inputs.quantized])
+        return Streams(*([rotation.apply(x) for x in some] for some in (inputs.full, inputs.quantized)))
 
     def _rotation(self, site: Site) -> OnlineRotation | None:
         return getattr(self.layer.get_submodule(site.paths[0]), "rotation", None)
