@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import w2a4
 from support.packed import packed_model, prompt
@@ -308,3 +309,19 @@ def test_generation_settings_that_transformers_does_not_save(settings, tmp_path)
     for name, value in settings.items():
         assert getattr(loaded.generation_config, name) == value == getattr(model.generation_config, name)
     assert not loaded.generation_config.do_sample
+
+
+def test_stop_strings_and_the_tokenizer_that_they_need():
+    """`transformers serve` gives `generate` a tokenizer at every call; it comes through to the layers."""
+    vocabulary = {"abcdef": 0} | {f"<{i}>": i for i in range(1, 131)}  # transformers tokenises that word
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="abcdef"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="abcdef")
+    model, ids = packed_model(), prompt(1, 8)
+    plain = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, tokenizer=tokenizer), plain)
+    third = f"<{int(plain[0, 10])}>"
+    stopped = model.generate(
+        ids, max_new_tokens=6, do_sample=False, tokenizer=tokenizer, stop_strings=[third]
+    )
+    first = (plain[0, 8:] == plain[0, 10]).nonzero()[0, 0]
+    assert torch.equal(stopped, plain[:, : 8 + int(first) + 1])
