@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import TrainingError, W2A4Error
+from ..errors import TrainingError
 from ..format import directories, files
 from ..hub import sources
 from . import evaluation, options
+from .chat import chat, streamer
 from .doctor import doctor
 from .group import Group
 from .verify import verify
@@ -276,44 +276,13 @@ def generate(
     chosen = engine.Sampling(**sampling) if sampling else None
     loaded, tokenizer = options.load_model(model, dtype, device)
     click.echo(prompt, nl=False)
-    result = evaluate.generation_speed(
-        loaded, tokenizer, prompt, max_new_tokens, _streamer(tokenizer), chosen
-    )
+    result = evaluate.generation_speed(loaded, tokenizer, prompt, max_new_tokens, streamer(tokenizer), chosen)
     click.echo(
         f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, "
         f"peak memory {result['peak_memory_mb']:.0f} MB",
         err=True,
     )
     options.write_result(json_file, result)
-
-
-@main.command()
-@click.argument("model", metavar="DIR")
-@options.new_tokens
-@options.sampling
-@options.dtype
-@options.device
-@options.json_file
-def chat(
-    model: str,
-    max_new_tokens: int,
-    sampling: dict[str, Any],
-    dtype: str | None,
-    device: str | None,
-    json_file: Path | None,
-) -> None:
-    """Talk to a model; /exit or end of input ends the conversation."""
-    from ..evaluate import perplexity as evaluate
-    from ..runtime import engine
-
-    chosen = engine.Sampling(**sampling) if sampling else None
-    loaded, tokenizer = options.load_model(model, dtype, device)
-    messages: list[dict[str, str]] = []
-    for line in _lines():
-        messages.append({"role": "user", "content": line})
-        answer = evaluate.reply(loaded, tokenizer, messages, max_new_tokens, _streamer(tokenizer), chosen)
-        messages.append({"role": "assistant", "content": answer})
-    options.write_result(json_file, {"messages": messages})
 
 
 @main.command()
@@ -333,6 +302,7 @@ def info(directory: Path, json_file: Path | None) -> None:
     options.write_result(json_file, summary)
 
 
+main.add_command(chat)
 main.add_command(verify)
 main.add_command(doctor)
 
@@ -374,32 +344,6 @@ def demo(
 
 def _refuse_existing(out: Path, advice: str = "or remove it first", filled: bool = False) -> None:
     directories.check_out_dir(out, f"give another --out, {advice}", filled)
-
-
-def _streamer(tokenizer: Any) -> Any:
-    from transformers import TextStreamer
-
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def _lines() -> Iterator[str]:
-    """The lines that the user types, until /exit or the end of input."""
-    if sys.stdin is None:  # closed
-        return
-    terminal = sys.stdin.isatty()
-    while True:
-        try:
-            line = input("> " if terminal else "").strip()
-        except EOFError:
-            return
-        except UnicodeDecodeError:
-            line = "\udc80"
-        if not options.is_text(line):
-            raise W2A4Error("the input is not UTF-8; convert it, e.g. with iconv")
-        if line == "/exit":
-            return
-        if line:
-            yield line
 
 
 if __name__ == "__main__":

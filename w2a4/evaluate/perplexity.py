@@ -206,10 +206,22 @@ def reply(
     Without a template the turns are joined by line ends and continued as plain text.
 
     Args:
-        messages: `{"role": "user" or "assistant", "content": …}`, oldest first.
+        messages: `{"role": "system", "user" or "assistant", "content": …}`, oldest first.
+
+    Raises:
+        W2A4Error: the template takes no such conversation; some have no system prompt.
     """
     if tokenizer.chat_template:
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        from jinja2 import TemplateError
+
+        try:
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise W2A4Error(
+                f"the chat template of this model takes no conversation of {roles} ({error}); leave the "
+                "system prompt out"
+            ) from None
     else:
         prompt = "\n".join(message["content"] for message in messages) + "\n"
     special = not tokenizer.chat_template  # a template writes its own special tokens
