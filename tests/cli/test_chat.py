@@ -12,7 +12,6 @@ import pytest
 from click.testing import CliRunner
 
 import w2a4
-from cli.conftest import quantized  # noqa: F401
 from w2a4.cli.main import main
 from w2a4.evaluate import perplexity
 
@@ -30,14 +29,14 @@ def roles(messages):
     return [message["role"] for message in messages]
 
 
-def test_a_system_prompt_and_commands(quantized):  # noqa: F811
+def test_a_system_prompt_and_commands(quantized):
     said, messages = talk(quantized[0], "a\n/help\n/nonsense b\nc\n", "--system", "be brief")
     assert roles(messages) == ["system", "user", "assistant", "user", "assistant"]
     assert [message["content"] for message in messages[:2]] == ["be brief", "a"]
     assert "'/nonsense' is not a command" in said and said.count("/reset") == 2
 
 
-def test_reset_and_another_system_prompt(quantized):  # noqa: F811
+def test_reset_and_another_system_prompt(quantized):
     _, messages = talk(quantized[0], "a\n/reset\nb\n", "--system", "s")
     assert [message["content"] for message in messages[:2]] == ["s", "b"] and len(messages) == 3
     _, messages = talk(quantized[0], "a\n/system t\nb\n", "--system", "s")
@@ -63,7 +62,7 @@ def test_a_template_without_system_prompts():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_ctrl_c_at_a_terminal_stops_the_reply_only(quantized, tmp_path):  # noqa: F811
+def test_ctrl_c_at_a_terminal_stops_the_reply_only(quantized, tmp_path):
     ours, theirs = pty.openpty()
     out = tmp_path / "messages.json"
     script = """

@@ -15,8 +15,8 @@ from ..errors import W2A4Error
 CACHE_NAMES = ("cache", "past_key_values")
 
 #: Arguments of a layer that change nothing in what it computes here: positions are in cos and sin, whether a
-#: cache is used is seen by the cache, and the rest is for the model around the layer, or for `generate`, whose
-#: tokenizers (for `stop_strings` and assistants) come through to here.
+#: cache is used is seen by the cache, and the rest is for the model around the layer, or for `generate`,
+#: whose tokenizers (for `stop_strings` and assistants) come through to here.
 WITHOUT_EFFECT = frozenset({
     "position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict",
     "num_items_in_batch", "tokenizer", "assistant_tokenizer",
