@@ -41,6 +41,12 @@ if TYPE_CHECKING:
     help="Tokens a window.",
 )
 @options.windows()
+@click.option(
+    "--tasks",
+    metavar="NAME|FILE.yaml,…",
+    help="Tasks of lm-eval instead of texts: names, or YAML files of tasks on local data.",
+)
+@click.option("--limit", type=options.count(1), metavar="N", help="Documents of each task; default all.")
 @options.dtype
 @options.device
 @options.json_file
@@ -50,17 +56,30 @@ def evaluate_command(
     reference: str | None,
     seqlen: int,
     windows: int,
+    tasks: str | None,
+    limit: int | None,
     dtype: str | None,
     device: str | None,
     json_file: Path | None,
 ) -> None:
-    """Perplexity of MODEL or DIR on texts, with an interval, and its ratio to full precision."""
+    """Perplexity of MODEL or DIR on texts, with an interval, and its ratio to full precision.
+
+    With --tasks, the metrics of those tasks instead.
+    """
     from ..evaluate import data, overlap, perplexity, quality, report
 
-    chosen = chosen_texts(texts)
+    if tasks is not None and texts:
+        raise click.UsageError("give --text or --tasks, one at a time")
+    if limit is not None and tasks is None:
+        raise click.UsageError("--limit is of --tasks; for texts give --windows")
     for source in (model, reference):
         if source is not None:
             sources.check_source(source)
+    if tasks is not None:
+        named = [task.strip() for task in tasks.split(",") if task.strip()]
+        _evaluate_tasks(model, reference, named, limit, dtype, device, json_file)
+        return
+    chosen = chosen_texts(texts)
     for text in chosen:
         data.load_text(text, "evaluation")  # reports a missing file before the model is loaded
     measure = functools.partial(perplexity.evaluate, texts=chosen, seqlen=seqlen, windows=windows)
@@ -97,6 +116,28 @@ def evaluate_command(
         click.echo("To have full precision beside it, give --reference MODEL.")
     click.echo(f"{result['tokens_per_second']:.0f} tokens/s, peak memory {result['peak_memory_mb']:.0f} MB")
     options.write_result(json_file, result)
+
+
+def _evaluate_tasks(
+    model: str,
+    reference: str | None,
+    tasks: Sequence[str],
+    limit: int | None,
+    dtype: str | None,
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    from ..evaluate import quality, report, zero_shot
+
+    manager = zero_shot.check_tasks(tasks)
+    measured = {}
+    for source in (model,) if reference is None else (reference, model):
+        name = quality.FULL_PRECISION if source == reference else report.source_name(source)
+        measured[name] = zero_shot.zero_shot(
+            *options.load_model(source, dtype, device), tasks, manager, limit
+        )
+    click.echo(zero_shot.text(measured))
+    options.write_result(json_file, {"tasks": measured})
 
 
 def prefix_of(model: Any) -> tuple[int, ...]:
