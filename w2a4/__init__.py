@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe, RotationConfig, RotationLearning, Training
     from .runtime.engine import Engine, Sampling
     from .runtime.kv_cache import KV4Cache, KV4StaticCache
+    from .train.adapters import prepare_for_adapters
     from .train.prepare import convert, prepare
 
 __version__ = VERSION
@@ -65,6 +66,7 @@ _NAMES = {
     "convert": "train.prepare",
     "load_model": "quantization.job",
     "prepare": "train.prepare",
+    "prepare_for_adapters": "train.adapters",
     "quantize": "quantization.job",
     "replace_linears": "hub.replace",
     "rotate": "quantization.job",
@@ -98,6 +100,7 @@ __all__ = [
     "convert",
     "load_model",
     "prepare",
+    "prepare_for_adapters",
     "quantize",
     "replace_linears",
     "rotate",

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, W2A4Error
 from ..ops import gradients
 from ..ops.packing import pack, packed_width, unpack
 from ..ops.reference import divide
-from .fake_quant import fp16_scale
+from .fake_quant import fake_quant_a4, fp16_scale
 from .grid import Codebook, Grid, Uniform, no_levels
 from .groups import resolve_group_size
 from .online import OnlineRotation
@@ -25,8 +25,9 @@ from .weight import QuantizedWeight
 
 #: What a backward pass through packed weights is told.
 NO_GRADIENT = (
-    "packed layers give no gradient to their input (requires_grad=True); take gradients from the float model "
-    "or from what w2a4.prepare makes of it, or compute this one under torch.no_grad()"
+    "packed layers give no gradient to their input (requires_grad=True); call w2a4.prepare_for_adapters to "
+    "train adapters on them, take gradients from the float model or from what w2a4.prepare makes of it, or "
+    "compute this one under torch.no_grad()"
 )
 
 
@@ -35,6 +36,9 @@ class _PackedModule(nn.Module):
 
     #: Whether a scale may be negative; none is 0.
     _signed_scales = False
+
+    #: Whether it gives gradients to its input, see `w2a4.prepare_for_adapters`.
+    differentiable = False
 
     def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device=None) -> None:
         tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -195,11 +199,19 @@ class _PackedLinear(_PackedModule):
             y = F.linear(x, self.dequantize().to(x.dtype), self.bias)
             return y if residual is None else y + residual
         if gradients.wanted(x):
-            y = gradients.refuse(self.forward(x.detach()), x, NO_GRADIENT)
+            if self.differentiable:
+                y = _ThroughPacked.apply(x, self)
+            else:
+                y = gradients.refuse(self.forward(x.detach()), x, NO_GRADIENT)
             return y if residual is None else y + residual
         quantize = ops.quantize_a4 if self.rotation is None else self.rotation.quantize
         codes, scale = quantize(x, self.act_clip, self.act_group_size)
         return self._linear(codes, scale, x.dtype, residual)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """`[..., in]` as the weights see it: rotated and rounded to 4 bits; differentiable."""
+        x = x if self.rotation is None else self.rotation.apply(x)
+        return x if self.act_bits == 16 else fake_quant_a4(x, self.act_clip, self.act_group_size)
 
     def extra_repr(self) -> str:
         return (
@@ -207,6 +219,27 @@ class _PackedLinear(_PackedModule):
             f"bias={self.bias is not None}, "
             f"group_size={self.group_size}, act_bits={self.act_bits}, act_group_size={self.act_group_size}"
         )
+
+
+class _ThroughPacked(torch.autograd.Function):
+    """A packed linear as it computes, and the gradient to its input: that of the weights as they are rounded,
+    with the rounding of activations passed straight through.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: _PackedLinear | W8Linear) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.linear = linear
+        return linear.forward(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (x,), linear = ctx.saved_tensors, ctx.linear
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            seen = linear.seen(x)
+        to_seen = (grad.float() @ linear.dequantize()).to(seen.dtype)  # unpacked for this product only
+        return torch.autograd.grad(seen, x, to_seen)[0], None
 
 
 class W2A4Linear(_PackedLinear):
@@ -304,12 +337,18 @@ class W8Linear(_PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if gradients.wanted(x):
+            if self.differentiable:
+                return _ThroughPacked.apply(x, self)
             return gradients.refuse(self.forward(x.detach()), x, NO_GRADIENT)
         return ops.linear_w8(x, self.weight, self.scale, self.bias)
 
     def dequantize(self) -> Tensor:
         """The float32 weight `[out, in]` that the codes stand for."""
         return self.weight.float() * self.scale.float()[:, None]
+
+    def seen(self, x: Tensor) -> Tensor:
+        """`x` itself."""
+        return x
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -31,12 +31,19 @@ def fit_levels(
     Returns:
         levels int8 `[..., count]`, ascending; scale float16 `[...]`.
     """
+    std, mean = torch.std_mean(groups, -1, keepdim=True, correction=0)
+    start = mean + std * torch.tensor(GAUSSIAN_LEVELS[count], dtype=torch.float32, device=groups.device)
+    return settle_levels(groups, start, importance, iterations)
+
+
+def settle_levels(
+    groups: Tensor, levels: Tensor, importance: Tensor | None = None, iterations: int = 15
+) -> tuple[Tensor, Tensor]:
+    """As `fit_levels`, from levels float32 `[..., count]`, ascending, to begin with."""
     importance = (
         torch.ones(1, dtype=torch.float32, device=groups.device) if importance is None else importance
     )
-    importance = importance.expand(groups.shape)
-    std, mean = torch.std_mean(groups, -1, keepdim=True, correction=0)
-    levels = mean + std * torch.tensor(GAUSSIAN_LEVELS[count], dtype=torch.float32, device=groups.device)
+    importance, count = importance.expand(groups.shape), levels.shape[-1]
     # Group moments below a threshold are differences of sums over "code >= k": a mask less than levels.
     total_w, total_x = importance.sum(-1), (importance * groups).sum(-1)
     for _ in range(iterations):

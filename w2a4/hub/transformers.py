@@ -201,7 +201,8 @@ class W2A4Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return not self._replaced and self.quantization_config.manifest.weight_bits == 16
+        """Whether transformers' Trainer may have it; what is packed it takes with adapters only."""
+        return not self._replaced
 
     @property
     def is_compileable(self) -> bool:

@@ -68,6 +68,21 @@ def refuse_part(parent: nn.Module, name: str, value: Any) -> None:
         )
 
 
+def split(parent: nn.Module) -> None:
+    """Put the parts of a joint linear back in its place, each with its own memory; nothing where none is."""
+    joint = parent.__dict__.pop("joint", None)
+    if joint is None:
+        return
+    name, rows = joint
+    whole = parent.get_submodule(name)
+    delattr(parent, name)
+    for part, linear in zip(rows, views(whole, list(rows.values())), strict=True):
+        for key, value in linear._parameters.items():
+            if value is not None:
+                linear._parameters[key] = nn.Parameter(value.detach().clone(), requires_grad=False)
+        parent.add_module(part, linear.train(whole.training))
+
+
 def rows_of(parent: nn.Module) -> list[int]:
     """Rows of each part of the joint linear of a module, in order; empty if it has none."""
     return list(parent.joint[1].values()) if "joint" in parent.__dict__ else []
@@ -96,6 +111,8 @@ def views(joint: _PackedLinear, rows: list[int]) -> list[_PackedLinear]:
 
 def _split(parent: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """A state dict with the parts in place of the joint linear."""
+    if "joint" not in parent.__dict__:
+        return  # they were split for good
     name, parts = parent.joint
     if not isinstance(parent.get_submodule(name), _PackedLinear):
         return  # wrapped in a module, which has names of its own
@@ -112,6 +129,8 @@ def _gather(
     unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
     """Join the parts of a state dict that is about to be loaded; rows of parts that are not there stay."""
+    if "joint" not in parent.__dict__:
+        return
     name, parts = parent.joint
     whole: nn.Module = parent.get_submodule(name)
     if not isinstance(whole, _PackedLinear):

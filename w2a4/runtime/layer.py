@@ -25,11 +25,12 @@ from ..format.online import OnlineRotation
 from ..ops import dispatch, gradients
 from .arguments import CACHE_NAMES, cache_of, check_arguments
 from .attention import NAME, packed_attention, w2a4_attention
+from .attention import NO_GRADIENT as NO_CACHE_GRADIENT
 from .capturing import has_foreign_forward, is_capturing, is_watched
 from .classes import Derived, derived
 from .guards import check_attention
 from .heads import rope, rotary_of, split_heads
-from .joint import can_join, join, refuse_part, rows_of, views
+from .joint import can_join, join, refuse_part, rows_of, split, views
 from .kv_cache import KV4Cache, KV4Layer
 from .kv_store import as_bool
 from .prefix import with_prefix
@@ -62,6 +63,8 @@ class _Block(Derived):
 class PackedAttention(_Block):
     """Attention over packed linears; mixed into the class of transformers whose module it replaces."""
 
+    differentiable = False
+
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None, **others: Any,
@@ -91,7 +94,13 @@ class PackedMLP(_Block):
 
 
 class PackedDecoderLayer(Derived):
-    """A decoder layer over packed linears; mixed into the class of transformers whose module it replaces."""
+    """A decoder layer over packed linears; mixed into the class of transformers whose module it replaces.
+
+    Attributes:
+        differentiable: whether it gives gradients to its input and to what is in it, see `differentiate`.
+    """
+
+    differentiable = False
 
     @classmethod
     def of(cls, layer: nn.Module, family: Architecture) -> nn.Module:
@@ -125,6 +134,15 @@ class PackedDecoderLayer(Derived):
             if len(parts) > 1 and held and can_join([parent.get_submodule(part) for part in parts]):
                 join(parent, joint_name(site), tuple(parts))
 
+    def differentiate(self) -> None:
+        """Give gradients from now on, roundings passed straight through; linears are one by one again."""
+        for site in self.family.sites:
+            split(self.get_submodule(site.linears[0].parent))
+        for module in self.modules():
+            if isinstance(module, _PackedLinear):
+                module.differentiable = True
+        self.differentiable = self.self_attn.differentiable = True
+
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
         position_embeddings: tuple[Tensor, Tensor] | None = None, **others: Any,
@@ -139,7 +157,7 @@ class PackedDecoderLayer(Derived):
         Raises:
             W2A4Error: an argument about attention that this package would not heed.
         """
-        if gradients.wanted(hidden_states) and self._rounds():
+        if not self.differentiable and gradients.wanted(hidden_states) and self._rounds():
             out = self.forward(hidden_states.detach(), attention_mask,
                                position_embeddings=position_embeddings, **others)  # fmt: skip
             return gradients.refuse(out, hidden_states, NO_GRADIENT)
@@ -226,7 +244,8 @@ class PackedDecoderLayer(Derived):
         else:
             gate, up = self._normed(site, hidden, untouched).chunk(2, -1)
         (down,) = linears_of(mlp, self.family.mlp_out)
-        whole = _is_packed_a4(down) and (untouched or not (_is_touched(down) or _is_touched(mlp)))
+        whole = _is_packed_a4(down) and not gradients.wanted(gate, up)
+        whole = whole and (untouched or not (_is_touched(down) or _is_touched(mlp)))
         r4 = OnlineRotation.for_ops(down.rotation, gate.device) if whole else None
         if r4 is None or mlp.config.hidden_act not in SILU or gate.dtype not in DTYPES:
             return self._add(self.family.mlp_out, architecture.activation(mlp)(gate) * up, hidden, untouched)
@@ -291,7 +310,8 @@ def _is_plain_norm(norm: nn.Module) -> bool:
 
 def _normed_linear(norm: nn.Module, linear: nn.Module, x: Tensor, untouched: bool) -> Tensor:
     """`linear(norm(x))`, in two ops where nobody looks in between."""
-    if _is_packed_a4(linear) and linear.rotation is None and _is_plain_norm(norm) and x.dtype in DTYPES:
+    fits = _is_packed_a4(linear) and linear.rotation is None and _is_plain_norm(norm) and x.dtype in DTYPES
+    if fits and not gradients.wanted(x):
         if untouched or not (_is_touched(norm) or _is_touched(linear)):
             return linear._linear(*_normed_codes(norm, linear, x), x.dtype)
     return linear(norm(x))
@@ -311,6 +331,8 @@ def _cache(attn: nn.Module, x: Tensor, others: dict[str, Any]) -> Any:
     if isinstance(cache, KV4Cache):
         return cache.layers[attn.layer_idx]
     if cache is None and attn.kv_settings.kv_bits == 4:
+        if attn.differentiable and torch.is_grad_enabled():
+            return None  # keys and values are rounded where gradients pass
         return KV4Layer(attn.kv_settings, x.shape[1])
     return None if cache is None else (cache, others.get("cache_position"))
 
@@ -331,6 +353,9 @@ def attended(
     settings, mask, cos_sin = attn.kv_settings, as_bool(attention_mask), rotary_of(attn, cos_sin)
     own = cache if isinstance(cache, KV4Layer) else None
     head_norms = getattr(attn, "q_norm", None) is not None
+    if own is not None and gradients.wanted(qkv):
+        seen = attended(attn, qkv.detach(), cos_sin, attention_mask, cache)
+        return gradients.refuse(seen, qkv, NO_CACHE_GRADIENT)
     if own is not None and not head_norms and cos_sin[0].shape[-1] == attn.head_dim:
         kv_heads = qkv.shape[-1] // attn.head_dim // (attn.num_key_value_groups + 2)
         appended = own.append_qkv(qkv, kv_heads, *cos_sin)
