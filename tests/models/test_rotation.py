@@ -1,6 +1,7 @@
 """Rotations leave a LLaMA's output unchanged, and what they cannot handle fails loudly."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -270,6 +271,30 @@ class TestLearned:
         rotate(model, config)
         r1 = load_file(config.learned)["R1"].double()
         torch.testing.assert_close(model.model.embed_tokens.weight.detach(), embed @ r1, rtol=0, atol=1e-5)
+
+    def test_a_file_of_spinquant(self, tmp_path):
+        """`R.bin`, a dict that torch.save wrote; the model is turned as by our own file of these matrices."""
+        model, other = tiny_llama(), tiny_llama()
+        config = self.write(tmp_path / "r.safetensors", model)
+        tensors = load_file(config.learned)
+        theirs = {f"model.layers.{i}.self_attn.R2": tensors[f"R2.{i}"] for i in range(2)} | {
+            "R1": tensors["R1"]
+        }
+        torch.save(theirs, tmp_path / "R.bin")
+        rotate(model, config)
+        rotate(other, dataclasses.replace(config, learned=str(tmp_path / "R.bin")))
+        for name, value in model.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value), name
+
+    @pytest.mark.parametrize("content", [{"R1": [1.0]}, [torch.eye(2)], b"nothing", print])
+    def test_pickles_that_hold_no_rotations(self, content, tmp_path):
+        model = tiny_llama()
+        config = dataclasses.replace(self.write(tmp_path / "r", model), learned=str(tmp_path / "R.bin"))
+        if isinstance(content, bytes):
+            (tmp_path / "R.bin").write_bytes(content)
+        else:
+            torch.save(content, tmp_path / "R.bin")
+        assert_fails_untouched(model, r"R.bin' is not a dict of tensors", config)
 
     def test_only_r2_learned_needs_only_r2(self, tmp_path):
         model = tiny_llama()

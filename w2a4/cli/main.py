@@ -322,7 +322,7 @@ main.add_command(doctor)
 @click.option(
     "--seqlen",
     type=options.count(2),
-    default=2048,
+    default=1024,
     show_default=True,
     metavar="N",
     help="Tokens a window.",

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...errors import RotationError
 from ...format import files
+
+#: How a file ends that torch.save wrote, as SpinQuant does.
+PICKLES = (".bin", ".pt", ".pth")
+
+_SPINQUANT = re.compile(r"^model\.layers\.(\d+)\.self_attn\.R2$")
 
 #: Rows of the embedding that `model_mark` reads.
 _ROWS = 64
@@ -32,12 +40,33 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     files.write_tensors(path, tensors, {"w2a4": json.dumps(metadata)})
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """`R1` and `R2.<layer>`: what `write_tensors` wrote, or SpinQuant's R.bin under these names.
+
+    Raises:
+        RotationError: not such a file. A pickle with anything but tensors is not opened.
+    """
+    try:
+        if path.suffix not in PICKLES:
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        kind = "safetensors file" if path.suffix not in PICKLES else "dict of tensors"
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RotationError(f"learned={str(path)!r} is not a {kind}: {first}") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise RotationError(f"learned={str(path)!r} is not a dict of tensors, as SpinQuant's R.bin is")
+    return {_SPINQUANT.sub(r"R2.\1", name): value for name, value in found.items()}
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata that `write_tensors` wrote; empty for a file of another origin.
 
     Raises:
         RotationError: not a safetensors file.
     """
+    if path.suffix in PICKLES:
+        return {}
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {}).get("w2a4", "{}"))

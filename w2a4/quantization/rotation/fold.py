@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ... import arch
 from ...errors import RotationError
 from ...format.online import OnlineRotation, RotatedLinear
 from ...recipe import RotationConfig
-from .files import model_mark, read_metadata
+from .files import model_mark, read_metadata, read_tensors
 
 #: Largest max |RᵀR - I| of a learned rotation: that of rounding to float32 and of some drift.
 ORTHOGONAL_TOLERANCE = 1e-4
@@ -202,10 +200,7 @@ def _load_learned(model: nn.Module, config: RotationConfig) -> dict[str, _Learne
         raise RotationError(
             f"learned={config.learned!r} does not exist; give the safetensors file with R1, R2.<layer>"
         )
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RotationError(f"learned={config.learned!r} is not a safetensors file: {error}") from None
+    tensors = read_tensors(path)
     layers = model.config.num_hidden_layers
     sizes = {
         "R1": model.config.hidden_size,
