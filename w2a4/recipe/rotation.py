@@ -22,8 +22,8 @@ class RotationConfig:
         r3: online rotation of queries and keys after RoPE, `head_dim` wide.
         r4: online rotation of down_proj's input, `intermediate_size` wide, its inverse folded.
         seed: from it every random rotation is drawn, independent of torch's global generator.
-        learned: safetensors file with the `R1` and `R2.<layer>` that `learned` takes; None means that
-            they are to be learned first, as `RotationLearning` says.
+        learned: safetensors file with the `R1` and `R2.<layer>` that `learned` takes, or SpinQuant's
+            `R.bin`; None means that they are to be learned first, as `RotationLearning` says.
     """
 
     r1: RotationKind = "random_hadamard"
