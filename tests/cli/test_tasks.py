@@ -60,10 +60,10 @@ def test_intervals_and_the_table():
     assert 0.35 < low < 0.45 and 0.55 < high < 0.65
     full, packed = measured(1, 1, 1, 0), measured(1, 0, 1, 0)
     said = zero_shot.text({"full precision": full, "packed": packed})
-    assert "0.750" in said and "0.500" in said and "-0.750 to 0.000" in said
+    assert " 0.75 " in said and " 0.5 " in said and "-0.750 to 0.000" in said
     packed["t"]["metrics"]["acc"]["scores"] = None
     alone = zero_shot.text({"packed": packed})
-    assert "0.500" in alone and "difference" not in alone and " to " not in alone
+    assert " 0.5 " in alone and "difference" not in alone and " to " not in alone
 
 
 def measured(*scores):
@@ -98,6 +98,39 @@ def test_tasks_on_local_data(plain, quantized, tmp_path, monkeypatch):
         scores = tasks["w2a4_choice"]["metrics"]["acc"]["scores"]
         assert len(scores) == 4 and tasks["w2a4_choice"]["metrics"]["acc"]["value"] == sum(scores) / 4
     assert "w2a4_cloze" in result.stdout and "perplexity" in result.stdout
+
+
+def test_metrics_of_filters_and_of_no_mean():
+    """As gsm8k has them: an entry of a document for every filter; and perplexity, a mean of nothing."""
+    results = {"exact_match,strict": 0.0, "exact_match,loose": 0.5, "exact_match_stderr,loose": 0.1}
+    samples = [
+        {"doc_id": i, "filter": kind, "exact_match": float(kind == "loose" and i == 1)}
+        for kind in ("strict", "loose") for i in (1, 0)
+    ]  # fmt: skip
+    found = dict(zero_shot._metrics(results | {"alias": "t"}, samples))
+    assert found == {
+        "exact_match,strict": {"value": 0.0, "scores": [0.0, 0.0]},
+        "exact_match,loose": {"value": 0.5, "scores": [0.0, 1.0]},
+    }
+    samples = [{"doc_id": i, "filter": "none", "perplexity": -3.0 * i} for i in range(2)]
+    assert dict(zero_shot._metrics({"perplexity,none": 4.48}, samples))["perplexity"]["scores"] is None
+
+
+def test_local_files_lie_beside_the_task():
+    folder = Path("there")
+    assert zero_shot._beside(folder, "a.jsonl") == "there/a.jsonl"
+    files = {"test": ["a.jsonl", "https://x.org/b.jsonl"]}
+    assert zero_shot._beside(folder, files) == {"test": ["there/a.jsonl", "https://x.org/b.jsonl"]}
+
+
+@with_lm_eval
+@pytest.mark.parametrize(
+    "field", ["doc_to_txt: x", "doc_to_text: '{{passage'", "doc_to_text: '{{no.thing}}'"]
+)
+def test_tasks_that_are_wrong(field, plain, tmp_path):
+    (tmp_path / "choice.jsonl").write_text((TASKS / "choice.jsonl").read_text())
+    (tmp_path / "t.yaml").write_text((TASKS / "choice.yaml").read_text() + field + "\n")
+    assert "lm-eval cannot run" in fail("eval", plain, "--tasks", tmp_path / "t.yaml", "--limit", 1)
 
 
 @with_lm_eval

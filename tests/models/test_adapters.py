@@ -1,6 +1,7 @@
 """LoRA on packed models: gradients through packed linears, and PEFT on top of them."""
 
 import copy
+import pickle
 import sys
 
 import pytest
@@ -109,8 +110,12 @@ def test_a_cache_under_gradients_is_refused_in_backward():
 def test_what_it_does_not_take(monkeypatch):
     from support.tiny_models import tiny_llama
 
-    with pytest.raises(TrainingError, match="takes a model that w2a4 has packed, not a LlamaForCausalLM"):
+    with pytest.raises(TrainingError, match="this LlamaForCausalLM is no model of w2a4"):
         w2a4.prepare_for_adapters(tiny_llama())
+    replaced = tiny_llama(dtype=torch.float32)
+    w2a4.replace_linears(replaced, bits=2)
+    with pytest.raises(TrainingError, match="is one whose linears were replaced"):
+        w2a4.prepare_for_adapters(replaced)
     from w2a4.train import adapters
 
     adapters._teach_peft.cache_clear()
@@ -222,11 +227,71 @@ def test_trainer_of_transformers(peft, tmp_path):
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"), ({"use_dora": True}, "use_dora=True")],
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens="),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save='lm_head' is packed in 8 bits"),
+    ],
 )
 def test_kinds_of_lora_that_need_the_weight(options, message, peft):
     with pytest.raises(TrainingError, match=message):
         with_adapters(peft, packed_model(), **options)
+
+
+def test_a_model_that_was_not_prepared(peft, tmp_path):
+    """PEFT knows packed linears from then on, and would leave out those that are parts of a joint one."""
+    model = with_adapters(peft, packed_model())
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(TrainingError, match="prepare_for_adapters"):
+        peft.PeftModel.from_pretrained(packed_model(), tmp_path / "adapter")
+    with pytest.raises(TrainingError, match="has adapters already"):
+        w2a4.prepare_for_adapters(model)
+
+
+def test_norms_that_are_trained_by_hand():
+    model, ids = w2a4.prepare_for_adapters(packed_model()), prompt(2, 12)
+    norms = {name: p.requires_grad_(True) for name, p in model.named_parameters() if "norm" in name}
+    loss_of(model, ids).backward()
+    assert len(norms) == 5 and all(p.grad is not None and bool(p.grad.any()) for p in norms.values())
+
+
+def test_rotated_16_bit_models_merge_behind_their_rotation(peft):
+    ids = prompt(2, 12)
+    model = packed_model(weight_bits=16, act_bits=16, kv_bits=16)
+    config = peft.LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(w2a4.prepare_for_adapters(model), config).eval()
+    wanted = logits(model, ids)
+    torch.testing.assert_close(logits(model.merge_and_unload(), ids), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_all_linear_means_float_ones_too(peft):
+    model = packed_model()
+    for layer in model.model.layers:
+        layer.mlp.down_proj = nn.Linear(176, 96, bias=False)
+    model = with_adapters(peft, model)
+    adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_what_nothing_was_added_to_merges_to_itself(bits, peft):
+    model = with_adapters(peft, packed_model(weight_bits=bits))
+    before = {name: value.clone() for name, value in model.state_dict().items() if "lora_" not in name}
+    model.merge_adapter()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_pickling_saving_and_the_engine(peft, tmp_path):
+    model, ids = with_adapters(peft, packed_model(), init_lora_weights=False).eval(), prompt(1, 9)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    with pytest.raises(W2A4Error, match="has an adapter: save the adapters"):
+        model.base_model.model.save_pretrained(tmp_path / "inner")
+    new = w2a4.Engine(model, max_length=64).generate([ids[0]], 4)[0]
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[0, 9:], new)
 
 
 def test_float_models_are_left_to_peft(peft):

@@ -286,7 +286,9 @@ class TestLearned:
         for name, value in model.state_dict().items():
             assert torch.equal(other.state_dict()[name], value), name
 
-    @pytest.mark.parametrize("content", [{"R1": [1.0]}, [torch.eye(2)], b"nothing", print])
+    @pytest.mark.parametrize(
+        "content", [{"R1": [1.0]}, {0: torch.eye(2)}, [torch.eye(2)], b"nothing", b"hello", b"R", print]
+    )
     def test_pickles_that_hold_no_rotations(self, content, tmp_path):
         model = tiny_llama()
         config = dataclasses.replace(self.write(tmp_path / "r", model), learned=str(tmp_path / "R.bin"))

@@ -25,6 +25,7 @@ assert "w2a4" not in sys.modules
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code={trust})
 torch.set_num_threads(1)
 torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])
+assert not hasattr(model.config, "auto_map")  # else its own save would name a file that it does not write
 model.save_pretrained(sys.argv[4])
 """
 

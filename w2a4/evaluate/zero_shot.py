@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,11 @@ def zero_shot(
         limit: documents of each task; None is all.
 
     Returns:
-        by task: documents, and `metrics`, by name each with `value` and `scores`, one a document (None where
-        the metric is no mean of those).
+        by task: documents, and `metrics`, by name (`NAME,FILTER` where the task has filters), each with
+        `value` and `scores`, one a document (None where the metric is no mean of those).
 
     Raises:
-        W2A4Error: the task's data cannot be had.
+        W2A4Error: the task's data cannot be had, or the task is not one that lm-eval can run.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -75,11 +76,17 @@ def zero_shot(
                 model=wrapped, tasks=[_loaded(task) for task in tasks], task_manager=manager, limit=limit,
                 bootstrap_iters=0, log_samples=True,
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, ConnectionError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise W2A4Error(f"lm-eval cannot run {', '.join(tasks)}: {first}") from None
+        except W2A4Error:
+            raise
+        except Exception as error:  # what a task says wrongly shows in any part of lm-eval
+            first = (str(error).strip().splitlines() or [""])[0]
+            kind = type(error).__name__
+            raise W2A4Error(f"lm-eval cannot run {', '.join(tasks)}: {kind}: {first}") from None
     return {
-        task: {"documents": len(samples), "metrics": dict(_metrics(found["results"][task], samples))}
+        task: {
+            "documents": len({sample["doc_id"] for sample in samples}),
+            "metrics": dict(_metrics(found["results"][task], samples)),
+        }
         for task, samples in found["samples"].items()
     }
 
@@ -105,10 +112,18 @@ def _loaded(task: str) -> Any:
             "without `include`"
         )
     options = config.get("dataset_kwargs")
-    files = options.get("data_files") if isinstance(options, dict) else None
-    if isinstance(files, dict):  # beside the YAML file, wherever the command runs
-        options["data_files"] = {split: str(Path(task).parent / name) for split, name in files.items()}
+    if isinstance(options, dict) and "data_files" in options:
+        options["data_files"] = _beside(Path(task).parent, options["data_files"])
     return config
+
+
+def _beside(folder: Path, files: Any) -> Any:
+    """Names of files, single, in a list or by split, as they lie in the folder of the YAML file."""
+    if isinstance(files, dict):
+        return {split: _beside(folder, names) for split, names in files.items()}
+    if isinstance(files, list):
+        return [_beside(folder, name) for name in files]
+    return str(folder / files) if isinstance(files, str) and "://" not in files else files
 
 
 def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -116,9 +131,15 @@ def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -
         name, _, kind = key.partition(",")
         if not kind or name.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        scores = [sample.get(name) for sample in samples]
-        numbers = all(isinstance(score, (int, float)) for score in scores)
-        yield name, {"value": float(value), "scores": [float(score) for score in scores] if numbers else None}
+        mine = sorted((s for s in samples if s["filter"] == kind), key=lambda sample: sample["doc_id"])
+        scores = [sample.get(name) for sample in mine]
+        numbers = bool(scores) and all(isinstance(score, (int, float)) for score in scores)
+        # A perplexity's documents have log-likelihoods, and there are metrics of all documents together.
+        mean = numbers and math.isclose(sum(scores) / len(scores), value, rel_tol=1e-6, abs_tol=1e-9)
+        yield (
+            name if kind == "none" else key,
+            {"value": float(value), "scores": [float(score) for score in scores] if mean else None},
+        )
 
 
 @contextlib.contextmanager
@@ -152,7 +173,7 @@ def text(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         for metric in about["metrics"]:
             for name, measured in models.items():
                 here = measured[task]["metrics"][metric]
-                row = {"task": task, "metric": metric, "model": name, "value": f"{here['value']:.3f}"}
+                row = {"task": task, "metric": metric, "model": name, "value": f"{here['value']:.4g}"}
                 row["95 %"] = _range(here["scores"])
                 if len(models) > 1:
                     other = about["metrics"][metric]["scores"]

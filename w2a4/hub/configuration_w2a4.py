@@ -18,5 +18,7 @@ class Configuration:
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As `AutoConfig.from_pretrained` of a checkpoint without code."""
-        return AutoConfig.from_pretrained(*args, trust_remote_code=False, **kwargs)
+        """As `AutoConfig.from_pretrained` of a checkpoint without code; saving the model names it again."""
+        found = AutoConfig.from_pretrained(*args, trust_remote_code=False, **kwargs)
+        vars(found[0] if isinstance(found, tuple) else found).pop("auto_map", None)
+        return found

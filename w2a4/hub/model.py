@@ -59,6 +59,12 @@ class WholeSaves(Derived):
             )
         if not is_main_process:  # the main process writes for all
             return
+        adapted = next((name for name, m in self.named_modules() if hasattr(m, "base_layer")), None)
+        if adapted is not None and not getattr(self, "_hf_peft_config_loaded", False):
+            raise W2A4Error(
+                f"{adapted} has an adapter: save the adapters by the save_pretrained of PEFT's model, or put "
+                "them into the weights first, by its merge_and_unload"
+            )
         with atomic_directory(save_directory) as directory:
             if any(value.is_inference() for value in self.parameters()):  # transformers does not save these
                 kwargs.setdefault("state_dict", {n: v.clone() for n, v in self.state_dict().items()})

@@ -14,7 +14,7 @@ from .table import OPS, Op
 #: The most by which a float may differ from the reference's, as a share of the largest; 16 bits have 2**-8.
 TOLERANCE = 0.02
 
-#: The share of integers that may differ, by one: a value between two codes goes to either.
+#: The share of results that may differ by more: a value between two codes goes to either.
 MOST_ROUNDINGS = 0.02
 
 #: Widths and numbers of the calls: a model's, made small.

@@ -114,6 +114,8 @@ class Engine:
         Raises:
             W2A4Error: the model's positions end before `max_length`.
         """
+        if hasattr(model, "get_base_model"):  # of PEFT, whose adapters lie in that
+            model = model.get_base_model()
         most = model.config.max_position_embeddings
         max_length = min(DEFAULT_LENGTH, most) if max_length is None else max_length
         if not (_is_integer(max_length) and 1 < max_length <= most):

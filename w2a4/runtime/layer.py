@@ -311,7 +311,7 @@ def _is_plain_norm(norm: nn.Module) -> bool:
 def _normed_linear(norm: nn.Module, linear: nn.Module, x: Tensor, untouched: bool) -> Tensor:
     """`linear(norm(x))`, in two ops where nobody looks in between."""
     fits = _is_packed_a4(linear) and linear.rotation is None and _is_plain_norm(norm) and x.dtype in DTYPES
-    if fits and not gradients.wanted(x):
+    if fits and not (linear.differentiable and gradients.wanted(x, norm.weight)):
         if untouched or not (_is_touched(norm) or _is_touched(linear)):
             return linear._linear(*_normed_codes(norm, linear, x), x.dtype)
     return linear(norm(x))

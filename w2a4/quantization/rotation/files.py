@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -46,15 +45,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         RotationError: not such a file. A pickle with anything but tensors is not opened.
     """
-    try:
-        if path.suffix not in PICKLES:
+    if path.suffix not in PICKLES:
+        try:
             return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RotationError(f"learned={str(path)!r} is not a safetensors file: {error}") from None
+    try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        kind = "safetensors file" if path.suffix not in PICKLES else "dict of tensors"
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RotationError(f"learned={str(path)!r} is not a {kind}: {first}") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    except Exception as error:  # damaged pickles fail in any way; torch's advice is to trust them
+        raise RotationError(
+            f"learned={str(path)!r} is not a dict of tensors, as SpinQuant's R.bin is "
+            f"({type(error).__name__}); copy or download it again"
+        ) from None
+    whole = isinstance(found, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    )
+    if not whole:
         raise RotationError(f"learned={str(path)!r} is not a dict of tensors, as SpinQuant's R.bin is")
     return {_SPINQUANT.sub(r"R2.\1", name): value for name, value in found.items()}
 
