@@ -43,7 +43,7 @@ ROWS = {
 
 #: About how long the steps took beside each other, in seconds of two cores of an AMD EPYC with AVX2: full
 #: precision measured, then each of `ROWS` made and measured. What is done corrects what is told.
-SECONDS = (90, 240, 80, 440, 90)
+SECONDS = (120, 125, 75, 345, 56)
 
 
 class Countdown:
