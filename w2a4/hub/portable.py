@@ -40,7 +40,7 @@ def write_config(path: Path, dtype: torch.dtype, family: bool = True) -> None:
     if family or config.get("auto_map") in (None, AUTO_MAP):
         config["auto_map"] = AUTO_MAP
         shutil.copyfile(CODE, path.with_name(CODE.name))
-    write_json(path, config)
+    write_json(path, dict(sorted(config.items())))  # as transformers does, so that a copy has these bytes
 
 
 def _older_rope(rope: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
