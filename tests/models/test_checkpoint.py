@@ -128,7 +128,8 @@ def test_what_is_on_disk(tmp_path):
     report = w2a4.Report.from_json(tmp_path / "report.json")
     assert len(report.layers) == 14 and all(0 <= entry["relative_error"] < 1 for entry in report.layers)
     assert "w2a4" in (tmp_path / "README.md").read_text()
-    assert not [p.name for p in tmp_path.iterdir() if p.suffix in (".bin", ".pkl", ".pt", ".py")]
+    code = [p.name for p in tmp_path.iterdir() if p.suffix in (".bin", ".pkl", ".pt", ".py")]
+    assert code == ["configuration_w2a4.py"]
 
 
 def test_rotated_only_model_saves_and_loads(tmp_path):
