@@ -3,7 +3,7 @@
 model = AutoModelForCausalLM.from_pretrained("DIR")      # packed
 w2a4.prepare_for_adapters(model)
 model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
-...                                                      # Trainer, TRL or a loop of yours
+...                                                      # transformers' Trainer, or a loop of yours
 model.save_pretrained("ADAPTER")                         # the adapters alone
 model = model.merge_and_unload()                         # or into the weights, which are rounded anew
 """
@@ -59,7 +59,7 @@ def prepare_for_adapters(model: nn.Module) -> nn.Module:
     """
     if hasattr(model, "get_base_model"):
         raise TrainingError("this model has adapters already; call prepare_for_adapters before PEFT")
-    config = getattr(model.config, "quantization_config", None)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not isinstance(config, W2A4Config) or isinstance(config.manifest, Replacement):
         kind = "one whose linears were replaced" if isinstance(config, W2A4Config) else "no model of w2a4"
         raise TrainingError(
