@@ -102,12 +102,12 @@ BlockTable check_block_table(Check& check, const std::optional<Tensor>& table, c
 // Entries of the table that kernels read; on a CUDA device they cannot be looked at here.
 void check_blocks(const Check& check, const AttentionKV4Params& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t keys = p.starts ? p.starts[b] + p.q_tokens : p.length;
+    const int64_t keys = (p.starts ? p.starts[b] + p.q_tokens : p.length) - p.sinks;
     for (int64_t i = 0; i * p.table.block_tokens < keys; ++i) {
       const int32_t block = p.table.at[b * p.table.row + i];
       check.that(block >= 0 && block < p.table.blocks, "block_table[", b, ", ", i, "]=", block,
                  ", expected 0 to ", p.table.blocks - 1, ", the blocks of the caches; sequence ", b,
-                 " has ", keys, " keys");
+                 " has ", keys, " keys in them");
     }
   }
 }
@@ -296,7 +296,7 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
   p.y = y.data_ptr();
   p.length = length;
   p.starts = check_starts(check, starts, p.batch, "length - q_tokens", length - p.q_tokens);
-  p.table = check_block_table(check, block_table, k_codes, p.batch, length);
+  p.table = check_block_table(check, block_table, k_codes, p.batch, length - p.sinks);
   if (p.table.at && q.is_cpu()) check_blocks(check, p);
   p.causal = causal;
   p.scaling = static_cast<float>(scaling);

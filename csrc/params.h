@@ -93,8 +93,9 @@ struct Slots {
 
 // Where the keys of sequences lie in such a cache.
 struct BlockTable {
-  const int32_t* at;  // [batch, row]: key j of sequence b is key j % block_tokens of block
-                      // at[b * row + j / block_tokens]. Null: the cache is not paged.
+  const int32_t* at;  // [batch, row]: key j of sequence b, counted behind the sinks, is key
+                      // j % block_tokens of block at[b * row + j / block_tokens]. Null: the cache
+                      // is not paged.
   int64_t row;
   int64_t blocks, block_tokens;
 };
@@ -145,7 +146,7 @@ struct AttentionKV4Params {
   int64_t length;
   const int64_t* starts;  // [batch]: a sequence has starts + q_tokens keys, length at most; or null
   BlockTable table;       // of the caches
-  int64_t sinks;          // the first keys, read from k_sink and v_sink
+  int64_t sinks;          // the first keys, read from k_sink and v_sink; a paged cache lacks them
   bool causal;
   float scaling;
   int device = -1;

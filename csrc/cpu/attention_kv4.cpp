@@ -43,12 +43,13 @@ W2A4_INLINE T* at(const Strided4& t, int64_t batch, int64_t head, int64_t token)
   return static_cast<T*>(t.data) + batch * t.batch + head * t.head + token * t.token;
 }
 
-// Of a cache, which may be paged.
+// Of a cache, which may be paged, and then holds no sinks.
 template <class T>
 W2A4_INLINE T* key_at(const AttentionKV4Params& p, const Strided4& t, int64_t batch, int64_t head,
                       int64_t key) {
   const BlockTable& table = p.table;
   if (!table.at) return at<T>(t, batch, head, key);
+  key -= p.sinks;
   return at<T>(t, table.at[batch * table.row + key / table.block_tokens], head,
                key % table.block_tokens);
 }
@@ -58,8 +59,13 @@ W2A4_INLINE int64_t keys_of(const AttentionKV4Params& p, int64_t batch) {
   return p.starts ? p.starts[batch] + p.q_tokens : p.length;
 }
 
-// Codes of keys first .. first + count as bytes [head_dim / 2, kKeys]; `gathered` [kKeys,
-// head_dim / 2] is used where they do not lie next to each other.
+// How many of the keys from `first` on lie in no cache.
+W2A4_INLINE int64_t outside(const AttentionKV4Params& p, int64_t first, int64_t count) {
+  return p.table.at ? std::clamp<int64_t>(p.sinks - first, 0, count) : 0;
+}
+
+// Codes of keys first .. first + count as bytes [head_dim / 2, kKeys], any where a key has none;
+// `gathered` [kKeys, head_dim / 2] is used where they do not lie next to each other.
 W2A4_INLINE void transpose_codes(const AttentionKV4Params& p, int64_t batch, int64_t head,
                                  int64_t first, int64_t count, uint8_t* gathered, uint8_t* bytes) {
   const int64_t width = p.head_dim / 2;
@@ -67,9 +73,11 @@ W2A4_INLINE void transpose_codes(const AttentionKV4Params& p, int64_t batch, int
   const auto key = [&](int64_t i) {
     return key_at<const uint8_t>(p, p.k_codes, batch, head, first + i);
   };
-  if (!p.table.at || first / p.table.block_tokens == (first + count - 1) / p.table.block_tokens)
+  const int64_t begin = outside(p, first, count), size = p.table.block_tokens;
+  const auto block = [&](int64_t i) { return (first + i - p.sinks) / size; };
+  if (!p.table.at || begin == 0 && block(0) == block(count - 1))
     return transpose_bytes(key(0), p.k_codes.token, count, width, bytes);
-  for (int64_t i = 0; i < count; ++i) std::memcpy(gathered + i * width, key(i), width);
+  for (int64_t i = begin; i < count; ++i) std::memcpy(gathered + i * width, key(i), width);
   transpose_bytes(gathered, width, count, width, bytes);
 }
 
@@ -79,7 +87,7 @@ W2A4_INLINE void load_keys(const AttentionKV4Params& p, int64_t batch, int64_t h
                            int64_t count, uint8_t* bytes, float* keys) {
   const int64_t width = p.head_dim / 2;
   alignas(64) float scale[kKeys] = {}, zero[kKeys] = {};
-  for (int64_t key = 0; key < count; ++key) {
+  for (int64_t key = outside(p, first, count); key < count; ++key) {
     const F16* params = key_at<const F16>(p, p.k_params, batch, head, first + key);
     scale[key] = to_float(params[0]);
     zero[key] = to_float(params[1]);

@@ -294,13 +294,16 @@ W2A4_DEVICE int row_sums(float (&v)[kSize] W2A4_SITE) {
 
 // The token's first byte; numbers of kBytes. Strides are below 2**32 bytes, see check_attention.
 // Null where the block table, which lies on the device and which nothing has checked, names no
-// block.
+// block, and for a sink before a paged cache.
 template <int kBytes, bool kPaged>
 W2A4_DEVICE const uint8_t* token_at(const AttentionArgs& args, const Strided4& t,
                                     const AttentionTask& task, int token) {
   auto row = static_cast<uint32_t>(task.batch), position = static_cast<uint32_t>(token);
   if constexpr (kPaged) {
     const BlockTable& table = args.p.table;
+    const auto sinks = static_cast<uint32_t>(args.p.sinks);
+    if (position < sinks) return nullptr;
+    position -= sinks;
     const auto size = static_cast<uint32_t>(table.block_tokens);
     const uint32_t column = args.block_shift < 0 ? position / size : position >> args.block_shift;
     row = static_cast<uint32_t>(table.at[task.batch * table.row + column]);

@@ -83,13 +83,16 @@ def test_attention_kv4(size, repeat, tokens, head_dim, keys, split):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_kv4_with_a_mask_and_sinks(causal):
+@pytest.mark.parametrize("sinks", [0, 1, 4, 18, 260])
+@pytest.mark.parametrize("size", [6, 16])
+def test_attention_kv4_with_a_mask_and_sinks(causal, sinks, size):
+    """Sinks stand before a paged cache, where they replace the first entries of another."""
     q, kv, mask = torch.randn(2, 4, 3, 32), packed(2, 2, 270, 32), torch.rand(2, 1, 3, 270) > 0.5
-    sinks = tuple(torch.randn(2, 2, 2, 260, 32))
-    pages, table = paged(kv, [270, 270], 16)
-    for given in (None, sinks):
-        want = attend(q, kv, 270, mask, causal, sinks=given)
-        assert_close(attend(q, pages, 270, mask, causal, sinks=given, table=table), want)
+    given = tuple(torch.randn(2, 2, 2, sinks, 32)) if sinks else None
+    pages, table = paged([t[:, :, sinks:] for t in kv], [270 - sinks, 262 - sinks], size)
+    starts = torch.tensor([267, 259])
+    want = attend(q, kv, 270, mask, causal, sinks=given, starts=starts)
+    assert_close(attend(q, pages, 270, mask, causal, sinks=given, starts=starts, table=table), want)
 
 
 @pytest.mark.parametrize("offset,width", [(0, 40), (8, 40), (1, 35), (16, 48)])

@@ -61,6 +61,22 @@ class OnlineRotation:
                     f"size={self.size}; block_size must divide size and be k times a power of two"
                 )
 
+    @classmethod
+    def in_blocks(cls, kind: OnlineKind, size: int, seed: int, name: str, blocks: int) -> OnlineRotation:
+        """One whose Hadamard part is as many equal blocks on a diagonal.
+
+        Raises:
+            RotationError: `blocks` does not divide `size`.
+        """
+        if blocks == 1:
+            return cls(kind, size, seed, name)
+        if blocks < 1 or size % blocks:
+            raise RotationError(
+                f"rotation {name}: {blocks} equal blocks do not make up a width of {size}; give a divisor"
+            )
+        spec = hadamard_spec(size // blocks)
+        return cls(kind, size, seed, name, spec.block_size, spec.k)
+
     @property
     def spec(self) -> HadamardSpec:
         """The Hadamard part of the two Hadamard kinds."""

@@ -301,14 +301,15 @@ def attention_kv4(
         mask: bool `[batch or 1, q_heads or 1, q_tokens, length]`, True where a key may be seen, or None.
         causal: query i sees keys `<= length - q_tokens + i` only.
         scaling: factor on the scores.
-        k_sink, v_sink: floating `[batch, kv_heads, s, head_dim]`, replace the first s cache entries.
+        k_sink, v_sink: floating `[batch, kv_heads, s, head_dim]`, the first s keys and values: they replace
+            the first s cache entries, and stand before those of a paged cache.
         starts: int64 `[batch]`: sequence b has `starts[b] + q_tokens` keys, and `length` is the most of
             these; or None. On a CUDA device nothing waits for the numbers, so a graph can be replayed with
             others in them.
         block_table: int32 `[batch, most blocks]`. The caches are then paged, `[blocks, kv_heads, block_size,
-            …]`, and key j of sequence b is at position `j % block_size` of block
-            `block_table[b, j // block_size]`. What stands behind the blocks of a sequence's keys is not read.
-            On a CUDA device a key in a block that does not exist makes NaN; on a CPU it is an error.
+            …]`, and key j of sequence b, counted from behind the sinks, is at position `j % block_size` of
+            block `block_table[b, j // block_size]`. What stands behind the blocks of a sequence's keys is not
+            read. On a CUDA device a key in a block that does not exist makes NaN; on a CPU it is an error.
 
     Returns:
         `[batch, q_tokens, q_heads, head_dim]` in q's dtype, contiguous; zeros where no key is seen. A

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import divide, hadamard
@@ -208,10 +209,12 @@ def attention_kv4(
         mask: bool `[batch or 1, q_heads or 1, q_tokens, length]`, True where a key may be seen, or None.
         causal: query i sees keys `<= length - q_tokens + i` only.
         scaling: factor on the scores.
-        k_sink, v_sink: floating `[batch, kv_heads, s, head_dim]` that replace the first s cache entries.
+        k_sink, v_sink: floating `[batch, kv_heads, s, head_dim]`: the first s keys and values. They replace
+            the first s cache entries, and stand before those of a paged cache.
         starts: int64 `[batch]`: sequence b has `starts[b] + q_tokens` keys, `length` at most; or None.
         block_table: int32 `[batch, most blocks]`; caches are then paged, `[blocks, kv_heads, block_size, …]`,
-            and key j is at position `j % block_size` of block `block_table[b, j // block_size]`; or None.
+            and key j, counted from behind the sinks, is at position `j % block_size` of block
+            `block_table[b, j // block_size]`; or None.
 
     Returns:
         `[batch, q_tokens, q_heads, head_dim]` in q's dtype; zeros for a query that sees no key.
@@ -219,9 +222,11 @@ def attention_kv4(
     if starts is None:
         starts = torch.full((len(q),), length - q.shape[2], device=q.device)
     if block_table is not None:
-        keys = starts + q.shape[2]
+        sinks = 0 if k_sink is None else min(length, k_sink.shape[2])
+        keys = starts + q.shape[2] - sinks
         k_codes, k_params, v_codes, v_params = (
-            _contiguous(t, block_table, keys, length) for t in (k_codes, k_params, v_codes, v_params)
+            F.pad(_contiguous(t, block_table, keys, length - sinks), (0, 0, sinks, 0))
+            for t in (k_codes, k_params, v_codes, v_params)
         )
     k = dequantize_kv4(k_codes[:, :, :length], k_params[:, :, :length])
     v = dequantize_kv4(v_codes[:, :, :length], v_params[:, :, :length])

@@ -182,7 +182,9 @@ def _rotations(
 
     online = {
         "r3": OnlineRotation(config.r3, head_dim, config.seed, "r3"),
-        "r4": OnlineRotation(config.r4, shape.intermediate_size, config.seed, "r4"),
+        "r4": OnlineRotation.in_blocks(
+            config.r4, shape.intermediate_size, config.seed, "r4", config.r4_blocks
+        ),
     }
     r2 = [pick(config.r2, head_dim, f"r2.{i}") for i in range(shape.num_hidden_layers)]
     return pick(config.r1, shape.hidden_size, "r1"), r2, online

@@ -1,0 +1,212 @@
+"""KV4 in vLLM's paged cache: R3, rounding and attention by w2a4's ops, an exact prefix before every sequence.
+
+A slot of the cache, of a token and head, is codes and (scale, zero-point) of its key, then those of its
+value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from ... import ops
+from ...errors import CheckpointError
+from ...format.manifest import Manifest
+
+
+class KV4Method(BaseKVCacheMethod):
+    """Gives one of vLLM's `Attention` layers the 4-bit cache, and its prefix.
+
+    The layer has a back end and an implementation of vLLM's when this is called; both are replaced, for this
+    layer and no other, so that other models in the process keep theirs.
+    """
+
+    def create_weights(self, layer: nn.Module) -> None:
+        if layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+            raise CheckpointError(
+                f"kv_cache_dtype={layer.kv_cache_dtype}: this checkpoint has a 4-bit cache of its own; leave "
+                "--kv-cache-dtype out"
+            )
+        manifest = self.quant_config.manifest
+        layer.impl = KV4Attention(layer, manifest)
+        layer.attn_backend = KV4Backend
+        for name in ("prefix_keys", "prefix_values") if manifest.prefix else ():
+            shape = layer.num_kv_heads, len(manifest.prefix), layer.head_size
+            parameter = nn.Parameter(torch.empty(shape, dtype=torch.float16), requires_grad=False)
+            set_weight_attrs(parameter, {"weight_loader": _load_own_heads})
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing: there are no scales of vLLM's."""
+
+
+def _load_own_heads(parameter: nn.Parameter, loaded: Tensor) -> None:
+    """The heads `[kv_heads, tokens, head_dim]` of this process; where heads are fewer, several have one."""
+    first = get_tensor_model_parallel_rank() * len(loaded) // get_tensor_model_parallel_world_size()
+    parameter.data.copy_(loaded[first : first + len(parameter)])
+
+
+@dataclass
+class Run:
+    """Sequences next to each other in a batch that have equally many new tokens.
+
+    Attributes:
+        tokens: their new tokens in the batch.
+        queries: new tokens of each.
+        starts: int64 `[sequences]`, keys before a sequence's new ones, the prefix's included.
+        length: keys of the longest, or more.
+        block_table: int32 `[sequences, most blocks]`.
+        masks: by width, what a sliding window lets them see.
+    """
+
+    tokens: slice
+    queries: int
+    starts: Tensor
+    length: int
+    block_table: Tensor
+    masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None, prefix: int) -> Tensor | None:
+        """bool `[sequences, 1, queries, length]`, None where a window hides nothing; prefixes are seen."""
+        if window is None or self.length - prefix <= window:
+            return None
+        if window not in self.masks:
+            device = self.starts.device
+            keys = torch.arange(self.length, device=device)
+            place = self.starts[:, None, None, None] + torch.arange(self.queries, device=device)[:, None]
+            self.masks[window] = (keys > place - window) | (keys < prefix)
+        return self.masks[window]
+
+
+@dataclass
+class KV4Metadata:
+    """Of one step: what attention of every layer of a group reads."""
+
+    runs: list[Run]
+
+
+class KV4MetadataBuilder(AttentionMetadataBuilder[KV4Metadata]):
+    """Decoding sequences come first in a batch, as one run; prompts are runs of their own."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = vllm_config.compilation_config.static_forward_context
+        self.prefix = layers[layer_names[0]].impl.prefix  # not that of the configuration: a draft has its own
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> KV4Metadata:
+        """Reads what lies on the host; nothing waits for a device."""
+        common, runs, first = common_attn_metadata, [], 0
+        places = common.query_start_loc_cpu.tolist()
+        counts = [end - start for start, end in zip(places, places[1:], strict=False)]
+        starts = common.seq_lens.long() + self.prefix
+        while first < len(counts):
+            last, queries = first + 1, counts[first]
+            while last < len(counts) and counts[last] == queries:
+                last += 1
+            if queries:
+                of_run = starts[first:last]
+                longest = int(of_run.max()) if starts.is_cpu else common.max_seq_len + self.prefix
+                tokens, table = slice(places[first], places[last]), common.block_table_tensor[first:last]
+                runs.append(Run(tokens, queries, of_run - queries, longest, table))
+            first = last
+        return KV4Metadata(runs)
+
+
+class KV4Attention(AttentionImpl[KV4Metadata]):
+    """Attention of one layer over its packed pages."""
+
+    def __init__(self, layer: Any, manifest: Manifest):
+        self.num_heads, self.num_kv_heads = layer.num_heads, layer.num_kv_heads
+        self.head_size, self.scale = layer.head_size, layer.impl.scale
+        self.sliding_window, self.kv_cache_dtype = layer.sliding_window, layer.kv_cache_dtype
+        self.r3, self.clip, self.prefix = manifest.r3, manifest.kv_clip, len(manifest.prefix)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Round new keys and values `[tokens, kv_heads, head_dim]` into their slots, which -1 are not."""
+        tokens = len(slot_mapping)
+        key = self._rotated(key[:tokens])
+        k_codes, k_params, v_codes, v_params = self._parts(kv_cache)
+        for x, codes, params in ((key, k_codes, k_params), (value[:tokens], v_codes, v_params)):
+            ops.append_kv4(x.transpose(0, 1)[None], codes, params, 0, self.clip, None, slot_mapping)
+
+    def forward(
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
+        attn_metadata: KV4Metadata | None, output: Tensor, output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Queries `[tokens, heads, head_dim]` over the cache, into `output`, of that shape."""
+        if attn_metadata is None:  # a run that only measures memory
+            return output
+        query, pages = self._rotated(query), self._parts(kv_cache)
+        for run in attn_metadata.runs:
+            x = query[run.tokens].unflatten(0, (-1, run.queries)).transpose(1, 2)
+            sinks = (None, None)
+            if self.prefix:
+                sinks = tuple(
+                    t[None].expand(len(x), -1, -1, -1) for t in (layer.prefix_keys, layer.prefix_values)
+                )
+            mask = run.mask(self.sliding_window, self.prefix)
+            seen = ops.attention_kv4(
+                x, *pages, run.length, mask, True, self.scale, *sinks, run.starts, run.block_table
+            )
+            output[run.tokens] = seen.flatten(0, 1)
+        return output
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        return x if self.r3 is None else self.r3.apply(x)
+
+    def _parts(self, kv_cache: Tensor) -> tuple[Tensor, ...]:
+        """Codes and params of keys, then of values, `[blocks, kv_heads, block_size, …]`."""
+        half = self.head_size // 2
+        k_codes, k_params, v_codes, v_params = kv_cache.view(torch.uint8).split([half, 4, half, 4], -1)
+        return k_codes, k_params.view(torch.float16), v_codes, v_params.view(torch.float16)
+
+
+class KV4Backend(AttentionBackend):
+    """What vLLM asks a kind of attention for."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[KV4Attention]:
+        return KV4Attention
+
+    @staticmethod
+    def get_builder_cls() -> type[KV4MetadataBuilder]:
+        return KV4MetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Pages hold slots of `head_dim + 8` bytes a head."""
+        return replace(spec, state_content_bytes=spec.head_size + 8)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
