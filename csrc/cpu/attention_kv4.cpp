@@ -75,7 +75,7 @@ W2A4_INLINE void transpose_codes(const AttentionKV4Params& p, int64_t batch, int
   };
   const int64_t begin = outside(p, first, count), size = p.table.block_tokens;
   const auto block = [&](int64_t i) { return (first + i - p.sinks) / size; };
-  if (!p.table.at || begin == 0 && block(0) == block(count - 1))
+  if (!p.table.at || (begin == 0 && block(0) == block(count - 1)))
     return transpose_bytes(key(0), p.k_codes.token, count, width, bytes);
   for (int64_t i = begin; i < count; ++i) std::memcpy(gathered + i * width, key(i), width);
   transpose_bytes(gathered, width, count, width, bytes);

@@ -124,7 +124,7 @@ inline AttentionPlan plan_attention_kv4(const AttentionKV4Params& p, int process
   args.chunks = static_cast<int>((p.length + kChunkKeys - 1) / kChunkKeys);
   args.scaling = p.scaling * 1.44269504f;
   args.copy = std::max(copy_of(p.k_codes, p.head_dim), copy_of(p.v_codes, p.head_dim));
-  const bool fours = !p.table.at || p.table.block_tokens % 4 == 0 && p.sinks % 4 == 0;
+  const bool fours = !p.table.at || (p.table.block_tokens % 4 == 0 && p.sinks % 4 == 0);
   args.k_fours = fours && reads_fours(p.k_params), args.v_fours = fours && reads_fours(p.v_params);
   args.block_shift = block_shift_of(p.table.block_tokens);
   // One token: chunks always are what there is to divide. Several: only if rows are too few.

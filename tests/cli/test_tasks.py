@@ -31,6 +31,8 @@ def test_what_is_refused_before_a_model_is_loaded(plain, tmp_path, monkeypatch):
     for wrong, said in {
         ("--tasks", "a", "--text", "general"): "one at a time",
         ("--limit", 3): "of --tasks",
+        ("--tasks", "a", "--windows", 2): "for --tasks give --limit",
+        ("--tasks", "a", "--seqlen", 64): "for --tasks give --limit",
     }.items():
         result = run("eval", plain, *wrong)
         assert result.exit_code == 2 and said in result.stderr

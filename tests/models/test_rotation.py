@@ -11,8 +11,9 @@ from torch import nn
 from torch.func import functional_call
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+import w2a4
 from support.tiny_models import MODELS, tiny_llama, tokens
-from w2a4.errors import RotationError
+from w2a4.errors import CheckpointError, RecipeError, RotationError
 from w2a4.format.online import OnlineRotation, RotatedLinear
 from w2a4.quantization.rotation.fold import rotate
 from w2a4.recipe import RotationConfig
@@ -70,6 +71,37 @@ def test_each_rotation_alone(model, which, kind):
 @pytest.mark.parametrize("kind", ["hadamard", "random_hadamard", "random"])
 def test_all_rotations_together(model, kind):
     assert relative_change(model, RotationConfig(r1=kind, r2=kind, r3=kind, r4=kind, seed=5)) <= 1e-10
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "random_hadamard"])
+def test_r4_in_blocks(kind, tmp_path):
+    model = tiny_llama(dtype=torch.float32)
+    before = logits(model)
+    w2a4.rotate(model, RotationConfig(**NONE | {"r4": kind}, r4_blocks=2, seed=3))
+    assert model.config.quantization_config.rotated_by["rotation"]["r4_blocks"] == 2
+    rotation = model.model.layers[0].mlp.down_proj.rotation
+    assert (rotation.block_size, rotation.k) == (24, 12)  # of 48 inputs
+    assert rotation.matrix()[:24, 24:].abs().max() == 0
+    assert (logits(model) - before).abs().max() < 1e-4
+    model.save_pretrained(tmp_path / "m")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "m")
+    assert torch.equal(logits(loaded), logits(model))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    for wrong in ({"block_size": 8, "k": 4}, {"block_size": 24, "k": 24}):
+        changed = copy.deepcopy(config)
+        changed["quantization_config"]["manifest"]["r4"] |= wrong
+        (tmp_path / "m" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError):
+            LlamaForCausalLM.from_pretrained(tmp_path / "m")
+
+
+def test_r4_blocks_that_cannot_be():
+    with pytest.raises(RotationError, match="r4: 5 equal blocks do not make up a width of 48"):
+        rotate(tiny_llama(), RotationConfig(r4_blocks=5))
+    with pytest.raises(RecipeError, match="r4_blocks=2 with rotation.r4='random'"):
+        RotationConfig(r4="random", r4_blocks=2)
+    with pytest.raises(RecipeError, match="rotation.r4_blocks=0: give a number >= 1"):
+        RotationConfig(r4_blocks=0)
 
 
 def test_rotations_one_after_another_add_up():

@@ -1,4 +1,4 @@
-"""vLLM serves packed checkpoints, where it is installed; `tools/try_vllm.sh` does that in a place of its own."""
+"""vLLM serves packed checkpoints; skipped where it is not installed, as `tools/try_vllm.sh` does it."""
 
 import gc
 import json

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..hub import sources
 from . import options
@@ -70,6 +71,9 @@ def evaluate_command(
 
     if tasks is not None and texts:
         raise click.UsageError("give --text or --tasks, one at a time")
+    given = click.get_current_context().get_parameter_source
+    if tasks is not None and any(given(name) != ParameterSource.DEFAULT for name in ("seqlen", "windows")):
+        raise click.UsageError("--seqlen and --windows are of texts; for --tasks give --limit")
     if limit is not None and tasks is None:
         raise click.UsageError("--limit is of --tasks; for texts give --windows")
     for source in (model, reference):

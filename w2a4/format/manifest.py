@@ -125,6 +125,14 @@ class Manifest:
                     f"rotation.{name}={kind!r}, but {name} is {found.kind if found else 'none'!r}"
                 )
 
+    @property
+    def r4_blocks(self) -> int:
+        """Equal blocks of a Hadamard R4 that a recipe asked for: 1 where its width has no larger ones."""
+        if self.r4 is None or "hadamard" not in self.r4.kind:
+            return 1
+        whole = OnlineRotation(self.r4.kind, self.r4.size)
+        return 1 if self.r4.block_size == whole.block_size else self.r4.size // self.r4.block_size
+
     @classmethod
     def of_recipe(
         cls, recipe: Mapping[str, Any], rotation: Mapping[str, Any], family: str, prefix: Sequence[int] = ()

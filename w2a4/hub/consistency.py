@@ -201,14 +201,9 @@ def check_rotations(manifest: Manifest, config: Mapping[str, Any]) -> None:
         found = getattr(manifest, name)
         if found is None:
             continue
-        size = size or found.size
-        right = OnlineRotation(found.kind, size, manifest.rotation.seed, name)
-        blocks = size // found.block_size if name == "r4" and "hadamard" in found.kind else 1
-        if found != right and (
-            blocks < 2
-            or size % blocks
-            or found != OnlineRotation.in_blocks(found.kind, size, right.seed, name, blocks)
-        ):
+        blocks = manifest.r4_blocks if name == "r4" else 1
+        right = OnlineRotation.in_blocks(found.kind, size or found.size, manifest.rotation.seed, name, blocks)
+        if found != right:
             raise CheckpointError(
                 f"quantization_config rebuilds {name} from {found.to_dict()}, the model needs "
                 f"{right.to_dict()}; config.json was changed, copy or download it again"

@@ -111,6 +111,7 @@ class W2A4Config(QuantizationConfigMixin):
     def rotated_by(self) -> dict[str, Any]:
         """What the rotation of this model settles of a recipe, for `Recipe.override`."""
         rotation = dataclasses.asdict(self.manifest.rotation)
+        rotation["r4_blocks"] = self.manifest.r4_blocks
         if "learned" in (rotation["r1"], rotation["r2"]):
             recorded = self.recipe.get("rotation")
             rotation["learned"] = recorded.get("learned") if isinstance(recorded, dict) else None
