@@ -30,7 +30,20 @@ from w2a4.quantization.rotation.learn import learn_rotation
 from w2a4.train import generations
 from w2a4.train.run import train as train_model
 
-COMMANDS = ("quantize", "train", "learn-rotation", "eval", "generate", "chat", "info", "demo")
+COMMANDS = ("quantize", "train", "rotate", "learn-rotation", "eval", "generate", "chat", "info", "demo")
+
+
+def test_rotate_writes_a_plain_model(plain, tmp_path):
+    result = succeed("rotate", plain, "--out", tmp_path / "r", "--json", tmp_path / "r.json")
+    assert "it is a model of transformers" in result.stdout
+    assert json.loads((tmp_path / "r.json").read_text())["rotation"]["r4"] == "none"
+    ids = torch.arange(20)[None]
+    both = [AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (plain, tmp_path / "r")]
+    assert (both[0] - both[1]).abs().max() < 1e-3
+    assert "rotation.r4='hadamard'" in fail(
+        "rotate", plain, "--out", tmp_path / "x", "--set", "rotation.r4=hadamard"
+    )
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("command", [(), *[(name,) for name in COMMANDS]])

@@ -196,6 +196,33 @@ def train(
     options.write_result(json_file, {**made.to_dict(), "out": str(out)})
 
 
+@main.command()
+@options.model
+@options.out
+@options.settings
+@options.calib
+@options.dtype
+@options.json_file
+def rotate(
+    model: str, out: Path, settings: Sequence[str], calib: str, dtype: str | None, json_file: Path | None
+) -> None:
+    """Fold rotations into MODEL and write it for other quantisers, which need no w2a4.
+
+    R1 and R2 are random Hadamards unless --set says otherwise; R3 and R4, which act at run time, are none.
+    """
+    _refuse_existing(out)
+    sources.check_source(model)
+    parsed = options.parse_recipe("w4a4kv4", ["rotation.r3=none", "rotation.r4=none", *settings])
+    from ..evaluate import data
+    from ..quantization.export import export_rotated
+
+    data.load_text(calib, "calibration")  # reports a missing file before the model is loaded
+    loaded, tokenizer = options.load_model(model, dtype, "cpu")
+    export_rotated(loaded, tokenizer, parsed, out, calib)
+    click.echo(f"written to {out}; it is a model of transformers, and computes what {model} does")
+    options.write_result(json_file, {"out": str(out), "rotation": dataclasses.asdict(parsed.rotation)})
+
+
 @main.command("learn-rotation")
 @click.argument("model")
 @click.option(

@@ -23,7 +23,7 @@ DEFAULT_THETA = 10000.0
 TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
-def write_config(path: Path, dtype: torch.dtype, family: bool = True) -> None:
+def write_config(path: Path, dtype: torch.dtype, family: bool = True, code: bool = True) -> None:
     """Mend config.json: its dtype, its RoPE, and the code by which it loads, which is written beside it.
 
     transformers 4.57 takes the dtype of the first parameter, which may be a scale's. Version 5 writes
@@ -32,12 +32,13 @@ def write_config(path: Path, dtype: torch.dtype, family: bool = True) -> None:
     Args:
         family: whether the model is of one in `arch`. Of others the RoPE stays as it is, and so does code
             that the model needs itself.
+        code: whether the model needs w2a4 to load.
     """
     config = json.loads(path.read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     if family and (parameters := config.get("rope_parameters")):
         config["rope_theta"], config["rope_scaling"] = _older_rope(parameters)
-    if family or config.get("auto_map") in (None, AUTO_MAP):
+    if code and (family or config.get("auto_map") in (None, AUTO_MAP)):
         config["auto_map"] = AUTO_MAP
         shutil.copyfile(CODE, path.with_name(CODE.name))
     write_json(path, dict(sorted(config.items())))  # as transformers does, so that a copy has these bytes

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,23 @@ def rotate_by_recipe(
 
     Args: as for `quantize`; learning keeps its state in `resume` too.
     """
+    with settled_rotation(model, tokenizer, recipe, calibration, progress, resume) as rotation:
+        return _rotate(model, rotation, recipe.smooth)
+
+
+@contextlib.contextmanager
+def settled_rotation(
+    model: nn.Module,
+    tokenizer: Any,
+    recipe: Recipe,
+    calibration: TextSource | Tensor,
+    progress: bool = True,
+    resume: str | Path | None = None,
+) -> Iterator[RotationConfig]:
+    """The rotations of a recipe, learned if they are to be, with a file that is there until the block ends.
+
+    The model is smoothed in place, if the recipe says so. Args: as for `rotate_by_recipe`.
+    """
     warn_of_unknown_text(model, tokenizer, calibration)
     rotation = recipe.rotation
     with tempfile.TemporaryDirectory() as temporary:
@@ -139,7 +157,7 @@ def rotate_by_recipe(
         if recipe.smooth:
             ids, _ = calibration_ids(tokenizer, calibration, recipe, model.config.vocab_size)
             smooth(model, ids, recipe.smooth)
-        return _rotate(model, rotation, recipe.smooth)
+        yield rotation
 
 
 @torch.no_grad()
