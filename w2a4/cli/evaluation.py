@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 @click.option("--limit", type=options.count(1), metavar="N", help="Documents of each task; default all.")
 @options.dtype
 @options.device
+@options.page
 @options.json_file
 def evaluate_command(
     model: str,
@@ -61,6 +62,7 @@ def evaluate_command(
     limit: int | None,
     dtype: str | None,
     device: str | None,
+    page: Path | None,
     json_file: Path | None,
 ) -> None:
     """Perplexity of MODEL or DIR on texts, with an interval, and its ratio to full precision.
@@ -74,6 +76,9 @@ def evaluate_command(
     given = click.get_current_context().get_parameter_source
     if tasks is not None and any(given(name) != ParameterSource.DEFAULT for name in ("seqlen", "windows")):
         raise click.UsageError("--seqlen and --windows are of texts; for --tasks give --limit")
+    if tasks is not None and page is not None:
+        raise click.UsageError("--report is of texts; for --tasks give --json")
+    check_page(page)
     if limit is not None and tasks is None:
         raise click.UsageError("--limit is of --tasks; for texts give --windows")
     for source in (model, reference):
@@ -104,6 +109,7 @@ def evaluate_command(
         "peak_memory_mb": max(text["peak_memory_mb"] for text in measured),
     }  # fmt: skip
     models = {name: measured}
+    seen = None if page is None else _spreads(loaded, tokenizer)
     if reference is not None:
         del loaded  # its memory is free for the other model
         original = options.load_model(reference, dtype, device)
@@ -118,7 +124,12 @@ def evaluate_command(
     click.echo(quality.quality_text(models))
     if made is not None and reference is None:
         click.echo("To have full precision beside it, give --reference MODEL.")
-    click.echo(f"{result['tokens_per_second']:.0f} tokens/s, peak memory {result['peak_memory_mb']:.0f} MB")
+    speed = f"{result['tokens_per_second']:.0f} tokens/s, peak memory {result['peak_memory_mb']:.0f} MB"
+    click.echo(speed)
+    if page is not None:
+        from ..evaluate import page as pages
+
+        _write_page(page, pages.page(f"{name}: evaluation", models, seen, made, facts={"evaluation": speed}))
     options.write_result(json_file, result)
 
 
@@ -173,6 +184,47 @@ def scorer(
     chosen = chosen_texts(texts)
     overlap.warn_of_overlap(chosen, fitted)  # also reports a missing file before the model is loaded
     return functools.partial(perplexity.evaluate, texts=chosen, windows=windows)
+
+
+def check_page(page: Path | None) -> None:
+    """Whether `--report` can be heeded, before the work."""
+    if page is not None:
+        from ..evaluate.page import check_pictures
+
+        check_pictures()
+
+
+def write_page(
+    page: Path | None, model: Any, tokenizer: Any, made: Report, summary: Mapping[str, Any]
+) -> None:
+    """Write what `--report` of `quantize` and `train` asks for, if it does."""
+    if page is None:
+        return
+    from ..evaluate import page as pages
+    from ..evaluate import report
+
+    title = f"{made.source or summary['path']}, {made.recipe.get('name')}"
+    seen = _spreads(model, tokenizer)
+    _write_page(page, pages.page(title, report.measured_of(made), seen, made, summary))
+
+
+def _spreads(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Of a family's model on text that is not fitted; nothing of another one."""
+    from .. import arch
+    from ..evaluate import data
+    from ..evaluate.spreads import TOKENS, spreads
+
+    if getattr(model.config, "model_type", None) not in arch.names():
+        return []
+    ids, _ = data.token_stream(tokenizer, data.load_text("general", "evaluation")[: 12 * TOKENS])
+    return spreads(model, ids)
+
+
+def _write_page(path: Path, text: str) -> None:
+    from ..format.files import write_atomically
+
+    write_atomically(path, text)
+    click.echo(f"report: {path}")
 
 
 def show(made: Report) -> None:

@@ -63,6 +63,7 @@ def main() -> None:
     help="Keep finished layers beside DIR; the same command resumes after an interruption.",
 )
 @options.device
+@options.page
 @options.json_file
 def quantize(
     model: str,
@@ -74,10 +75,12 @@ def quantize(
     eval_windows: int,
     resume: bool,
     device: str | None,
+    page: Path | None,
     json_file: Path | None,
 ) -> None:
     """Rotate, quantise and pack MODEL into a new directory."""
     _refuse_existing(out)
+    evaluation.check_page(page)
     sources.check_source(model)
     parsed = options.parse_recipe(recipe, settings)
     from ..evaluate import data, report
@@ -103,6 +106,7 @@ def quantize(
     click.echo(report.summary_text(summary) + "\n")
     click.echo(report.layers_table(made) + "\n")
     evaluation.show(made)
+    evaluation.write_page(page, loaded, tokenizer, made, summary)
     click.echo(f"written to {out} in {made.seconds:.0f} s")
     options.write_result(json_file, {**made.to_dict(), "out": str(out), "summary": summary})
 
@@ -126,6 +130,7 @@ def quantize(
 )
 @options.evaluation
 @options.device
+@options.page
 @options.json_file
 def train(
     model: str,
@@ -138,6 +143,7 @@ def train(
     eval_texts: Sequence[str],
     eval_windows: int,
     device: str | None,
+    page: Path | None,
     json_file: Path | None,
 ) -> None:
     """Rotate MODEL, train it quantised against itself, and pack it into a new directory.
@@ -148,6 +154,7 @@ def train(
     `torchrun --nproc-per-node N -m w2a4.cli train …` divides the work among N processes.
     """
     _refuse_existing(out)
+    evaluation.check_page(page)
     sources.check_source(model)
     given = {"training.data": data, "training.minutes": minutes}
     parsed = options.parse_recipe(recipe, settings).override(
@@ -185,9 +192,11 @@ def train(
     if score is not None:
         made.add_evaluation(before, score(loaded, tokenizer))
     pipeline.save(loaded, tokenizer, out)
-    click.echo(report.summary_text(report.checkpoint_summary(out)) + "\n")
+    summary = report.checkpoint_summary(out)
+    click.echo(report.summary_text(summary) + "\n")
     click.echo(report.training_text(made.training))
     evaluation.show(made)
+    evaluation.write_page(page, loaded, tokenizer, made, summary)
     written = work / GENERATIONS
     if written.is_file():
         click.echo(f"the teacher's text: {written.replace(out.with_name(f'{out.name}.{GENERATIONS}'))}")

@@ -80,6 +80,14 @@ out = click.option(
     metavar="DIR",
     help="New directory.",
 )
+page = click.option(
+    "--report",
+    "page",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=writable,
+    metavar="FILE",
+    help="Write an HTML page of it with pictures (needs matplotlib).",
+)
 settings = click.option(
     "--set",
     "settings",
