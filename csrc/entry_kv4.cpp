@@ -84,17 +84,18 @@ Slots check_slots(Check& check, const std::optional<Tensor>& slots, const Tensor
   return found;
 }
 
-// Where `length` keys of each sequence lie, or those that it has, in a paged cache.
+// Where `length` keys of each sequence lie, or those that it has, in a paged cache, but for sinks.
 BlockTable check_block_table(Check& check, const std::optional<Tensor>& table, const Tensor& codes,
-                             int64_t batch, int64_t length) {
+                             int64_t batch, int64_t length, int64_t sinks) {
   if (!table) return {};
   check.dtype(*table, "block_table", {ScalarType::Int});
   check.that(table->dim() == 2 && table->size(0) == batch, "block_table has shape ",
              shape_name(*table), ", expected [", batch, ", blocks of a sequence]");
   check.that(table->size(1) <= 1 || table->stride(1) == 1, "block_table has stride ",
              table->stride(1), " in its last dimension, expected 1 (contiguous)");
-  check.that(length <= table->size(1) * codes.size(2), "length=", length, ", but block_table has ",
-             table->size(1), " blocks of ", codes.size(2), " tokens for each sequence");
+  check.that(length - sinks <= table->size(1) * codes.size(2), "length=", length,
+             ", but block_table has ", table->size(1), " blocks of ", codes.size(2),
+             " tokens for each sequence, and ", sinks, " sinks stand before them");
   return {static_cast<const int32_t*>(table->data_ptr()), table->stride(0), codes.size(0),
           codes.size(2)};
 }
@@ -296,7 +297,7 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
   p.y = y.data_ptr();
   p.length = length;
   p.starts = check_starts(check, starts, p.batch, "length - q_tokens", length - p.q_tokens);
-  p.table = check_block_table(check, block_table, k_codes, p.batch, length - p.sinks);
+  p.table = check_block_table(check, block_table, k_codes, p.batch, length, p.sinks);
   if (p.table.at && q.is_cpu()) check_blocks(check, p);
   p.causal = causal;
   p.scaling = static_cast<float>(scaling);

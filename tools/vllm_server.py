@@ -51,6 +51,8 @@ def server(
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
                 break
             time.sleep(1)
+        else:
+            raise SystemExit(f"the server did not start in 15 minutes; {log} says how far it came")
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600)
         yield client, psutil.Process(process.pid)
     finally:
@@ -68,11 +70,12 @@ def complete(client: openai.OpenAI, prompt: Any = PROMPT, tokens: int = 16, **ot
 
 def check_answers(client: openai.OpenAI) -> None:
     """Completions and chat, whole and streamed, stop words, log-probabilities, errors."""
-    whole = complete(client).choices[0]
-    streamed = "".join(part.choices[0].text for part in complete(client, stream=True))
+    on = {"extra_body": {"ignore_eos": True}}
+    whole = complete(client, **on).choices[0]
+    streamed = "".join(part.choices[0].text for part in complete(client, stream=True, **on))
     assert whole.text == streamed and whole.finish_reason == "length", (whole, streamed)
-    word = whole.text.split()[2]
-    stopped = complete(client, stop=[word]).choices[0]
+    word = whole.text.strip()[-2:]
+    stopped = complete(client, stop=[word], **on).choices[0]
     assert stopped.finish_reason == "stop" and stopped.text == whole.text[: whole.text.index(word)]
     tops = complete(client, tokens=4, logprobs=3).choices[0].logprobs
     for chosen, top in zip(tops.token_logprobs, tops.top_logprobs, strict=True):
@@ -91,7 +94,7 @@ def check_answers(client: openai.OpenAI) -> None:
         except error:
             continue
         raise AssertionError(f"{error.__name__} was expected")
-    assert complete(client).choices[0].text == whole.text, "an error changed what comes after it"
+    assert complete(client, **on).choices[0].text == whole.text, "an error changed what comes after it"
 
 
 def likelihood(client: openai.OpenAI, ids: list[int]) -> float:

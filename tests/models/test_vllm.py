@@ -115,8 +115,10 @@ def test_first_steps_are_those_of_transformers(family, case, recipe, tmp_path):
     assert_same_start(directory, got, ids)
 
 
-def test_compiled(tmp_path):
-    directory, ids = checkpoint(tmp_path / "m", prefix_tokens=1), ids_of(40)
+@pytest.mark.parametrize("family,r4", [("llama", "hadamard"), ("mistral", "hadamard"), ("llama", "random")])
+def test_compiled(family, r4, tmp_path):
+    directory = checkpoint(tmp_path / "m", family, **{"prefix_tokens": 1, "rotation.r4": r4})
+    ids = ids_of(40)
     with Served(directory, enforce_eager=False) as server:
         ((got, _),) = server.answers([ids])
     assert_same_start(directory, got, ids)
@@ -204,6 +206,7 @@ def test_linears_that_cannot_be_cut(recipe, message, tmp_path, monkeypatch):
         ({"kv_bits": 16, "prefix_tokens": 1}, {}, "prefix of 1 tokens needs w2a4's attention"),
         ({"sink_tokens": 2, "prefix_tokens": 0}, {}, "sink_tokens=2"),
         ({"act_bits": 16, "prefix_tokens": 0}, {}, "its activations 16"),
+        ({"prefix_tokens": 0}, {"enable_lora": True}, "cannot serve LoRA adapters"),
         ({"prefix_tokens": 0}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8.*leave --kv-cache-dtype out"),
     ],
 )

@@ -45,7 +45,7 @@ def test_every_field_can_be_overridden():
         "embed_bits": 16, "gptq_damp": 0.1, "gptq_block": 64, "gptq_act_order": False, "gptq_refine": 0,
         "gptq_target": "full", "first_token": 0.5, "calib_samples": 3, "calib_seqlen": 8,
         "rotation.r1": "none", "rotation.r2": "random",
-        "rotation.r3": "none", "rotation.r4": "random_hadamard", "rotation.r4_blocks": 2,
+        "rotation.r3": "none", "rotation.r4": "hadamard", "rotation.r4_blocks": 2,
         "rotation.seed": 7,
         "rotation.learned": "r.safetensors",
         "rotation_learning.objective": "kurtosis", "rotation_learning.steps": 7,

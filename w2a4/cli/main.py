@@ -106,9 +106,9 @@ def quantize(
     click.echo(report.summary_text(summary) + "\n")
     click.echo(report.layers_table(made) + "\n")
     evaluation.show(made)
-    evaluation.write_page(page, loaded, tokenizer, made, summary)
     click.echo(f"written to {out} in {made.seconds:.0f} s")
     options.write_result(json_file, {**made.to_dict(), "out": str(out), "summary": summary})
+    evaluation.write_page(page, loaded, tokenizer, made, summary)
 
 
 @main.command()
@@ -196,13 +196,13 @@ def train(
     click.echo(report.summary_text(summary) + "\n")
     click.echo(report.training_text(made.training))
     evaluation.show(made)
-    evaluation.write_page(page, loaded, tokenizer, made, summary)
     written = work / GENERATIONS
     if written.is_file():
         click.echo(f"the teacher's text: {written.replace(out.with_name(f'{out.name}.{GENERATIONS}'))}")
     shutil.rmtree(work, ignore_errors=True)
     click.echo(f"written to {out}")
     options.write_result(json_file, {**made.to_dict(), "out": str(out)})
+    evaluation.write_page(page, loaded, tokenizer, made, summary)
 
 
 @main.command()
@@ -223,8 +223,9 @@ def rotate(
     sources.check_source(model)
     parsed = options.parse_recipe("w4a4kv4", ["rotation.r3=none", "rotation.r4=none", *settings])
     from ..evaluate import data
-    from ..quantization.export import export_rotated
+    from ..quantization.export import check_exportable, export_rotated
 
+    check_exportable(parsed)
     data.load_text(calib, "calibration")  # reports a missing file before the model is loaded
     loaded, tokenizer = options.load_model(model, dtype, "cpu")
     export_rotated(loaded, tokenizer, parsed, out, calib)

@@ -130,9 +130,8 @@ def _perplexities(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             low, high = result.get("low"), result.get("high")
             if low is not None and high is not None:
                 axes.plot([low, high], [row, row], color="#222", linewidth=1)
-            axes.annotate(
-                f" {quality.number(result['perplexity'])}", (result["perplexity"], row - 0.3), fontsize=8
-            )
+            x = result["perplexity"] if math.isfinite(result["perplexity"]) else 0
+            axes.annotate(f" {quality.number(result['perplexity'])}", (x, row - 0.3), fontsize=8)
     names = [quality.origin(result.get("text") or "-") for result in texts]
     axes.set_yticks([row * (len(models) + 1) + (len(models) - 1) / 2 for row in range(len(texts))], names)
     axes.invert_yaxis()

@@ -127,8 +127,8 @@ class Manifest:
 
     @property
     def r4_blocks(self) -> int:
-        """Equal blocks of a Hadamard R4 that a recipe asked for: 1 where its width has no larger ones."""
-        if self.r4 is None or "hadamard" not in self.r4.kind:
+        """Equal blocks of R4; 1 where its width alone decides them."""
+        if self.r4 is None or self.r4.kind != "hadamard":
             return 1
         whole = OnlineRotation(self.r4.kind, self.r4.size)
         return 1 if self.r4.block_size == whole.block_size else self.r4.size // self.r4.block_size

@@ -201,8 +201,11 @@ def check_rotations(manifest: Manifest, config: Mapping[str, Any]) -> None:
         found = getattr(manifest, name)
         if found is None:
             continue
+        size = size or found.size
         blocks = manifest.r4_blocks if name == "r4" else 1
-        right = OnlineRotation.in_blocks(found.kind, size or found.size, manifest.rotation.seed, name, blocks)
+        if size % blocks:  # the width is another one, which is what is told
+            blocks = 1
+        right = OnlineRotation.in_blocks(found.kind, size, manifest.rotation.seed, name, blocks)
         if found != right:
             raise CheckpointError(
                 f"quantization_config rebuilds {name} from {found.to_dict()}, the model needs "

@@ -43,11 +43,7 @@ def export_rotated(
         RotationError: the recipe has an R4, which is computed at run time; or see `rotate`.
         CheckpointError: `out_dir` exists and is not empty.
     """
-    if recipe.rotation.r4 != "none":
-        raise RotationError(
-            f"rotation.r4={recipe.rotation.r4!r}: other packages do not turn the input of down_proj at run "
-            "time; give rotation.r4=none"
-        )
+    check_exportable(recipe)
     check_out_dir(out_dir)
     check_original(model)
     with settled_rotation(model, tokenizer, recipe, calibration, progress) as rotation:
@@ -57,3 +53,12 @@ def export_rotated(
         write_config(directory / "config.json", model.dtype, code=False)
         if tokenizer is not None:
             save_tokenizer(tokenizer, directory)
+
+
+def check_exportable(recipe: Recipe) -> None:
+    """Raise RotationError if a recipe rotates what other packages would have to."""
+    if recipe.rotation.r4 != "none":
+        raise RotationError(
+            f"rotation.r4={recipe.rotation.r4!r}: other packages do not turn the input of down_proj at run "
+            "time; give rotation.r4=none"
+        )

@@ -21,8 +21,8 @@ class RotationConfig:
         r2: rotation of each value head, `head_dim` wide, one a layer, folded into v_proj and o_proj.
         r3: online rotation of queries and keys after RoPE, `head_dim` wide.
         r4: online rotation of down_proj's input, `intermediate_size` wide, its inverse folded.
-        r4_blocks: a Hadamard R4 is so many equal blocks on a diagonal, of which each of as many processes of
-            tensor parallelism can hold one; more blocks spread outliers less far.
+        r4_blocks: with r4 `hadamard`, R4 is so many equal blocks on a diagonal, of which each of as many
+            processes of tensor parallelism can hold one; more blocks spread outliers less far.
         seed: from it every random rotation is drawn, independent of torch's global generator.
         learned: safetensors file with the `R1` and `R2.<layer>` that `learned` takes, or SpinQuant's
             `R.bin`; None means that they are to be learned first, as `RotationLearning` says.
@@ -39,10 +39,10 @@ class RotationConfig:
     def __post_init__(self) -> None:
         SCHEMA.check(self)
         SCHEMA.check_least(self, {"r4_blocks": 1}, "rotation.")
-        if self.r4_blocks > 1 and "hadamard" not in self.r4:
+        if self.r4_blocks > 1 and self.r4 != "hadamard":
             raise RecipeError(
-                f"rotation.r4_blocks={self.r4_blocks} with rotation.r4={self.r4!r}: only 'hadamard' and "
-                "'random_hadamard' are made of blocks; give r4_blocks=1"
+                f"rotation.r4_blocks={self.r4_blocks} with rotation.r4={self.r4!r}: only 'hadamard' is made "
+                "of blocks that are alike; give r4_blocks=1"
             )
 
     @property

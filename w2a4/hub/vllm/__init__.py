@@ -1,8 +1,8 @@
 """vLLM's plug-in: `vllm serve DIR` takes a checkpoint of this package once both are installed.
 
 vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). What it enters is looked
-at for checkpoints whose `quant_method` is ours only, and imports the rest of this folder then; other models
-pay for a few lines. `docs/vllm.md` says what is served and what is refused.
+at for checkpoints whose `quant_method` is ours only; other models keep vLLM's own layers and attention.
+`docs/vllm.md` says what is served and what is refused.
 """
 
 from __future__ import annotations

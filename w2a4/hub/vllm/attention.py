@@ -1,7 +1,7 @@
 """KV4 in vLLM's paged cache: R3, rounding and attention by w2a4's ops, an exact prefix before every sequence.
 
-A slot of the cache, of a token and head, is codes and (scale, zero-point) of its key, then those of its
-value.
+A slot of the cache, of a token and head, is the codes of its key and of its value, then (scale, zero-point)
+of either: so both codes begin at a multiple of eight bytes, which the kernels for CUDA copy at once.
 """
 
 from __future__ import annotations
@@ -103,8 +103,14 @@ class KV4MetadataBuilder(AttentionMetadataBuilder[KV4Metadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers = vllm_config.compilation_config.static_forward_context
-        self.prefix = layers[layer_names[0]].impl.prefix  # not that of the configuration: a draft has its own
+        layers = vllm_config.compilation_config.static_forward_context  # of a draft too, which has its own
+        prefixes = {layers[name].impl.prefix for name in layer_names}
+        if len(prefixes) > 1:
+            raise CheckpointError(
+                f"prefixes of {' and '.join(map(str, sorted(prefixes)))} tokens in one group of layers: "
+                "quantise target and draft with the same prefix_tokens"
+            )
+        (self.prefix,) = prefixes
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
     def build(
@@ -176,7 +182,7 @@ class KV4Attention(AttentionImpl[KV4Metadata]):
     def _parts(self, kv_cache: Tensor) -> tuple[Tensor, ...]:
         """Codes and params of keys, then of values, `[blocks, kv_heads, block_size, …]`."""
         half = self.head_size // 2
-        k_codes, k_params, v_codes, v_params = kv_cache.view(torch.uint8).split([half, 4, half, 4], -1)
+        k_codes, v_codes, k_params, v_params = kv_cache.view(torch.uint8).split([half, half, 4, 4], -1)
         return k_codes, k_params.view(torch.float16), v_codes, v_params.view(torch.float16)
 
 
@@ -210,3 +216,8 @@ class KV4Backend(AttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Runs are planned by what the host knows of the batch."""
+        return False

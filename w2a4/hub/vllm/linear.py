@@ -67,6 +67,7 @@ class PackedLinearMethod(LinearMethodBase):
             if name == "act_clip":  # q, k and v have one each, of the same value
                 empty = torch.empty(len(output_partition_sizes), dtype=dtype)
                 parameter = PerTensorScaleParameter(data=empty, weight_loader=loader)
+                parameter.dummy_weight_value = 1.0  # of vLLM's --load-format dummy
             else:
                 split = ModelWeightParameter if name == "weight" else GroupQuantScaleParameter
                 empty = torch.empty(shape, dtype=dtype)
@@ -115,8 +116,12 @@ class PackedLinearMethod(LinearMethodBase):
                 setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
         layer.act_clip = nn.Parameter(clip[:1].clone(), requires_grad=False)
         if self.rotation is not None:
-            layer.w2a4_r4 = OnlineRotation.for_ops(self.rotation, clip.device)
-            if layer.w2a4_r4 is not None:
+            r4 = OnlineRotation.for_ops(self.rotation, clip.device)
+            if r4 is not None:
+                had_k, layer.w2a4_block = r4
+                layer.register_buffer(
+                    "w2a4_had_k", had_k, persistent=False
+                )  # vLLM keeps buffers in its sleep
                 layer.w2a4_act_group, layer._input_quant_key = self.act_group, _KEY
 
     def apply(self, layer: nn.Module, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
@@ -135,7 +140,9 @@ class PackedLinearMethod(LinearMethodBase):
 def _silu_mul_hadamard(x: Tensor, linear: nn.Module) -> QuantizedActivation:
     """SiLU, product, R4 and rounding in one op, in front of down_proj."""
     gate, up = x.chunk(2, -1)
-    codes, scale = ops.silu_mul_hadamard_a4(gate, up, *linear.w2a4_r4, linear.act_clip, linear.w2a4_act_group)
+    codes, scale = ops.silu_mul_hadamard_a4(
+        gate, up, linear.w2a4_had_k, linear.w2a4_block, linear.act_clip, linear.w2a4_act_group
+    )
     return QuantizedActivation(codes, scale, x.dtype, gate.shape, _KEY)
 
 
