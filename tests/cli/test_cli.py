@@ -43,6 +43,9 @@ def test_rotate_writes_a_plain_model(plain, tmp_path):
     assert "rotation.r4='hadamard'" in fail(
         "rotate", plain, "--out", tmp_path / "x", "--set", "rotation.r4=hadamard"
     )
+    assert "weight_bits: nothing is quantised" in fail(
+        "rotate", plain, "--out", tmp_path / "x", "--set", "weight_bits=2"
+    )
     assert not (tmp_path / "x").exists()
 
 

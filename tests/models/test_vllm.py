@@ -124,9 +124,10 @@ def test_compiled(family, r4, tmp_path):
     assert_same_start(directory, got, ids)
 
 
-def test_half_precision(tmp_path):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype, tmp_path):
     directory, ids = checkpoint(tmp_path / "m", weight_bits=4, prefix_tokens=1), ids_of(40)
-    with Served(directory, dtype="bfloat16") as server:
+    with Served(directory, dtype=dtype) as server:
         ((got, _),) = server.answers([ids])
     assert (got - by_transformers(directory, ids)).abs().mean() < 0.5
 

@@ -225,7 +225,7 @@ def rotate(
     from ..evaluate import data
     from ..quantization.export import check_exportable, export_rotated
 
-    check_exportable(parsed)
+    check_exportable(parsed, options.parse_settings(settings))
     data.load_text(calib, "calibration")  # reports a missing file before the model is loaded
     loaded, tokenizer = options.load_model(model, dtype, "cpu")
     export_rotated(loaded, tokenizer, parsed, out, calib)

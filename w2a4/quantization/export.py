@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,19 @@ def export_rotated(
             save_tokenizer(tokenizer, directory)
 
 
-def check_exportable(recipe: Recipe) -> None:
-    """Raise RotationError if a recipe rotates what other packages would have to."""
+def check_exportable(recipe: Recipe, named: Iterable[str] = ()) -> None:
+    """Raise RotationError if a recipe rotates what other packages would have to, or names what is not heeded.
+
+    Args:
+        named: fields that the caller has set.
+    """
+    heeded = "rotation", "rotation_learning", "smooth", "calib_samples", "calib_seqlen"
+    for name in () if recipe.rotation.to_learn else named:  # to learn, all of a recipe counts
+        if name.partition(".")[0] not in heeded:
+            raise RotationError(
+                f"{name}: nothing is quantised here, so this would change nothing; leave it out, or use w2a4 "
+                "quantize"
+            )
     if recipe.rotation.r4 != "none":
         raise RotationError(
             f"rotation.r4={recipe.rotation.r4!r}: other packages do not turn the input of down_proj at run "
