@@ -156,8 +156,8 @@ def memory(process: psutil.Process) -> float:
 @click.option("--tokens", default=1500, show_default=True, help="Of each window.")
 @click.option("--json", "target", type=click.Path(dir_okay=False))
 def main(
-    directory: str, text: str, options: tuple[str, ...], clients: int, seconds: float, windows: int, tokens: int,
-    target: str | None,
+    directory: str, text: str, options: tuple[str, ...], clients: int, seconds: float, windows: int,
+    tokens: int, target: str | None,
 ) -> None:  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
@@ -179,7 +179,7 @@ def main(
             "megabytes": [before, middle, memory(process)], "errors": wrong + more + still,
         }  # fmt: skip
     found["likelihoods_by_transformers"] = likelihoods_by_transformers(directory, pieces)
-    # A rounding makes other 4-bit codes, and these move the likelihood of a window up or down by half a percent.
+    # A rounding makes other 4-bit codes, and these move the likelihood of a window by half a percent.
     own, others = (torch.tensor(found[f"likelihoods{by}"]) for by in ("", "_by_transformers"))
     found["difference"] = float((own - others).mean())
     found["standard_error"] = float((own - others).std() / len(own) ** 0.5)
