@@ -109,6 +109,21 @@ def test_plain_and_tied(tmp_path):
     assert_same(write(tmp_path / "neutral-00001-of-00001.gguf", llama(), neutral), llama())
 
 
+def test_a_file_is_parsed_once_and_gguf_is_left_as_it_was(tmp_path, monkeypatch):
+    opened, original = [], gguf.GGUFReader
+
+    class Counted(original):
+        def __init__(self, path, *arguments):
+            opened.append(path)
+            super().__init__(path, *arguments)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    write(tmp_path / "model.gguf", llama())
+    w2a4.load_model(tmp_path / "model.gguf")
+    assert len(opened) == 1
+    assert gguf.GGUFReader is Counted and not hasattr(gguf.get_tensor_name_map, "cache_info")
+
+
 @pytest.mark.parametrize("length, factor", [(64, 8.0), (8192, 32.0), (128, 4.0)])
 def test_factors_of_llama3(tmp_path, length, factor):
     scaling = {**LLAMA3_ROPE, "factor": factor, "original_max_position_embeddings": length}

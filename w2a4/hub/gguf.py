@@ -7,6 +7,9 @@ to say of attention and RoPE.
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
     """
     header = check_gguf(path)
     try:
-        loaded, tokenizer = _load(path, header)
+        with _parsed_once(path, header.reader):
+            loaded, tokenizer = _load(path, header)
     except W2A4Error:
         raise
     except Exception as error:  # of the readers of many tensor types and tokenizers
@@ -49,6 +53,28 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
     model.generation_config = loaded.generation_config
     model.config._name_or_path = path.name
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _parsed_once(path: Path, reader: Any) -> Iterator[None]:
+    """Give transformers, which opens the file for configuration, weights and tokenizer, what is parsed already.
+
+    A vocabulary of 49,152 words takes five seconds each time, and the table of names, which it makes for
+    every module, ten in all.
+    """
+    import gguf
+
+    original = gguf.GGUFReader, gguf.get_tensor_name_map
+
+    def open_reader(file: Any, *arguments: Any, **options: Any) -> Any:
+        same = Path(file).resolve() == path.resolve() and not arguments and not options
+        return reader if same else original[0](file, *arguments, **options)
+
+    gguf.GGUFReader, gguf.get_tensor_name_map = open_reader, functools.cache(original[1])
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = original
 
 
 def _load(path: Path, header: Header) -> tuple[nn.Module, Any]:

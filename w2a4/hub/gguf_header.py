@@ -80,6 +80,7 @@ class Header:
         rope: `rope_theta` and the scaling, as a configuration takes them.
         window: tokens that a query sees; None is all before it.
         tensors: how many the file holds, RoPE's factors not counted.
+        reader: of the package gguf, of the whole file.
     """
 
     layout: Layout
@@ -88,6 +89,7 @@ class Header:
     rope: dict[str, Any]
     window: int | None
     tensors: int
+    reader: Any
 
 
 def check_gguf(path: Path) -> Header:
@@ -116,7 +118,8 @@ def check_gguf(path: Path) -> Header:
     factors = next((t.data for t in reader.tensors if t.name == FACTORS), None)
     head = sizes["head"]
     rope = rope_of(file, factors, head, layout.scaled)
-    return Header(layout, head, sizes["kv"] // head, rope, file.window(), len(shapes.keys() - {FACTORS}))
+    tensors = len(shapes.keys() - {FACTORS})
+    return Header(layout, head, sizes["kv"] // head, rope, file.window(), tensors, reader)
 
 
 def _open(path: Path) -> Any:
