@@ -30,7 +30,18 @@ from w2a4.quantization.rotation.learn import learn_rotation
 from w2a4.train import generations
 from w2a4.train.run import train as train_model
 
-COMMANDS = ("quantize", "train", "rotate", "learn-rotation", "eval", "generate", "chat", "info", "demo")
+COMMANDS = (
+    "quantize",
+    "train",
+    "rotate",
+    "export",
+    "learn-rotation",
+    "eval",
+    "generate",
+    "chat",
+    "info",
+    "demo",
+)
 
 
 def test_rotate_writes_a_plain_model(plain, tmp_path):
@@ -47,6 +58,25 @@ def test_rotate_writes_a_plain_model(plain, tmp_path):
         "rotate", plain, "--out", tmp_path / "x", "--set", "weight_bits=2"
     )
     assert not (tmp_path / "x").exists()
+
+
+def test_export_writes_what_transformers_reads(plain, tmp_path):
+    settings = ["rotation.r4=none", "prefix_tokens=0", "act_bits=16", "kv_bits=16", "calib_samples=2"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    succeed("quantize", plain, "--out", tmp_path / "q", *options)
+    result = succeed("export", tmp_path / "q", "--out", tmp_path / "e", "--dtype", "float32")
+    assert "transformers (with compressed-tensors) and vLLM" in result.stdout
+    assert "compressed-tensors is written from" in fail("export", plain, "--out", tmp_path / "x")
+    assert "is not empty" in fail("export", tmp_path / "q", "--out", tmp_path / "e")
+    pytest.importorskip("compressed_tensors")
+    read = [
+        succeed("eval", tmp_path / name, "--windows", 1, "--seqlen", 32, "--json", tmp_path / f"{name}.json")
+        and json.loads((tmp_path / f"{name}.json").read_text())["texts"]
+        for name in ("q", "e")
+    ]
+    for own, exported in zip(*read, strict=True):
+        assert exported["perplexity"] == pytest.approx(own["perplexity"], rel=1e-3)
+    assert "weight_scale is not part of a plain" in fail("quantize", tmp_path / "e", "--out", tmp_path / "x")
 
 
 @pytest.mark.parametrize("command", [(), *[(name,) for name in COMMANDS]])

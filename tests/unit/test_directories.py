@@ -47,6 +47,17 @@ def test_an_older_checkpoint_is_replaced_and_other_files_are_kept(tmp_path):
     ).stat().st_mode & 0o777 == 0o700
 
 
+def test_others_may_read_what_safetensors_wrote(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_directory(tmp_path / "out") as directory:
+            fill(directory, NEW)
+            (directory / "config.json").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out" / "config.json").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("system", ["no exchange", "no links"])
 def test_where_the_system_cannot_swap(tmp_path, monkeypatch, system):
     def fails(*_):

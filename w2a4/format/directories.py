@@ -219,7 +219,16 @@ def _umask() -> int:
     return mask
 
 
+def _readable(directory: Path) -> None:
+    """Give files the mode of new ones: safetensors gives its own to nobody but their owner."""
+    mode = 0o666 & ~_umask()
+    for file in directory.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
 def _commit(staging: Path, path: Path) -> None:
+    _readable(staging)
     if staging.parent != path:
         if not path.is_dir():
             os.replace(staging, path)

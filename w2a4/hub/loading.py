@@ -39,6 +39,9 @@ def load_pretrained(source: str | Path, dtype: torch.dtype | str) -> tuple[nn.Mo
             del model
             model, told = load(source, dtype=dtype, output_loading_info=True, key_mapping=_MAPPING)
         _check_told(source, told)
+        if hasattr(model, "ct_decompress_hook"):
+            # Where the whole model is called it does so itself, and not where its parts are.
+            model.hf_quantizer.compressor.decompress_model(model)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except W2A4Error:
         raise

@@ -6,6 +6,7 @@ its rows when it is saved, and joins them when it is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -107,6 +108,20 @@ def views(joint: _PackedLinear, rows: list[int]) -> list[_PackedLinear]:
             made.append(part)
         joint.__dict__["_views"] = kept = key, made
     return kept[1]
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As the model's own, but the parts, see `views`, in place of joint linears: the names of a checkpoint."""
+    joints: dict[str, tuple[str, dict[str, int]]] = {}
+    for name, module in model.named_modules():
+        if "joint" in module.__dict__:
+            joints[f"{name}.{module.joint[0]}"] = name, module.joint[1]
+        if name in joints:
+            parent, rows = joints[name]
+            for part, linear in zip(rows, views(module, list(rows.values())), strict=True):
+                yield f"{parent}.{part}", linear
+        else:
+            yield name, module
 
 
 def _split(parent: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
