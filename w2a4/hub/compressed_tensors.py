@@ -96,13 +96,13 @@ def check_expressible(model: nn.Module, for_vllm: bool = False) -> Manifest:
         )
     if manifest.prefix:
         raise CheckpointError(
-            f"prefix={list(manifest.prefix)}: compressed-tensors has no keys and values that stand before every "
-            f"sequence, and without them the model is another; {again} --set prefix_tokens=0"
+            f"prefix={list(manifest.prefix)}: compressed-tensors has no keys and values that stand before "
+            f"every sequence, and without them the model is another; {again} --set prefix_tokens=0"
         )
     if manifest.r4 is not None and not for_vllm:
         raise CheckpointError(
-            f"rotation.r4={manifest.r4.kind!r}: transformers does not turn the input of down_proj, though the "
-            f"format can ask for it; {again} --set rotation.r4=none, or export it for vLLM alone (--for-vllm)"
+            f"rotation.r4={manifest.r4.kind!r}: transformers does not turn the input of down_proj, though "
+            f"the format asks for it; {again} --set rotation.r4=none, or export for vLLM alone (--for-vllm)"
         )
     return manifest
 
@@ -171,13 +171,13 @@ def _quantization(packed: dict[str, W4A4Linear], act_bits: int) -> dict[str, Any
         alike[_group(linear, linear.group_size), _group(linear, linear.act_group_size)].add(
             name.rpartition(".")[2]
         )
-    groups = {}
+    groups, dynamic = {}, {"dynamic": True}
     for number, ((weights, activations), leaves) in enumerate(sorted(alike.items())):
         groups[f"group_{number}"] = {
             "format": FORMAT,
             "targets": [f"re:.*\\.{re.escape(leaf)}$" for leaf in sorted(leaves)],
-            "weights": {**_arguments(weights, "channel"), "dynamic": False},
-            "input_activations": {**_arguments(activations, "token"), "dynamic": True} if act_bits == 4 else None,
+            "weights": _arguments(weights, "channel") | {"dynamic": False},
+            "input_activations": _arguments(activations, "token") | dynamic if act_bits == 4 else None,
         }  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": FORMAT, "quantization_status": "compressed",

@@ -57,7 +57,7 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
 
 @contextmanager
 def _parsed_once(path: Path, reader: Any) -> Iterator[None]:
-    """Give transformers, which opens the file for configuration, weights and tokenizer, what is parsed already.
+    """Give transformers, which opens the file for configuration, weights and tokenizer, what is parsed.
 
     A vocabulary of 49,152 words takes five seconds each time, and the table of names, which it makes for
     every module, ten in all.

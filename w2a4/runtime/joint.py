@@ -111,7 +111,7 @@ def views(joint: _PackedLinear, rows: list[int]) -> list[_PackedLinear]:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As the model's own, but the parts, see `views`, in place of joint linears: the names of a checkpoint."""
+    """As the model's own, but parts, see `views`, in place of joint linears: a checkpoint's names."""
     joints: dict[str, tuple[str, dict[str, int]]] = {}
     for name, module in model.named_modules():
         if "joint" in module.__dict__:
