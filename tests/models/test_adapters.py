@@ -54,6 +54,19 @@ def loss_of(model, ids):
     return model(ids, labels=ids, use_cache=False).loss
 
 
+def test_losses_that_read_the_weight_of_the_head_get_the_weight(tmp_path):
+    """As TRL's and Liger's do, which never call it."""
+    plain, ids = packed_model(), prompt(2, 12)
+    model = w2a4.prepare_for_adapters(packed_model())
+    with torch.no_grad():
+        hidden, logits = model.model(ids).last_hidden_state, model(ids).logits
+    assert (hidden @ model.lm_head.weight.T - logits).abs().max() < 1e-5 * logits.abs().max()
+    assert not model.lm_head.weight.requires_grad
+    assert torch.equal(model.state_dict()["lm_head.weight"], plain.lm_head.weight)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight, plain.lm_head.weight)
+
+
 @pytest.mark.parametrize("recipe", MODELS.values(), ids=MODELS)
 def test_gradients_are_those_of_plain_operations(recipe):
     """Of shifts in the first and the last linear of the first layer, so that all others lie behind them."""

@@ -335,16 +335,26 @@ class W8Linear(_PackedModule):
             layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
         return layer
 
+    @property
+    def weight(self) -> Tensor:
+        """The codes; of a differentiable layer the float32 weight, made anew each time.
+
+        Losses that never call a head but read its weight (TRL's, Liger's) would take codes for weights.
+        """
+        if "weight" not in self._parameters:
+            raise AttributeError("weight")
+        return self.dequantize() if self.differentiable else self._parameters["weight"]
+
     def forward(self, x: Tensor) -> Tensor:
         if gradients.wanted(x):
             if self.differentiable:
                 return _ThroughPacked.apply(x, self)
             return gradients.refuse(self.forward(x.detach()), x, NO_GRADIENT)
-        return ops.linear_w8(x, self.weight, self.scale, self.bias)
+        return ops.linear_w8(x, self._parameters["weight"], self.scale, self.bias)
 
     def dequantize(self) -> Tensor:
         """The float32 weight `[out, in]` that the codes stand for."""
-        return self.weight.float() * self.scale.float()[:, None]
+        return self._parameters["weight"].float() * self.scale.float()[:, None]
 
     def seen(self, x: Tensor) -> Tensor:
         """`x` itself."""
