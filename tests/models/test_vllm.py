@@ -239,6 +239,22 @@ def test_a_damaged_shard(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("kv_bits", [4, 16])
+def test_a_packed_model_drafts_for_its_original(kv_bits, tmp_path):
+    original = tiny_family("llama", "plain", vocab_size=300, hidden_size=96)
+    original.save_pretrained(tmp_path / "original")
+    prefix = 1 if kv_bits == 4 else 0
+    draft = checkpoint(tmp_path / "draft", weight_bits=4, kv_bits=kv_bits, prefix_tokens=prefix)
+    prompts, options = [ids_of(20), ids_of(7, seed=1)], {"disable_log_stats": False}
+    with Served(str(tmp_path / "original")) as served:
+        alone = served.answers(prompts, tokens=24)
+    speculative = {"method": "draft_model", "model": draft, "num_speculative_tokens": 3}
+    with Served(str(tmp_path / "original"), speculative_config=speculative, **options) as served:
+        helped = served.answers(prompts, tokens=24)
+        drafted = [m.value for m in served.llm.get_metrics() if m.name.endswith("_num_draft_tokens")]
+    assert [tokens for _, tokens in helped] == [tokens for _, tokens in alone] and drafted[0] > 0
+
+
 def test_another_vllm(tmp_path, monkeypatch):
     directory = checkpoint(tmp_path / "m", prefix_tokens=0)
     monkeypatch.setattr("w2a4.hub.vllm.config.version_of_vllm", lambda: "0.99.1")
