@@ -54,6 +54,8 @@ class Calls:
 def prompts(tokenizer: Any, text: str, count: int) -> list[Tensor]:
     """`[1, PROMPT_TOKENS]` each, from places spread evenly over the text."""
     stream, _ = data.token_stream(tokenizer, text)
+    if len(stream) < PROMPT_TOKENS:
+        raise click.ClickException(f"a text of {len(stream)} tokens; give at least {PROMPT_TOKENS}")
     starts = torch.linspace(0, len(stream) - PROMPT_TOKENS, count + 2)[1:-1].long()
     return [stream[start : start + PROMPT_TOKENS][None] for start in starts]
 
@@ -92,10 +94,12 @@ class Pair:
         """
         if torch.equal(plain, assisted):
             return True
-        at = int((plain != assisted).nonzero()[0]) if len(plain) == len(assisted) else -1
+        if len(plain) != len(assisted):
+            raise click.ClickException(f"{len(assisted)} tokens with a draft, and {len(plain)} without")
+        at = int((plain != assisted).nonzero()[0])
         both = [int(plain[at]), int(assisted[at])]
         logits = self.full(torch.cat([ids[0], plain[:at]])[None]).logits[0, -1, both]
-        if at < 0 or abs(float(logits[0] - logits[1])) > NEAR:
+        if abs(float(logits[0] - logits[1])) > NEAR:
             raise click.ClickException(
                 f"with a draft token {at + 1} is another: {both}, logits {logits.tolist()}"
             )
@@ -171,7 +175,9 @@ def main(model, packed, texts, count, tokens, drafted, threads, json_file):
     if threads is not None:
         torch.set_num_threads(threads)
     warn_if_busy()
-    numbers = [int(number) for number in drafted.split(",")]
+    numbers = [int(number) for number in drafted.split(",") if number.isdecimal() and int(number)]
+    if len(numbers) != drafted.count(",") + 1:
+        raise click.ClickException(f"--drafted {drafted}: give numbers from 1 on, with commas between them")
     meta = metadata("cpu") | {
         "command": shlex.join(["python", "-m", "benchmarks.bench_draft", *sys.argv[1:]])
     }
@@ -179,6 +185,8 @@ def main(model, packed, texts, count, tokens, drafted, threads, json_file):
         source = model or str(demo._model())
         full, tokenizer = load(source)
         small, _ = load(packed)
+        if not isinstance(getattr(small.config, "quantization_config", None), w2a4.W2A4Config):
+            raise click.ClickException(f"{packed} is not packed by w2a4; give what `w2a4 quantize` wrote")
         starts = {name: prompts(tokenizer, data.load_text(name, "evaluation"), count) for name in texts}
     except w2a4.W2A4Error as error:
         raise click.ClickException(str(error)) from None

@@ -1,31 +1,39 @@
 #!/usr/bin/env bash
 # Tries one wheel, as tools/release.sh makes it, on other versions of Python, torch and transformers: every op against its
-# reference (w2a4 doctor), and the tests of checkpoints and of generation.
+# reference (w2a4 doctor), and the tests of checkpoints, of generation and of the engine.
 #
 #     tools/matrix.sh WHEEL FOLDER 'PYTHON torch==2.13.0 transformers==4.57.6' ['PYTHON …']…
 #
 # FOLDER: for the environments, which are used again. Everything behind PYTHON is given to pip.
 set -uo pipefail
-cd "$(dirname "$0")/.."
 wheel=$(realpath "$1") folder=$(mkdir -p "$2" && cd "$2" && pwd)
+tests=$(cd "$(dirname "$0")/../tests" && pwd)
 shift 2
-status=0
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONSAFEPATH=1
-for row in "$@"; do
-  read -ra words <<<"$row"
-  environment=$folder/$(tr -c 'a-zA-Z0-9.\n' _ <<<"$row")
-  python=$environment/bin/python
-  if [ ! -x "$python" ]; then
-    "${words[0]}" -m venv "$environment"
-    "$python" -m pip install --quiet "${words[@]:1}" pytest pytest-xdist pytest-timeout hypothesis || status=1
+status=0 empty=$(mktemp -d)
+trap 'rm -rf "$empty"' EXIT
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+cd "$empty"  # so that nothing but the wheel is w2a4, also to a Python that knows no PYTHONSAFEPATH
+
+try() {
+  local environment=$1/$(tr -c 'a-zA-Z0-9.\n' _ <<<"$2") words bin about
+  read -ra words <<<"$2"
+  bin=$environment/bin
+  if [ ! -e "$environment/whole" ]; then
+    "${words[0]}" -m venv --clear "$environment" &&
+      "$bin/pip" install --quiet "${words[@]:1}" pytest pytest-xdist pytest-timeout hypothesis || return
+    touch "$environment/whole"
   fi
-  "$python" -m pip install --quiet --force-reinstall --no-deps "$wheel"
-  "$python" -m pip install --quiet "$wheel" "${words[@]:1}"
-  versions=$("$python" -c 'import platform as p, torch, transformers as t; print("Python", p.python_version(), "torch", torch.__version__, "transformers", t.__version__)')
-  doctor=$("$python" -m w2a4.cli doctor 2>&1 | tail -1)
-  tests=$(PYTHONPATH=tests "$python" -P -m pytest -q -n 2 -p no:cacheprovider tests/models/test_checkpoint.py \
-    tests/models/test_generation.py tests/models/test_engine.py 2>&1 | tail -1)
-  echo "$versions | $doctor | $tests"
-  grep -q passed <<<"$tests" && ! grep -q failed <<<"$tests" || status=1
+  "$bin/pip" install --quiet --force-reinstall --no-deps "$wheel" || return
+  "$bin/pip" install --quiet "$wheel" "${words[@]:1}" || return
+  about='import platform, torch, transformers, w2a4; print("Python", platform.python_version(), "torch", torch.__version__)
+print("transformers", transformers.__version__, "w2a4 in", w2a4.__path__[0])'
+  "$bin/python" -c "$about" || return
+  "$bin/w2a4" doctor | tail -1 || return
+  PYTHONPATH=$tests "$bin/pytest" -q -n 2 -p no:cacheprovider --rootdir "$tests/.." -c "$tests/../pyproject.toml" \
+    "$tests"/models/test_{checkpoint,generation,engine}.py | tail -1
+}
+
+for row in "$@"; do
+  try "$folder" "$row" || { status=1; echo "failed: $row"; }
 done
 exit "$status"

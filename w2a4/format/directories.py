@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,9 @@ _NOBODYS = ("lost+found",)
 _STALE = ("model*.safetensors*", "pytorch_model*.bin*")
 
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+
+#: The umask is read by setting it, which two threads must not do at once.
+_UMASK = threading.Lock()
 
 #: Temporary directories of this process: a directory inside of one needs no other.
 _staged: set[Path] = set()
@@ -214,17 +218,19 @@ def _one_mount(path: Path, staging: Path) -> bool:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 
 def _readable(directory: Path) -> None:
-    """Give files the mode of new ones: safetensors gives its own to nobody but their owner."""
+    """Let those read files who may read new ones: safetensors lets nobody but their owner."""
     mode = 0o666 & ~_umask()
     for file in directory.rglob("*"):
         if file.is_file() and not file.is_symlink():
-            file.chmod(mode)
+            with contextlib.suppress(OSError):  # a file system that knows no modes, or another owner
+                file.chmod(stat.S_IMODE(file.stat().st_mode) | mode)
 
 
 def _commit(staging: Path, path: Path) -> None:

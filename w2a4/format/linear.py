@@ -315,19 +315,24 @@ def _fit_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class W8Linear(_PackedModule):
-    """`nn.Linear` with 8-bit weights, one scale a row, activations untouched: for lm_head."""
+    """`nn.Linear` with 8-bit weights, one scale a row, activations untouched: for lm_head.
+
+    `dtype` is that of its bias, and of `weight` where losses read it.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, dtype=None, device=None):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self._declare("weight", (out_features, in_features), torch.int8, device)
         self._declare("scale", (out_features,), torch.float16, device)
-        empty = torch.empty(out_features, dtype=dtype, device=device)
+        self.dtype = dtype or torch.get_default_dtype()
+        empty = torch.empty(out_features, dtype=self.dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> W8Linear:
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        dtype = linear.weight.dtype
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, dtype, device="meta")
         codes, scale = _fit_rows(linear.weight.detach())
         layer._set("weight", codes)
         layer._set("scale", scale)
@@ -337,13 +342,13 @@ class W8Linear(_PackedModule):
 
     @property
     def weight(self) -> Tensor:
-        """The codes; of a differentiable layer the float32 weight, made anew each time.
+        """The codes; of a differentiable layer the weight in `dtype`, made anew each time.
 
         Losses that never call a head but read its weight (TRL's, Liger's) would take codes for weights.
         """
         if "weight" not in self._parameters:
             raise AttributeError("weight")
-        return self.dequantize() if self.differentiable else self._parameters["weight"]
+        return self.dequantize().to(self.dtype) if self.differentiable else self._parameters["weight"]
 
     def forward(self, x: Tensor) -> Tensor:
         if gradients.wanted(x):
@@ -359,6 +364,11 @@ class W8Linear(_PackedModule):
     def seen(self, x: Tensor) -> Tensor:
         """`x` itself."""
         return x
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

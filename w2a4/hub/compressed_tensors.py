@@ -6,6 +6,8 @@ prefix, nor clips of activations: what cannot be said in it is refused, or told 
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -17,11 +19,12 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..format.directories import atomic_directory, check_out_dir
-from ..format.files import write_json
+from ..format.files import write_atomically, write_json
 from ..format.linear import W4A4Linear, W8Embedding, W8Linear
-from ..format.manifest import Manifest
+from ..format.manifest import Manifest, read_manifest
 from ..format.online import OnlineRotation
 from ..runtime import joint
+from .generation import generation_text
 from .portable import save_tokenizer, write_config
 from .transformers import W2A4Config
 
@@ -31,6 +34,13 @@ FORMAT = "pack-quantized"
 
 #: The name of R4 in a file's `transform_config`, and so in those of its tensors.
 R4 = "R4"
+
+_NOT_PACKED = (
+    "is not what w2a4 quantize or w2a4 train has packed, from which compressed-tensors is written; give that"
+)
+
+#: Settings of a checkpoint that the format has words for.
+_PLAIN = "--set rotation.r4=none --set prefix_tokens=0"
 
 #: Bits of a code and of the integers that hold eight.
 BITS, WORD = 4, 32
@@ -53,17 +63,26 @@ def export_compressed_tensors(
         model: as `load_model` gives it.
         tokenizer: written too; None is none.
         out_dir: a new directory.
-        dtype: of what is not packed, and of the scales, which only float16 and float32 hold exactly.
+        dtype: of what is not packed, and of the scales: float16 or float32, which hold these exactly.
         for_vllm: with an R4 as a `transform`, which vLLM applies; transformers 5.24 passes over it without a
             word, and computes something else.
 
     Raises:
-        CheckpointError: other weights, a prefix or an R4, `out_dir` exists and is not empty.
+        CheckpointError: other weights, a prefix or an R4, a dtype that does not hold a number, an adapter, or
+            `out_dir` exists and is not empty.
     """
     manifest = check_expressible(model, for_vllm)
+    if dtype not in (torch.float16, torch.float32):
+        raise CheckpointError(
+            f"dtype={str(dtype).removeprefix('torch.')}: scales of weights have eleven bits, more than it: "
+            "give float16 or float32"
+        )
     check_out_dir(out_dir)
     tensors, packed = _tensors(model, dtype)
+    generation = getattr(model, "generation_config", None)
     config = model.config.to_dict()
+    for name in ("auto_map", "_name_or_path"):  # the code of the checkpoint, and where it lay
+        config.pop(name, None)
     config["quantization_config"] = _quantization(packed, manifest.act_bits)
     if manifest.r4 is not None:
         config["quantization_config"]["transform_config"] = _transform(manifest.r4)
@@ -73,8 +92,8 @@ def export_compressed_tensors(
         save_torch_state_dict(tensors, directory, metadata={"format": "pt"})
         write_json(directory / "config.json", config)
         write_config(directory / "config.json", dtype, code=False)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(directory)
+        if generation is not None:
+            write_atomically(directory / "generation_config.json", generation_text(generation))
         if tokenizer is not None:
             save_tokenizer(tokenizer, directory)
 
@@ -84,27 +103,46 @@ def check_expressible(model: nn.Module, for_vllm: bool = False) -> Manifest:
     quantization = getattr(model.config, "quantization_config", None)
     manifest = quantization.manifest if isinstance(quantization, W2A4Config) else None
     if not isinstance(manifest, Manifest):
-        raise CheckpointError(
-            "compressed-tensors is written from a checkpoint that w2a4 quantize or w2a4 train has written; "
-            "give its directory"
-        )
-    again = "make the checkpoint again with"
+        raise CheckpointError(f"this {type(model).__name__} {_NOT_PACKED}")
+    adapted = next((name for name, m in model.named_modules() if hasattr(m, "base_layer")), None)
+    if adapted is not None:
+        raise CheckpointError(f"{adapted} has an adapter; merge it first, by PEFT's merge_and_unload")
+    check_manifest(manifest, for_vllm)
+    return manifest
+
+
+def check_checkpoint(directory: str | Path, for_vllm: bool = False) -> Manifest:
+    """`check_expressible`, by config.json alone."""
+    path = Path(directory) / "config.json"
+    quantization = (
+        json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
+    )
+    ours = isinstance(quantization, dict) and quantization.get("quant_method") == W2A4Config.quant_method
+    manifest = read_manifest(quantization) if ours else None
+    if not isinstance(manifest, Manifest):
+        raise CheckpointError(f"{str(directory)!r} {_NOT_PACKED}")
+    check_manifest(manifest, for_vllm)
+    return manifest
+
+
+def check_manifest(manifest: Manifest, for_vllm: bool = False) -> None:
+    """Raise CheckpointError with what compressed-tensors has no words for."""
+    again = f"make the checkpoint again: w2a4 quantize MODEL --out DIR --recipe w4a4kv4 {_PLAIN}"
     if manifest.weight_bits != BITS:
         raise CheckpointError(
-            f"weight_bits={manifest.weight_bits}: compressed-tensors is written of 4-bit weights; {again} "
-            "--recipe w4a4kv4, or serve this one by w2a4's own plug-in for vLLM"
+            f"weight_bits={manifest.weight_bits}: compressed-tensors is of 4-bit weights; {again}; or "
+            "serve this one with w2a4's plug-in for vLLM"
         )
     if manifest.prefix:
         raise CheckpointError(
             f"prefix={list(manifest.prefix)}: compressed-tensors has no keys and values that stand before "
-            f"every sequence, and without them the model is another; {again} --set prefix_tokens=0"
+            f"every sequence, and without them the model is another; {again}"
         )
     if manifest.r4 is not None and not for_vllm:
         raise CheckpointError(
             f"rotation.r4={manifest.r4.kind!r}: transformers does not turn the input of down_proj, though "
-            f"the format asks for it; {again} --set rotation.r4=none, or export for vLLM alone (--for-vllm)"
+            f"the format asks for it; {again}; or export this one for vLLM alone (--for-vllm)"
         )
-    return manifest
 
 
 def _transform(r4: OnlineRotation) -> dict[str, Any]:
@@ -120,8 +158,11 @@ def _matrices(r4: OnlineRotation, packed: dict[str, W4A4Linear], dtype: torch.dt
     It stands at the first one alone: vLLM holds one matrix for all of a width.
     """
     size = _block(r4)
-    matrix = r4.matrix()[:size, :size] * size**0.5
-    matrix = matrix if r4.kind == "random" else matrix.round()  # 1 and -1
+    if r4.kind == "hadamard":
+        r4 = dataclasses.replace(r4, size=size)  # one of its blocks
+    matrix = r4.matrix() * size**0.5
+    if "hadamard" in r4.kind and r4.block_size == size:
+        matrix = matrix.round()  # 1 and -1
     first = next(name for name in packed if name.endswith(".down_proj"))
     return {f"{first}.{R4}_input.weight": matrix.to(dtype)}
 
@@ -151,8 +192,16 @@ def _tensors(model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], d
         else:
             for key, value in module.named_parameters(recurse=False):
                 tensors[f"{name}.{key}"] = value.to(dtype)
-    # Rows of a joint linear share its memory, which files of safetensors do not.
-    return {name: value.cpu().contiguous().clone() for name, value in tensors.items()}, packed
+    for name, value in tensors.items():
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(
+                f"{name} holds numbers that {str(dtype).removeprefix('torch.')} does not: give --dtype "
+                "float32"
+            )
+        # Rows of a joint linear share its memory, which files of safetensors do not.
+        shared = value.untyped_storage().nbytes() > value.nbytes
+        tensors[name] = value.cpu().clone() if shared else value.cpu().contiguous()
+    return tensors, packed
 
 
 def pack_int32(codes: Tensor) -> Tensor:

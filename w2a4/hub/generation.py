@@ -28,7 +28,7 @@ def check_generation(model: nn.Module) -> None:
         )
     config = getattr(model, "generation_config", None)
     if config is not None:
-        _text(config)
+        generation_text(config)
     misplaced = getattr(model.config, "_get_generation_parameters", dict)()
     if misplaced:
         raise CheckpointError(
@@ -37,7 +37,8 @@ def check_generation(model: nn.Module) -> None:
         )
 
 
-def _text(config: GenerationConfig) -> str:
+def generation_text(config: GenerationConfig) -> str:
+    """What generation_config.json holds, or CheckpointError if it cannot be written."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -62,7 +63,7 @@ def as_it_came(model: nn.Module, directory: Path) -> Iterator[None]:
     if config is None:
         yield
         return
-    text = _text(config)
+    text = generation_text(config)
     model.generation_config = GenerationConfig()
     try:
         yield

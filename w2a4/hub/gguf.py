@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ from .. import arch
 from ..errors import CheckpointError, W2A4Error
 from .gguf_header import Header, check_gguf
 from .gguf_rope import set_rope
+
+#: One load at a time changes what the package gguf gives to transformers.
+_PARSING = threading.Lock()
 
 
 def load_gguf(path: Path) -> tuple[nn.Module, Any]:
@@ -64,17 +68,18 @@ def _parsed_once(path: Path, reader: Any) -> Iterator[None]:
     """
     import gguf
 
-    original = gguf.GGUFReader, gguf.get_tensor_name_map
+    with _PARSING:
+        original = gguf.GGUFReader, gguf.get_tensor_name_map
 
-    def open_reader(file: Any, *arguments: Any, **options: Any) -> Any:
-        same = Path(file).resolve() == path.resolve() and not arguments and not options
-        return reader if same else original[0](file, *arguments, **options)
+        def open_reader(file: Any, *arguments: Any, **options: Any) -> Any:
+            same = Path(file).resolve() == path.resolve() and not arguments and not options
+            return reader if same else original[0](file, *arguments, **options)
 
-    gguf.GGUFReader, gguf.get_tensor_name_map = open_reader, functools.cache(original[1])
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = original
+        gguf.GGUFReader, gguf.get_tensor_name_map = open_reader, functools.cache(original[1])
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = original
 
 
 def _load(path: Path, header: Header) -> tuple[nn.Module, Any]:

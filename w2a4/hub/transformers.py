@@ -278,7 +278,8 @@ def prepare_skeleton(model: nn.Module, config: W2A4Config) -> None:
             old = model.model.embed_tokens
             model.model.embed_tokens = W8Embedding(*old.weight.shape, old.padding_idx, dtype=dtype)
         if manifest.head_bits == 8:
-            model.lm_head = W8Linear(model.lm_head.in_features, model.lm_head.out_features)
+            head = model.lm_head
+            model.lm_head = W8Linear(head.in_features, head.out_features, dtype=dtype)
 
 
 def prepare_layer(

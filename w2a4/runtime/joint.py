@@ -114,7 +114,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """As the model's own, but parts, see `views`, in place of joint linears: a checkpoint's names."""
     joints: dict[str, tuple[str, dict[str, int]]] = {}
     for name, module in model.named_modules():
-        if "joint" in module.__dict__:
+        if "joint" in module.__dict__ and isinstance(getattr(module, module.joint[0]), _PackedLinear):
             joints[f"{name}.{module.joint[0]}"] = name, module.joint[1]
         if name in joints:
             parent, rows = joints[name]
