@@ -117,7 +117,7 @@ def check_checkpoint(directory: str | Path, for_vllm: bool = False) -> Manifest:
     quantization = (
         json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
     )
-    ours = isinstance(quantization, dict) and quantization.get("quant_method") == W2A4Config.quant_method
+    ours = isinstance(quantization, dict) and quantization.get("quant_method") == "w2a4"
     manifest = read_manifest(quantization) if ours else None
     if not isinstance(manifest, Manifest):
         raise CheckpointError(f"{str(directory)!r} {_NOT_PACKED}")
