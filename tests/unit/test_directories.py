@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,26 @@ def test_an_older_checkpoint_is_replaced_and_other_files_are_kept(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (
         tmp_path / "out"
     ).stat().st_mode & 0o777 == 0o700
+
+
+def test_processes_that_try_one_directory_at_a_time_do_not_fail_each_other(tmp_path):
+    """As all processes of one training do, before any of them has made it."""
+    errors, directory = [], tmp_path / "a" / "b"
+
+    def try_often():
+        try:
+            for _ in range(40):
+                directories.check_out_dir(directory)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=try_often) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert all(path.is_dir() for path in tmp_path.rglob("*"))  # of two who make a parent, none may remove it
 
 
 def test_others_may_read_what_safetensors_wrote(tmp_path):

@@ -13,9 +13,11 @@ import ctypes
 import errno
 import json
 import os
+import random
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +34,9 @@ _NOBODYS = ("lost+found",)
 _STALE = ("model*.safetensors*", "pytorch_model*.bin*")
 
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+
+#: How often a directory is tried that another process removes meanwhile.
+TRIES = 8
 
 #: The umask is read by setting it, which two threads must not do at once.
 _UMASK = threading.Lock()
@@ -141,6 +146,20 @@ def _is_own(name: str) -> bool:
 
 
 def _try(target: Path) -> None:
+    """Write a file where a checkpoint is to go, and remove it.
+
+    Other processes of one run do so at the same time, and each takes away the directories that it made.
+    """
+    for attempt in range(TRIES):
+        try:
+            return _try_once(target)
+        except FileNotFoundError:
+            if attempt == TRIES - 1:
+                raise
+            time.sleep(random.uniform(0, 0.01 * 2**attempt))
+
+
+def _try_once(target: Path) -> None:
     made = _make(target)
     try:
         staging, lock = _stage(target)
