@@ -43,7 +43,7 @@ ROWS = {
 
 #: About how long the steps took beside each other, in seconds of two cores of an AMD EPYC with AVX2: full
 #: precision measured, then each of `ROWS` made and measured. What is done corrects what is told.
-SECONDS = (120, 125, 75, 345, 56)
+SECONDS = (48, 137, 54, 367, 51)
 
 
 class Countdown:
