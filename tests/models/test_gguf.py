@@ -1,5 +1,7 @@
 """GGUF: the logits of the model it was made of, or a refusal that names the key or tensor."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,18 @@ def test_a_file_is_parsed_once_and_gguf_is_left_as_it_was(tmp_path, monkeypatch)
     w2a4.load_model(tmp_path / "model.gguf")
     assert len(opened) == 1
     assert gguf.GGUFReader is Counted and not hasattr(gguf.get_tensor_name_map, "cache_info")
+
+
+def test_threads_that_load_leave_gguf_as_it_was(tmp_path):
+    original = gguf.GGUFReader, gguf.get_tensor_name_map
+    models = [llama(), llama(intermediate_size=64)]
+    for index, model in enumerate(models):
+        write(tmp_path / f"{index}.gguf", model)
+    with ThreadPoolExecutor(2) as pool:
+        loaded = list(pool.map(lambda i: w2a4.load_model(tmp_path / f"{i}.gguf")[0], range(2)))
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == original
+    for made, model in zip(loaded, models, strict=True):
+        assert torch.equal(made.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
 
 
 @pytest.mark.parametrize("length, factor", [(64, 8.0), (8192, 32.0), (128, 4.0)])

@@ -25,6 +25,7 @@ from ..format.manifest import Manifest, read_manifest
 from ..format.online import OnlineRotation
 from ..runtime import joint
 from .generation import generation_text
+from .model import adapted_module
 from .portable import save_tokenizer, write_config
 from .transformers import W2A4Config
 
@@ -104,7 +105,7 @@ def check_expressible(model: nn.Module, for_vllm: bool = False) -> Manifest:
     manifest = quantization.manifest if isinstance(quantization, W2A4Config) else None
     if not isinstance(manifest, Manifest):
         raise CheckpointError(f"this {type(model).__name__} {_NOT_PACKED}")
-    adapted = next((name for name, m in model.named_modules() if hasattr(m, "base_layer")), None)
+    adapted = adapted_module(model)
     if adapted is not None:
         raise CheckpointError(f"{adapted} has an adapter; merge it first, by PEFT's merge_and_unload")
     check_manifest(manifest, for_vllm)

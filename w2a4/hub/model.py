@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import StaticCache
 
 from ..errors import W2A4Error
@@ -26,6 +27,11 @@ from .generation import as_it_came
 
 if TYPE_CHECKING:
     from .transformers import W2A4Config
+
+
+def adapted_module(model: nn.Module) -> str | None:
+    """The name of the first module that has an adapter of PEFT's; None if there is none."""
+    return next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
 
 
 class WholeSaves(Derived):
@@ -59,7 +65,7 @@ class WholeSaves(Derived):
             )
         if not is_main_process:  # the main process writes for all
             return
-        adapted = next((name for name, m in self.named_modules() if hasattr(m, "base_layer")), None)
+        adapted = adapted_module(self)
         if adapted is not None and not getattr(self, "_hf_peft_config_loaded", False):
             raise W2A4Error(
                 f"{adapted} has an adapter: save the adapters by the save_pretrained of PEFT's model, or put "
