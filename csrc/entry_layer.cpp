@@ -97,7 +97,8 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
                      const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
                      const Tensor& v_params, const std::optional<Tensor>& k_sink,
                      const std::optional<Tensor>& v_sink, int64_t start, double kv_clip,
-                     double scaling, const std::optional<Tensor>& starts) {
+                     double scaling, const std::optional<Tensor>& starts,
+                     const std::optional<Tensor>& slots, const std::optional<Tensor>& block_table) {
   Check check("decoder_layer");
   check.dtype(x, "x", {kF32, kF16, ScalarType::BFloat16});
   check.that(x.dim() == 3, "x has shape ", shape_name(x), ", expected [batch, tokens, hidden]");
@@ -106,6 +107,8 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
        {std::pair{&group_sizes, "group_sizes"}, {&act_group_sizes, "act_group_sizes"}})
     check.that(sizes->size() == 4, name, " has ", sizes->size(),
                " numbers, expected 4: of qkv_proj, o_proj, gate_up_proj and down_proj");
+  check.that(slots.has_value() == block_table.has_value(), slots ? "block_table" : "slots",
+             " is missing; pass both slots and block_table or neither");
   const Linear qkv(check, "qkv_proj", qkv_proj, group_sizes[0], act_group_sizes[0]);
   const Linear o(check, "o_proj", o_proj, group_sizes[1], act_group_sizes[1]);
   const Linear gate_up(check, "gate_up_proj", gate_up_proj, group_sizes[2], act_group_sizes[2]);
@@ -129,14 +132,18 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
                               {&r4, "r4"},
                               {&k_sink, "k_sink"},
                               {&v_sink, "v_sink"},
-                              {&starts, "starts"}})
+                              {&starts, "starts"},
+                              {&slots, "slots"},
+                              {&block_table, "block_table"}})
     if (*tensor) apart(check, caches, **tensor, name);
 
   const Tensor heads = qkv(rmsnorm_a4(x, norms[0], eps, qkv.clip, qkv.act_group_size), dtype);
-  const Tensor q = rope_append_kv4(heads, cos, sin, r3, r3_block, k_codes, k_params, v_codes,
-                                   v_params, start, kv_clip, starts, std::nullopt);
+  // In pages a slot says where a token goes, and `starts` how many are before it.
+  const Tensor q =
+      rope_append_kv4(heads, cos, sin, r3, r3_block, k_codes, k_params, v_codes, v_params,
+                      slots ? 0 : start, kv_clip, slots ? std::nullopt : starts, slots);
   const Tensor context = attention_kv4(q, k_codes, k_params, v_codes, v_params, start + x.size(1),
-                                       mask, !mask, scaling, k_sink, v_sink, starts, std::nullopt);
+                                       mask, !mask, scaling, k_sink, v_sink, starts, block_table);
   const Tensor joined = view_of(context, {x.size(0), x.size(1), q.size(1) * q.size(3)});
   const Tensor y = o(quantize_a4(joined, o.clip, o.act_group_size), dtype);
   add(check, y, x, "o_proj");

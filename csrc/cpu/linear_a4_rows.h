@@ -176,27 +176,42 @@ W2A4_FN const uint8_t* copy_end(const uint8_t* from, int64_t here, int64_t most,
   return to.get();
 }
 
-W2A4_FN RowPiece row_piece(const RowsTask& task, const Chunk& c, int64_t out, RowEnds& ends) {
+W2A4_FN RowPiece row_piece(const RowsTask& task, const Chunk& c, int64_t out) {
   const LinearA4Params& p = *task.p;
-  const int64_t groups = task.groups, group = out * groups + c.levels_at;
-  const int64_t bytes = row_bytes(p), size = bytes * p.out_features, count = levels_of_group(p);
-  const int64_t codes_at = out * bytes + c.codes_at;
-  const int64_t high_at = out * bytes + low_bytes(p) + c.high_at;
-  RowPiece row{p.weight + codes_at, nullptr, p.levels ? p.levels + count * group : nullptr,
-               p.scale + group};
+  const int64_t group = out * task.groups + c.levels_at, row = out * row_bytes(p);
+  return {p.weight + row + c.codes_at,
+          p.weight_bits == 3 ? p.weight + row + low_bytes(p) + c.high_at : nullptr,
+          p.levels ? p.levels + levels_of_group(p) * group : nullptr, p.scale + group};
+}
+
+// What vectors of a piece of a row would read behind the ends of the tensors, in bytes; not
+// positive where they end inside, as they then do in all rows before it.
+struct Beyond {
+  int64_t codes, high, levels, scale;
+  bool any() const { return codes > 0 || high > 0 || levels > 0 || scale > 0; }
+};
+
+W2A4_FN Beyond beyond(const RowsTask& task, const Chunk& c, int64_t out) {
+  const LinearA4Params& p = *task.p;
+  const int64_t left = (p.out_features - out) * task.groups - c.levels_at;  // groups
+  const int64_t bytes = row_bytes(p) * (p.out_features - out);
+  return {c.codes_at + c.codes_size - bytes,
+          p.weight_bits == 3 ? low_bytes(p) + c.high_at + c.high_size - bytes : 0,
+          c.levels_size - levels_of_group(p) * left, c.scale_size - 2 * left};
+}
+
+// A piece with copies of what would be read behind the ends.
+W2A4_FN RowPiece copy_piece(const RowsTask& task, const Chunk& c, const Beyond& over, RowPiece row,
+                            RowEnds& ends) {
   const int64_t most =
       std::min<int64_t>(kChunkBlocks, task.cells) * task.cell_vectors * kVectorBytes;
-  if (codes_at + c.codes_size > size)
-    row.codes = copy_end(row.codes, c.codes_here, most, ends.codes);
-  if (p.weight_bits == 3) {
-    row.high = p.weight + high_at;
-    if (high_at + c.high_size > size) row.high = copy_end(row.high, c.high_here, most, ends.high);
-  }
-  if (count * (group - groups * p.out_features) + c.levels_size > 0) {
+  if (over.codes > 0) row.codes = copy_end(row.codes, c.codes_here, most, ends.codes);
+  if (over.high > 0) row.high = copy_end(row.high, c.high_here, most, ends.high);
+  if (over.levels > 0) {
     std::memcpy(ends.levels, row.levels, c.levels_here);
     row.levels = ends.levels;
   }
-  if (2 * group + c.scale_size > 2 * groups * p.out_features) {
+  if (over.scale > 0) {
     std::memcpy(ends.scale, row.scale, c.scale_here);
     row.scale = ends.scale;
   }
@@ -227,6 +242,11 @@ W2A4_FN void row_addends(const RowsTask& task, const Chunk& c, const RowPiece& r
     __m256i twos[kTokens][4];
 #pragma GCC unroll 4
     for (int pair = 0; pair < 4; ++pair) {
+      if (2 * pair >= c.cells - i) {
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) twos[t][pair] = _mm256_setzero_si256();
+        continue;
+      }
       if (kWhole)
         _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * pair + kAhead), _MM_HINT_T0);
       __m256i sum[2][kTokens];
@@ -279,9 +299,12 @@ W2A4_TARGET void rows_tile(const RowsTask& task, int64_t first, RowEnds& ends) {
   for (int t = 0; t < kTokens; ++t) acc[t] = _mm256_setzero_ps();
   for (Chunk c{}; c.cell + c.cells < task.cells;) {
     c = chunk_of(task, c.cell + c.cells);
-    for (int64_t r = 0; r < outs; ++r)
-      row_addends<kBits, kSpread, kTokens, kCellBlocks>(
-          task, c, row_piece(task, c, first + r, ends), r, addends);
+    const bool at_end = beyond(task, c, first + outs - 1).any();
+    for (int64_t r = 0; r < outs; ++r) {
+      RowPiece row = row_piece(task, c, first + r);
+      if (at_end) row = copy_piece(task, c, beyond(task, c, first + r), row, ends);
+      row_addends<kBits, kSpread, kTokens, kCellBlocks>(task, c, row, r, addends);
+    }
     for (int t = 0; t < kTokens; ++t) acc[t] = add_blocks(acc[t], addends[t], c.blocks);
   }
   alignas(32) float y[kRowsTile], bias[kRowsTile] = {};

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import w2a4
+from support.kv4 import packed, paged
 from support.op_arguments import FLOATS, assert_refused, bad_arguments, opcheck, replaced
 from support.packed import packed_model
 from w2a4 import ops
@@ -107,10 +108,42 @@ def arguments(hidden: int = 32, ffn: int = 64, group: int = 32) -> list:
 @compiled
 def test_opcheck():
     opcheck("decoder_layer", tuple(arguments()))
+    slots, table = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.int32)
+    opcheck("decoder_layer", (*arguments(), None, slots, table))
+
+
+@compiled
+@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_pages_give_the_bits_of_a_whole_cache(size, sinks, masked):
+    """Three sequences of different lengths, behind a prefix or not, in blocks that are in no order."""
+    starts, tokens, hidden = torch.tensor([5, 2, 9]), 2, 32
+    length = int(starts.max()) + tokens
+    x, angles = torch.randn(3, tokens, hidden), torch.randn(3, tokens, 32)
+    mask = (torch.rand(3, 1, tokens, length) < 0.7) if masked else None
+    sink = [*torch.randn(2, 3, 1, sinks, 32)] if sinks else [None, None]
+    caches, others = packed(3, 1, length, 32), arguments()
+    before = [x, angles.cos(), angles.sin(), mask, *others[4:16]]
+    keys = [int(start) + tokens - sinks for start in starts]
+    pages, table = paged([t[:, :, sinks:] for t in caches], keys, size)
+    places = starts[:, None] + torch.arange(tokens) - sinks
+    slots = table.long().gather(1, places // size) * size + places % size
+    behind = [*sink, int(starts.max()), 0.95, 32**-0.5, starts]
+    want = torch.ops.w2a4.decoder_layer(*before, *caches, *behind)
+    got = torch.ops.w2a4.decoder_layer(*before, *pages, *behind, slots, table)
+    assert torch.equal(got, want)
+    for page, cache in zip(pages, caches, strict=True):
+        for b, row in enumerate(slots):
+            new = cache[b, :, int(starts[b]) :][:, :tokens]
+            assert torch.equal(page[row // size, :, row % size].transpose(0, 1), new)
 
 
 def bad_calls():
     good = arguments()
+    slots, both = torch.zeros(1, 1, dtype=torch.long), "missing; pass both slots and block_table or neither"
+    yield "decoder_layer", [*good, None, slots], f"block_table is {both}"
+    yield "decoder_layer", [*good, None, None, slots.int()], f"slots is {both}"
 
     def linear(index: int, tensors: list) -> list:
         return replaced(good, index, tensors)

@@ -180,11 +180,15 @@ def layer_arguments() -> list:
 
 
 @pytest.mark.skipif(library.cpu_module is None, reason="no compiled kernels")
+@pytest.mark.parametrize("paging", [[], [torch.tensor([[8, 9, 4], [5, 6, 7]]), torch.int32]])
 @pytest.mark.parametrize("masked", [False, True])
-def test_decoder_layer_reference_is_the_kernel_but_for_its_ops(masked, monkeypatch):
+def test_decoder_layer_reference_is_the_kernel_but_for_its_ops(masked, paging, monkeypatch):
     """To the bit, caches included, with the kernels in place of the references that it calls."""
     args = layer_arguments()
     args[3] = (torch.rand(2, 1, 3, 5) < 0.7) if masked else None
+    if paging:  # blocks of four tokens
+        args[16:20] = [t.view(4, 1, 4, -1) for t in args[16:20]]
+        args += [None, paging[0], torch.tensor([[2, 1], [3, 1]], dtype=paging[1])]
     copy = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     plain = reference.decoder_layer(*[a.clone() if isinstance(a, torch.Tensor) else a for a in args])
     for name in ("quantize_a4", "rmsnorm_a4", "silu_mul_hadamard_a4",

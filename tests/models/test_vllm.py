@@ -73,6 +73,9 @@ class Served:
             for one in found
         ]
 
+    def model(self):
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
     def preemptions(self):
         return sum(m.value for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions")
 
@@ -112,7 +115,10 @@ def test_first_steps_are_those_of_transformers(family, case, recipe, tmp_path):
     ids = ids_of(40)
     with Served(directory) as server:
         ((got, _),) = server.answers([ids])
+        fused = {name for name, module in server.model().named_modules() if "forward" in vars(module)}
     assert_same_start(directory, got, ids)
+    whole = recipe.get("kv_bits") != 16 and recipe.get("rotation.r4") != "random" and family != "qwen3"
+    assert len(fused) == (3 if whole and case != "partial" else 0), "layers that are one op"
 
 
 @pytest.mark.parametrize("family,r4", [("llama", "hadamard"), ("mistral", "hadamard"), ("llama", "random")])

@@ -431,9 +431,24 @@ def _decoder_layer(draw: Draw) -> OpCase:
     return OpCase("decoder_layer", args, exact, (16, 17, 18, 19), oracle=_layer_of_ops)
 
 
+def _paged_decoder_layer(draw: Draw) -> OpCase:
+    """As `_decoder_layer`; blocks may be shared by sequences, but no slot by two tokens."""
+    case = _decoder_layer(draw)
+    (batch, tokens), start = case.args[0].shape[:2], case.args[22]
+    kv_heads, half = case.args[16].shape[1], case.args[16].shape[3]
+    size = draw.pick((1, 3, 16))
+    blocks = -(-max(1, batch * tokens) // size) + draw.number(0, 2)
+    case.args[16:20] = [t for _ in range(2) for t in _caches(draw, blocks, kv_heads, size, 2 * half)]
+    first, columns = draw.number(0, blocks * size - batch * tokens), -(-(start + tokens) // size)
+    slots = torch.arange(first, first + batch * tokens).flip(0).view(batch, tokens)
+    case.args += [slots, _integers(draw, 0, blocks, batch, columns, dtype=torch.int32)]
+    return case
+
+
 def _layer_of_ops(
     x, cos, sin, mask, norms, eps, qkv_proj, o_proj, gate_up_proj, down_proj, groups, acts, r3, r3_block, r4,
-    r4_block, k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, clip, scaling, starts,
+    r4_block, k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, clip, scaling, starts, slots=None,
+    block_table=None,
 ) -> Tensor:  # fmt: skip
     """`decoder_layer` by the ops that it is made of, one after another, whose bits are promised."""
     op = torch.ops.w2a4
@@ -447,9 +462,10 @@ def _layer_of_ops(
         return call(*a, weight, *levels, scale, *bias, group, x.dtype, residual)
 
     qkv = linear(qkv_proj, groups[0], op.rmsnorm_a4(x, norms[0], eps, qkv_proj[2], acts[0]))
-    q = op.rope_append_kv4(qkv, cos, sin, r3, r3_block, *caches, start, clip, starts)
-    length = start + x.shape[1]
-    context = op.attention_kv4(q, *caches, length, mask, mask is None, scaling, k_sink, v_sink, starts)
+    places = (start, clip, starts) if slots is None else (0, clip, None, slots)
+    q = op.rope_append_kv4(qkv, cos, sin, r3, r3_block, *caches, *places)
+    length, sinks = start + x.shape[1], (k_sink, v_sink)
+    context = op.attention_kv4(q, *caches, length, mask, mask is None, scaling, *sinks, starts, block_table)
     y = linear(o_proj, groups[1], op.quantize_a4(context.flatten(2), o_proj[2], acts[1]), x)
     both = linear(gate_up_proj, groups[2], op.rmsnorm_a4(y, norms[1], eps, gate_up_proj[2], acts[2]))
     gate, up = (half.contiguous() for half in both.chunk(2, -1))
@@ -461,7 +477,7 @@ CASES = (
     _hadamard, _quantize_a4, _fused_a4, _fused_a4, _linear_a4, _linear_a4, _linear_w8, _quantize_kv4,
     _append_kv4, _paged_append_kv4, _rope_append_kv4, _attention_kv4, _attention_kv4, _paged_attention_kv4,
     _round_columns, _snap, _fake_quant_rows, _snap_backward, _fake_quant_rows_backward, _decoder_layer,
-    _decoder_layer,
+    _decoder_layer, _paged_decoder_layer,
 )  # fmt: skip
 
 #: Numbers that no argument should be taken at its word for.

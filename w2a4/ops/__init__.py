@@ -367,6 +367,7 @@ def decoder_layer(
     r3: tuple[Tensor | None, int], r4: tuple[Tensor | None, int],
     k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, k_sink: Tensor | None,
     v_sink: Tensor | None, start: int, kv_clip: float, scaling: float, starts: Tensor | None = None,
+    slots: Tensor | None = None, block_table: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A decoder layer of a packed LLaMA, to the bit what its ops give one after another.
 
@@ -380,6 +381,8 @@ def decoder_layer(
         r3, r4: had_k and block_size of R3 and R4, see `hadamard`.
         k_codes, k_params, v_codes, v_params, start, kv_clip: the caches, written as by `rope_append_kv4`.
         k_sink, v_sink, scaling, starts: see `attention_kv4`.
+        slots, block_table: of paged caches, both or neither; see `append_kv4` and `attention_kv4`. start is
+            then the most of `starts`, sinks included.
 
     Returns:
         `[batch, tokens, hidden]` in x's dtype, with both residuals added.
@@ -387,7 +390,8 @@ def decoder_layer(
     return _ops.decoder_layer.default(
         x.contiguous(), cos.contiguous(), sin.contiguous(), mask, norms, eps,
         qkv_proj, o_proj, gate_up_proj, down_proj, group_sizes, act_group_sizes, *r3, *r4,
-        k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, kv_clip, scaling, starts,
+        k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, kv_clip, scaling, starts, slots,
+        block_table,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from .table import fake_of, op
     "Tensor[] o_proj, Tensor[] gate_up_proj, Tensor[] down_proj, int[] group_sizes, int[] act_group_sizes, "
     "Tensor? r3, int r3_block, Tensor? r4, int r4_block, Tensor(a!) k_codes, Tensor(b!) k_params, "
     "Tensor(c!) v_codes, Tensor(d!) v_params, Tensor? k_sink, Tensor? v_sink, SymInt start, float kv_clip, "
-    "float scaling, Tensor? starts=None) -> Tensor",
+    "float scaling, Tensor? starts=None, Tensor? slots=None, Tensor? block_table=None) -> Tensor",
     kernels="cpu",
 )
 def decoder_layer(
@@ -25,7 +25,7 @@ def decoder_layer(
     group_sizes: list[int], act_group_sizes: list[int], r3: Tensor | None, r3_block: int,
     r4: Tensor | None, r4_block: int, k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor,
     k_sink: Tensor | None, v_sink: Tensor | None, start: int, kv_clip: float, scaling: float,
-    starts: Tensor | None = None,
+    starts: Tensor | None = None, slots: Tensor | None = None, block_table: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The references of the ops it is made of, one after another. Args: see `ops.decoder_layer`."""
     qkv, o, gate_up, down = (
@@ -36,8 +36,11 @@ def decoder_layer(
     )
     heads = qkv(*rmsnorm_a4(x, norms[0], eps, qkv.clip, qkv.act_group_size), x.dtype)
     caches, length = (k_codes, k_params, v_codes, v_params), start + x.shape[1]
-    q = rope_append_kv4(heads, cos, sin, r3, r3_block, *caches, start, kv_clip, starts)
-    context = attention_kv4(q, *caches, length, mask, mask is None, scaling, k_sink, v_sink, starts)
+    places = (start, kv_clip, starts) if slots is None else (0, kv_clip, None, slots)
+    q = rope_append_kv4(heads, cos, sin, r3, r3_block, *caches, *places)
+    context = attention_kv4(
+        q, *caches, length, mask, mask is None, scaling, k_sink, v_sink, starts, block_table
+    )
     y = o(*quantize_a4(context.flatten(2), o.clip, o.act_group_size), x.dtype) + x
     gate, up = gate_up(*rmsnorm_a4(y, norms[1], eps, gate_up.clip, gate_up.act_group_size), x.dtype).chunk(
         2, -1
@@ -66,6 +69,6 @@ class _Linear:
 def _(
     x, cos, sin, mask, norms, eps, qkv_proj, o_proj, gate_up_proj, down_proj, group_sizes, act_group_sizes,
     r3, r3_block, r4, r4_block, k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, kv_clip,
-    scaling, starts=None,
+    scaling, starts=None, slots=None, block_table=None,
 ):  # fmt: skip
     return torch.empty_like(x)

@@ -6,6 +6,7 @@ of either: so both codes begin at a multiple of eight bytes, which the kernels f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,23 +80,61 @@ class Run:
     block_table: Tensor
     masks: dict[int, Tensor] = field(default_factory=dict)
 
+    def sinks(self, layer: Any, prefix: int) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values of a layer's prefix, `[sequences, kv_heads, prefix, head_dim]`."""
+        if not prefix:
+            return None, None
+        keys, values = layer.prefix_keys, layer.prefix_values
+        return keys.expand(len(self.starts), *keys.shape), values.expand(len(self.starts), *values.shape)
+
     def mask(self, window: int | None, prefix: int) -> Tensor | None:
-        """bool `[sequences, 1, queries, length]`, None where a window hides nothing; prefixes are seen."""
+        """bool `[sequences, 1, queries, length]`: what a query sees of its window and the prefix, causally.
+
+        None where a window hides nothing.
+        """
         if window is None or self.length - prefix <= window:
             return None
         if window not in self.masks:
             device = self.starts.device
             keys = torch.arange(self.length, device=device)
             place = self.starts[:, None, None, None] + torch.arange(self.queries, device=device)[:, None]
-            self.masks[window] = (keys > place - window) | (keys < prefix)
+            self.masks[window] = (keys > place - window) & (keys <= place) | (keys < prefix)
         return self.masks[window]
 
 
 @dataclass
+class PlacedRun:
+    """A run, cos and sin of its tokens `[sequences, queries, head_dim]`, and their slots in the cache."""
+
+    run: Run
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+
+
+@dataclass
 class KV4Metadata:
-    """Of one step: what attention of every layer of a group reads."""
+    """Of one step: what every layer of a group reads.
+
+    Attributes:
+        places: by RoPE, its runs with their places.
+    """
 
     runs: list[Run]
+    places: dict[int, list[PlacedRun]] = field(default_factory=dict)
+
+    def placed(
+        self, rope: nn.Module, positions: Tensor, slots: Tensor, dtype: torch.dtype
+    ) -> list[PlacedRun]:
+        """The runs for layers with a RoPE of vLLM's, which keeps cos and sin of half the width each."""
+        if id(rope) not in self.places:
+            cos, sin = rope.cos_sin_cache[positions].to(dtype).chunk(2, -1)
+            of_tokens = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1), slots
+            self.places[id(rope)] = [
+                PlacedRun(run, *(t[run.tokens].unflatten(0, (-1, run.queries)) for t in of_tokens))
+                for run in self.runs
+            ]
+        return self.places[id(rope)]
 
 
 class KV4MetadataBuilder(AttentionMetadataBuilder[KV4Metadata]):
@@ -142,6 +181,15 @@ class KV4Attention(AttentionImpl[KV4Metadata]):
         self.head_size, self.scale = layer.head_size, layer.impl.scale
         self.sliding_window, self.kv_cache_dtype = layer.sliding_window, layer.kv_cache_dtype
         self.r3, self.clip, self.prefix = manifest.r3, manifest.kv_clip, len(manifest.prefix)
+        self.layer: Callable[[], Any] | None = None  # the decoder layer, where `layer.watch` knows its class
+        self.fused: Any = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """vLLM's last word on a layer, whose linears are loaded now."""
+        from .layer import fuse
+
+        if self.layer is not None:
+            fuse(self.layer())
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -149,7 +197,7 @@ class KV4Attention(AttentionImpl[KV4Metadata]):
         """Round new keys and values `[tokens, kv_heads, head_dim]` into their slots, which -1 are not."""
         tokens = len(slot_mapping)
         key = self._rotated(key[:tokens])
-        k_codes, k_params, v_codes, v_params = self._parts(kv_cache)
+        k_codes, k_params, v_codes, v_params = self.parts(kv_cache)
         for x, codes, params in ((key, k_codes, k_params), (value[:tokens], v_codes, v_params)):
             ops.append_kv4(x.transpose(0, 1)[None], codes, params, 0, self.clip, None, slot_mapping)
 
@@ -161,15 +209,10 @@ class KV4Attention(AttentionImpl[KV4Metadata]):
         """Queries `[tokens, heads, head_dim]` over the cache, into `output`, of that shape."""
         if attn_metadata is None:  # a run that only measures memory
             return output
-        query, pages = self._rotated(query), self._parts(kv_cache)
+        query, pages = self._rotated(query), self.parts(kv_cache)
         for run in attn_metadata.runs:
             x = query[run.tokens].unflatten(0, (-1, run.queries)).transpose(1, 2)
-            sinks = (None, None)
-            if self.prefix:
-                sinks = tuple(
-                    t[None].expand(len(x), -1, -1, -1) for t in (layer.prefix_keys, layer.prefix_values)
-                )
-            mask = run.mask(self.sliding_window, self.prefix)
+            sinks, mask = run.sinks(layer, self.prefix), run.mask(self.sliding_window, self.prefix)
             seen = ops.attention_kv4(
                 x, *pages, run.length, mask, True, self.scale, *sinks, run.starts, run.block_table
             )
@@ -179,7 +222,7 @@ class KV4Attention(AttentionImpl[KV4Metadata]):
     def _rotated(self, x: Tensor) -> Tensor:
         return x if self.r3 is None else self.r3.apply(x)
 
-    def _parts(self, kv_cache: Tensor) -> tuple[Tensor, ...]:
+    def parts(self, kv_cache: Tensor) -> tuple[Tensor, ...]:
         """Codes and params of keys, then of values, `[blocks, kv_heads, block_size, …]`."""
         half = self.head_size // 2
         k_codes, v_codes, k_params, v_params = kv_cache.view(torch.uint8).split([half, half, 4, 4], -1)

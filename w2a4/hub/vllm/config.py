@@ -86,8 +86,10 @@ class W2A4Quantization(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from .attention import KV4Method
+        from .layer import watch
         from .linear import PackedLinearMethod, W8Method
 
+        watch()
         if isinstance(layer, Attention):
             if layer.head_size != self.head_dim:
                 raise CheckpointError(
