@@ -1,7 +1,7 @@
 """Forms of 4-bit weights and of 4-bit activations, by what each costs in perplexity when all else is exact.
 
     python -m benchmarks.experiments.forms [--model MODEL] [--text FILE|general|builtin]… [--windows 2]
-        [--groups 32,64,-1] [--json FILE]
+        [--groups 32,64,-1] [--what weights|activations] [--json FILE]
 
 The model is rotated by the recipe w4a4kv4, and then either its decoder's weights are rounded, to nearest,
 or the inputs of these linears. The clip is searched: of a weight for every group, of activations for every
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from w2a4.format.online import RotatedLinear
 
 #: Rounds groups `[..., size]`, their range shrunk by the second argument.
 Form = Callable[[Tensor, float], Tensor]
+
+KINDS = ("weights", "activations")
 
 WEIGHT_CLIPS = tuple(1 - 0.025 * step for step in range(17))
 ACT_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -137,14 +139,16 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     for layer in model.model.layers:
         for path, linear in family.linears(layer).items():
             if isinstance(linear, RotatedLinear):
-                layer.set_submodule(path, _Split(linear))
-                linear = layer.get_submodule(path).linear
-            found.append(linear)
+                linear = _Split(linear)
+                layer.set_submodule(path, linear)
+            found.append(linear.linear if isinstance(linear, _Split) else linear)
     return found
 
 
 @torch.no_grad()
-def run(model: nn.Module, score: Callable[[], list[float]], groups: list[int]) -> list[dict[str, Any]]:
+def run(
+    model: nn.Module, score: Callable[[], list[float]], groups: list[int], what: Sequence[str] = KINDS
+) -> list[dict[str, Any]]:
     """A row a form, group and what is rounded: ratios to full precision, as `score` gives them."""
     found = linears(model)
     exact = [linear.weight.detach().clone() for linear in found]
@@ -155,7 +159,7 @@ def run(model: nn.Module, score: Callable[[], list[float]], groups: list[int]) -
         rows.append({"what": what, "form": name, "group": group, "bits": bits, "ratios": ratios})
         click.echo(json.dumps(rows[-1]), err=True)
 
-    for group in groups:
+    for group in groups if "weights" in what else ():
         sizes = [resolve_group_size(weight.shape[1], group) for weight in exact]
         numbers = sum(w.numel() for w in exact)
         scales = sum(w.numel() / size for w, size in zip(exact, sizes, strict=True)) / numbers
@@ -173,7 +177,7 @@ def run(model: nn.Module, score: Callable[[], list[float]], groups: list[int]) -
             add("weights", name, group, 4 + (20 if name == "asymmetric" else 16) * scales)
     for linear, weight in zip(found, exact, strict=True):
         linear.weight.copy_(weight)
-    for group in groups:
+    for group in groups if "activations" in what else ():
         for name, form in {"symmetric": symmetric, "signed": signed, "asymmetric": asymmetric}.items():
             hooks = [linear.register_forward_pre_hook(Rounded(form, group)) for linear in found]
             add("activations", name, group, 4)
@@ -199,8 +203,9 @@ def table(rows: list[dict[str, Any]], texts: tuple[str, ...]) -> str:
 @click.option("--windows", type=click.IntRange(min=1), default=2, show_default=True, help="Of each text.")
 @click.option("--seqlen", type=click.IntRange(min=2), default=2048, show_default=True)
 @click.option("--groups", default="32,64,-1", show_default=True, help="Inputs that share a scale; -1 is all.")
+@click.option("--what", multiple=True, type=click.Choice(KINDS), default=KINDS, help="Repeatable.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Result file.")
-def main(model, texts, windows, seqlen, groups, json_file):
+def main(model, texts, windows, seqlen, groups, what, json_file):
     source = model or str(demo._model())
     loaded, tokenizer = w2a4.load_model(source, torch.float32)
     w2a4.rotate(loaded, w2a4.Recipe.load("w4a4kv4").rotation)
@@ -210,7 +215,7 @@ def main(model, texts, windows, seqlen, groups, json_file):
             perplexity(loaded, tokenizer, t, seqlen, windows, progress=False)["perplexity"] for t in texts
         ]
 
-    rows = run(loaded, score, [int(group) for group in groups.split(",")])
+    rows = run(loaded, score, [int(group) for group in groups.split(",")], what)
     if json_file is not None:
         meta = {"commit": commit(), "texts": texts, "windows": windows, "seqlen": seqlen}
         write_json(json_file, {"meta": meta, "rows": rows})

@@ -50,5 +50,6 @@ def test_rows_begin_with_the_exact_model():
     ]  # fmt: skip
     assert [row["bits"] for row in rows] == [5, 5, 5.25, 5, 5, 4, 4, 4]
     assert all(not torch.equal(logits, seen[0]) for logits in seen[1:])
+    assert forms.run(model, score, [16], ["activations"]) == rows[5:]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, seen[0])
