@@ -154,9 +154,9 @@ def run(
     exact = [linear.weight.detach().clone() for linear in found]
     full, rows = score(), []
 
-    def add(what: str, name: str, group: int, bits: float) -> None:
+    def add(kind: str, name: str, group: int, bits: float) -> None:
         ratios = [a / b for a, b in zip(score(), full, strict=True)]
-        rows.append({"what": what, "form": name, "group": group, "bits": bits, "ratios": ratios})
+        rows.append({"what": kind, "form": name, "group": group, "bits": bits, "ratios": ratios})
         click.echo(json.dumps(rows[-1]), err=True)
 
     for group in groups if "weights" in what else ():

@@ -269,12 +269,15 @@ for k, m in ((1, 2), (1, 8), (1, 64), (1, 1024), (1, 8192), (12, 8), (28, 64), (
 codes, scale = ops.quantize_a4(x, torch.tensor([-0.9]))
 weight = torch.randint(0, 256, (70, 144), dtype=torch.uint8)
 levels = torch.randint(-128, 128, (70, 9, 4), dtype=torch.int8)
-w_scale, int8 = torch.rand(70, 9).half(), torch.randint(-128, 128, (70, 576), dtype=torch.int8)
+w_scale = torch.rand(70, 9).half()
 for tokens in (1, 5, 9):
     args = codes[:tokens], scale[:tokens]
     out.append(ops.linear_w2a4(*args, weight, levels, w_scale, None, 64, torch.bfloat16))
     out.append(ops.linear_w4a4(*args, weight.repeat(1, 2), w_scale, None, 64, torch.float16))
-    out.append(ops.linear_w8(x[:tokens], int8, w_scale[:, 0].contiguous()))
+wide, bias = torch.randn(17, 577), torch.randn(70)
+int8 = torch.randint(-128, 128, (70, 577), dtype=torch.int8)
+for tokens in (1, 2, 3, 4, 5, 6, 7, 12, 16, 17):
+    out.append(ops.linear_w8(wide[:tokens], int8, w_scale[:, 0].contiguous(), bias))
 keys, values = torch.randn(2, 1, 2, 150, 64)
 cache = [*ops.quantize_kv4(keys, 0.95), *ops.quantize_kv4(values, 0.95)]
 out += cache

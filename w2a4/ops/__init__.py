@@ -376,7 +376,7 @@ def decoder_layer(
         cos, sin, mask: see `rope_append_kv4` and `attention_kv4`; a mask of None is causal.
         norms, eps: the weights of both RMSNorms.
         qkv_proj, o_proj, gate_up_proj, down_proj: weight, scale and act_clip of each linear, of q/k/v and of
-            gate/up one below the other, then levels if its weights have 2 bits, then bias if it has one.
+            gate/up one below the other, then levels if its weights have 2 or 3 bits, then bias if it has one.
         group_sizes, act_group_sizes: of weights and of inputs of the four; see `linear_w2a4`.
         r3, r4: had_k and block_size of R3 and R4, see `hadamard`.
         k_codes, k_params, v_codes, v_params, start, kv_clip: the caches, written as by `rope_append_kv4`.

@@ -45,7 +45,7 @@ LayerOp = Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None], Tensor]
 SILU = ("silu", "swish")
 
 #: Tensors of a linear in the order of `ops.decoder_layer`.
-_ORDER = ("weight", "scale", "act_clip", "levels", "bias")
+TENSOR_ORDER = ("weight", "scale", "act_clip", "levels", "bias")
 
 
 class _Block(Derived):
@@ -454,7 +454,7 @@ def _fits_layer_op(layer: Any) -> bool:
 def _tensors(linear: _PackedLinear) -> list[Tensor]:
     """Those of a linear in the order of `ops.decoder_layer`."""
     own = linear._parameters
-    return [own[name] for name in _ORDER if own.get(name) is not None]
+    return [own[name] for name in TENSOR_ORDER if own.get(name) is not None]
 
 
 def _is_whole(layer: Any) -> bool:

@@ -117,7 +117,7 @@ class KV4Metadata:
     """Of one step: what every layer of a group reads.
 
     Attributes:
-        places: by RoPE, its runs with their places.
+        places: by the id of a RoPE module, the runs with their places, which are the same in all layers.
     """
 
     runs: list[Run]
@@ -181,15 +181,15 @@ class KV4Attention(AttentionImpl[KV4Metadata]):
         self.head_size, self.scale = layer.head_size, layer.impl.scale
         self.sliding_window, self.kv_cache_dtype = layer.sliding_window, layer.kv_cache_dtype
         self.r3, self.clip, self.prefix = manifest.r3, manifest.kv_clip, len(manifest.prefix)
-        self.layer: Callable[[], Any] | None = None  # the decoder layer, where `layer.watch` knows its class
+        self.decoder_layer: Callable[[], Any] | None = None  # `watch` of the module `layer` sets it
         self.fused: Any = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM's last word on a layer, whose linears are loaded now."""
         from .layer import fuse
 
-        if self.layer is not None:
-            fuse(self.layer())
+        if self.decoder_layer is not None:
+            fuse(self.decoder_layer())
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

@@ -29,7 +29,7 @@ from ...format.linear import PACKED_LINEARS
 from ...format.online import OnlineRotation
 
 #: What a down_proj says it takes instead of floats.
-_KEY = "w2a4_hadamard_a4"
+HADAMARD_A4 = "w2a4_hadamard_a4"
 
 _LINEAR: dict[int, Callable[..., Tensor]] = {2: ops.linear_w2a4, 3: ops.linear_w3a4, 4: ops.linear_w4a4}
 
@@ -122,7 +122,7 @@ class PackedLinearMethod(LinearMethodBase):
                 layer.register_buffer(
                     "w2a4_had_k", had_k, persistent=False
                 )  # vLLM keeps buffers in its sleep
-                layer.w2a4_act_group, layer._input_quant_key = self.act_group, _KEY
+                layer.w2a4_act_group, layer._input_quant_key = self.act_group, HADAMARD_A4
 
     def apply(self, layer: nn.Module, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
         """`[..., in]` to `[..., out]` in x's dtype."""
@@ -143,10 +143,10 @@ def _silu_mul_hadamard(x: Tensor, linear: nn.Module) -> QuantizedActivation:
     codes, scale = ops.silu_mul_hadamard_a4(
         gate, up, linear.w2a4_had_k, linear.w2a4_block, linear.act_clip, linear.w2a4_act_group
     )
-    return QuantizedActivation(codes, scale, x.dtype, gate.shape, _KEY)
+    return QuantizedActivation(codes, scale, x.dtype, gate.shape, HADAMARD_A4)
 
 
-fused_act_quant._FUSED_ACT_QUANT[(SiluAndMul, _KEY)] = _silu_mul_hadamard
+fused_act_quant._FUSED_ACT_QUANT[(SiluAndMul, HADAMARD_A4)] = _silu_mul_hadamard
 
 
 class W8Method(QuantizeMethodBase):
