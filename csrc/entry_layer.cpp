@@ -30,6 +30,9 @@ struct Linear {
     weight = tensors[0], scale = tensors[1], clip = tensors[2];
     for (size_t i = 3; i < tensors.size(); ++i)
       (tensors[i].scalar_type() == kI8 ? levels : bias) = tensors[i];
+    if (levels)
+      check.that(levels->dim() == 3, name, " has levels of shape ", shape_name(*levels),
+                 ", expected [out, groups, levels]");
   }
 
   Tensor operator()(const Quantized& a, ScalarType dtype) const {

@@ -154,6 +154,8 @@ def bad_calls():
     yield "decoder_layer", replaced(good, 10, [32] * 3), "group_sizes has 3 numbers, expected 4"
     yield "decoder_layer", replaced(good, 11, [-1] * 5), "act_group_sizes has 5 numbers, expected 4"
     yield "decoder_layer", linear(7, good[7][:2]), "o_proj has 2 tensors, expected weight, scale, act_clip"
+    scalar = [*good[9][:3], good[9][3][0, 0, 0]]
+    yield "decoder_layer", linear(9, scalar), r"down_proj has levels of shape \[\], expected \[out, groups"
     narrow = [t[:16] if t.dim() > 1 else t for t in good[9]]
     odd = [t[:-1] if t.dim() > 1 else t for t in good[8]]
     yield "decoder_layer", linear(8, odd), "gate_up_proj has 127 outputs, expected as many"
