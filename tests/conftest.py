@@ -3,6 +3,7 @@
 What a run on a GPU needs besides (limits, JSON lines, leaving after a fault) is in watch.py.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,10 @@ import benchmarks  # noqa: E402, F401
 sys.path[:] = [*(entry for entry in sys.path if Path(entry).resolve() != ROOT), str(ROOT)]
 
 from support import watch  # noqa: E402
+
+# A shell has what it starts with `&` ignore SIGINT, and so would what tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
