@@ -28,6 +28,7 @@ class OnDeviceOf {
 }  // namespace w2a4
 #else
 #include "cpu/kernels.h"
+#include "cpu/team.h"
 
 namespace w2a4 {
 namespace kernels = cpu;

@@ -9,14 +9,10 @@
 #include "tensors.h"
 
 namespace w2a4 {
-namespace {
-
-Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Tensor& a_scale,
-                 const Tensor& weight, const Tensor* levels, const Tensor& scale,
-                 const std::optional<Tensor>& bias, int64_t group_size, ScalarType out_dtype,
-                 const std::optional<Tensor>& residual) {
-  check.dtype(a_codes, "a_codes", {kU8});
-  check.dtype(a_scale, "a_scale", {kF32});
+LinearA4Params linear_a4_params(Check& check, int weight_bits, const Tensor& weight,
+                                const Tensor* levels, const Tensor& scale,
+                                const std::optional<Tensor>& bias, int64_t group_size,
+                                int64_t act_group) {
   check.dtype(weight, "weight", {kU8});
   check.dtype(scale, "scale", {kF16});
   check.that(group_size >= 1, "group_size=", group_size, ", expected at least 1");
@@ -44,56 +40,109 @@ Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Ten
                 weight_bits == 3 ? "[out, in / group_size, 8]" : "[out, in / group_size, 4]");
     check.contiguous(*levels, "levels");
   }
-  check.at_least_1d(a_codes, "a_codes");
-  check.that(a_codes.size(-1) == ceil_div(in_features, 2), "a_codes has shape ",
-             shape_name(a_codes), ", expected [..., ", ceil_div(in_features, 2),
-             "] for in_features=", in_features);
-  check.at_least_1d(a_scale, "a_scale");
-  const int64_t act_groups = a_scale.size(-1), tokens = rows_of(a_codes);
-  check.that(act_groups >= 1 && in_features % act_groups == 0, "a_scale has shape ",
-             shape_name(a_scale), ", its last dimension does not divide in_features=", in_features);
-  check.that(rows_of(a_scale) == tokens && a_scale.dim() == a_codes.dim(), "a_scale has shape ",
-             shape_name(a_scale), ", expected the tokens of a_codes, which has shape ",
-             shape_name(a_codes));
-  const int64_t act_group = in_features / act_groups;
-  check.that(group_size % act_group == 0 || act_group % group_size == 0, "group_size=", group_size,
-             " and the activation group ", act_group, " of a_scale: one must divide the other");
   check_bias(check, bias, out_features);
-  for (auto [t, name] : {std::pair{&a_codes, "a_codes"},
-                         {&a_scale, "a_scale"},
-                         {&weight, "weight"},
-                         {&scale, "scale"}})
-    check.contiguous(*t, name);
-  check.that(out_dtype == kF32 || out_dtype == kF16 || out_dtype == ScalarType::BFloat16 ||
-                 out_dtype == ScalarType::Double,
-             "out_dtype is ", dtype_name(out_dtype),
-             ", expected float32, float16, bfloat16 or float64");
-  const OnDeviceOf device(a_codes);
-  Tensor y = empty(a_codes, with_last(a_codes, out_features), out_dtype);
-  if (residual) {
-    check.dtype(*residual, "residual", {out_dtype});
-    check.that(residual->sizes().equals(y.sizes()), "residual has shape ", shape_name(*residual),
-               ", expected ", shape_name(y));
-    check.contiguous(*residual, "residual");
-  }
+  check.contiguous(weight, "weight");
+  check.contiguous(scale, "scale");
+  if (act_group == -1) act_group = in_features;
+  check.that(act_group >= 1 && (group_size % act_group == 0 || act_group % group_size == 0),
+             "group_size=", group_size, " and the activation group ", act_group,
+             " of a_scale: one must divide the other");
   LinearA4Params p{};
-  p.a_codes = static_cast<const uint8_t*>(a_codes.data_ptr());
-  p.a_scale = static_cast<const float*>(a_scale.data_ptr());
   p.weight = static_cast<const uint8_t*>(weight.data_ptr());
   p.levels = levels ? static_cast<const int8_t*>(levels->data_ptr()) : nullptr;
   p.scale = static_cast<const uint16_t*>(scale.data_ptr());
   p.bias = bias ? bias->data_ptr() : nullptr;
   p.bias_dtype = bias ? bias->scalar_type() : kF32;
-  p.residual = residual ? residual->data_ptr() : nullptr;
-  p.y = y.data_ptr();
-  p.out_dtype = out_dtype;
-  p.tokens = tokens;
   p.out_features = out_features;
   p.in_features = in_features;
   p.group_size = group_size;
   p.act_group = act_group;
   p.block = std::min(group_size, act_group);
   p.weight_bits = weight_bits;
+  return p;
+}
+
+QuantizeA4Params quantize_a4_params(Check& check, const Activation& x, const Tensor& clip,
+                                    ScalarType dtype, int64_t tokens, int64_t features,
+                                    int64_t group_size) {
+  check.dtype(clip, "clip", {kF32});
+  check.shape(clip, "clip", {1}, "[1]");
+  check.that(group_size == -1 || (group_size >= 1 && features % group_size == 0),
+             "group_size=", group_size, " does not divide ", x, "; -1 is the whole token");
+  QuantizeA4Params p{};
+  p.clip = static_cast<const float*>(clip.data_ptr());
+  p.dtype = dtype;
+  p.tokens = tokens;
+  p.features = p.stride = features;
+  p.group_size = group_size == -1 ? features : group_size;
+  return p;
+}
+
+void set_rmsnorm(Check& check, QuantizeA4Params& p, const std::optional<Tensor>& weight,
+                 double eps) {
+  if (weight) {
+    check.floating(*weight, "weight");
+    check.shape(*weight, "weight", {p.features}, "[last dimension of x]");
+    check.contiguous(*weight, "weight");
+    p.norm_weight = weight->data_ptr();
+    p.norm_dtype = weight->scalar_type();
+  }
+  check.that(eps >= 0, "eps=", eps, ", expected at least 0");
+  p.rmsnorm = true;
+  p.eps = static_cast<float>(eps);
+}
+
+void set_hadamard(Check& check, QuantizeA4Params& p, const Activation& x,
+                  const std::optional<Tensor>& had_k, int64_t block_size) {
+  p.k = check_hadamard(check, x, p.features, had_k, block_size);
+  check.that(block_size > 1 || !had_k, "block_size=", block_size,
+             " is no transform, but had_k has ", "shape [1, 1]; pass had_k=None");
+  p.had_k = had_k_data(had_k);
+  p.block_size = block_size;
+}
+
+namespace {
+
+Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Tensor& a_scale,
+                 const Tensor& weight, const Tensor* levels, const Tensor& scale,
+                 const std::optional<Tensor>& bias, int64_t group_size, ScalarType out_dtype,
+                 const std::optional<Tensor>& residual) {
+  check.dtype(a_codes, "a_codes", {kU8});
+  check.dtype(a_scale, "a_scale", {kF32});
+  check.at_least_1d(a_codes, "a_codes");
+  check.at_least_1d(a_scale, "a_scale");
+  const int64_t act_groups = a_scale.size(-1), tokens = rows_of(a_codes);
+  const int64_t inputs = scale.dim() == 2 ? scale.size(1) * group_size : 0;
+  check.that(act_groups >= 1 && inputs % act_groups == 0, "a_scale has shape ", shape_name(a_scale),
+             ", its last dimension does not divide in_features=", inputs);
+  LinearA4Params p = linear_a4_params(check, weight_bits, weight, levels, scale, bias, group_size,
+                                      inputs == 0 ? -1 : inputs / act_groups);
+  check.that(a_codes.size(-1) == ceil_div(p.in_features, 2), "a_codes has shape ",
+             shape_name(a_codes), ", expected [..., ", ceil_div(p.in_features, 2),
+             "] for in_features=", p.in_features);
+  check.that(rows_of(a_scale) == tokens && a_scale.dim() == a_codes.dim(), "a_scale has shape ",
+             shape_name(a_scale), ", expected the tokens of a_codes, which has shape ",
+             shape_name(a_codes));
+  check.contiguous(a_codes, "a_codes");
+  check.contiguous(a_scale, "a_scale");
+  check.that(out_dtype == kF32 || out_dtype == kF16 || out_dtype == ScalarType::BFloat16 ||
+                 out_dtype == ScalarType::Double,
+             "out_dtype is ", dtype_name(out_dtype),
+             ", expected float32, float16, bfloat16 or float64");
+  const OnDeviceOf device(a_codes);
+  Tensor y = empty(a_codes, with_last(a_codes, p.out_features), out_dtype);
+  if (residual) {
+    check.dtype(*residual, "residual", {out_dtype});
+    check.that(residual->sizes().equals(y.sizes()), "residual has shape ", shape_name(*residual),
+               ", expected ", shape_name(y));
+    check.contiguous(*residual, "residual");
+  }
+  p.a_codes = static_cast<const uint8_t*>(a_codes.data_ptr());
+  p.a_scale = static_cast<const float*>(a_scale.data_ptr());
+  p.residual = residual ? residual->data_ptr() : nullptr;
+  p.y = y.data_ptr();
+  p.out_dtype = out_dtype;
+  p.tokens = tokens;
   p.device = device.index;
   kernels::linear_a4(p);
   return y;
@@ -109,31 +158,12 @@ void check_activations(Check& check, const Tensor& x, const char* name) {
 QuantizeA4Params quantize_params(Check& check, const Tensor& x, const char* name,
                                  const Tensor& clip, int64_t group_size) {
   check_activations(check, x, name);
-  check.dtype(clip, "clip", {kF32});
-  check.shape(clip, "clip", {1}, "[1]");
-  const int64_t features = x.size(-1);
-  check.that(features >= 1, name, " has shape ", shape_name(x), ", expected at least one feature");
-  check.that(group_size == -1 || (group_size >= 1 && features % group_size == 0),
-             "group_size=", group_size, " does not divide the last dimension of ", name, ", shape ",
-             shape_name(x), "; -1 is the whole token");
-  QuantizeA4Params p{};
+  check.that(x.size(-1) >= 1, name, " has shape ", shape_name(x),
+             ", expected at least one feature");
+  QuantizeA4Params p = quantize_a4_params(check, {name, &x}, clip, x.scalar_type(), rows_of(x),
+                                          x.size(-1), group_size);
   p.x = x.data_ptr();
-  p.clip = static_cast<const float*>(clip.data_ptr());
-  p.dtype = x.scalar_type();
-  p.tokens = rows_of(x);
-  p.features = features;
-  p.group_size = group_size == -1 ? features : group_size;
   return p;
-}
-
-// Adds the Hadamard stage. block_size 1 is none: had_k could only change signs then.
-void add_hadamard(Check& check, QuantizeA4Params& p, const Tensor& x, const char* name,
-                  const std::optional<Tensor>& had_k, int64_t block_size) {
-  p.k = check_hadamard(check, x, name, had_k, block_size);
-  check.that(block_size > 1 || !had_k, "block_size=", block_size,
-             " is no transform, but had_k has ", "shape [1, 1]; pass had_k=None");
-  p.had_k = had_k_data(had_k);
-  p.block_size = block_size;
 }
 
 // Allocates codes and scale like x, and launches.
@@ -154,8 +184,8 @@ Tensor hadamard(const Tensor& x, const std::optional<Tensor>& had_k, int64_t blo
                 bool transpose) {
   Check check("hadamard");
   check_activations(check, x, "x");
-  const int64_t k = check_hadamard(check, x, "x", had_k, block_size);
   const int64_t n = x.size(-1);
+  const int64_t k = check_hadamard(check, {"x", &x}, n, had_k, block_size);
   const OnDeviceOf device(x);
   Tensor y = empty(x, with_last(x, n), x.scalar_type());
   HadamardParams p{};
@@ -183,7 +213,7 @@ std::tuple<Tensor, Tensor> hadamard_a4(const Tensor& x, const std::optional<Tens
                                        int64_t block_size, const Tensor& clip, int64_t group_size) {
   Check check("hadamard_a4");
   QuantizeA4Params p = quantize_params(check, x, "x", clip, group_size);
-  add_hadamard(check, p, x, "x", had_k, block_size);
+  set_hadamard(check, p, {"x", &x}, had_k, block_size);
   return quantize(p, x);
 }
 
@@ -191,16 +221,7 @@ std::tuple<Tensor, Tensor> rmsnorm_a4(const Tensor& x, const std::optional<Tenso
                                       double eps, const Tensor& clip, int64_t group_size) {
   Check check("rmsnorm_a4");
   QuantizeA4Params p = quantize_params(check, x, "x", clip, group_size);
-  if (weight) {
-    check.floating(*weight, "weight");
-    check.shape(*weight, "weight", {p.features}, "[last dimension of x]");
-    check.contiguous(*weight, "weight");
-    p.norm_weight = weight->data_ptr();
-    p.norm_dtype = weight->scalar_type();
-  }
-  check.that(eps >= 0, "eps=", eps, ", expected at least 0");
-  p.rmsnorm = true;
-  p.eps = static_cast<float>(eps);
+  set_rmsnorm(check, p, weight, eps);
   return quantize(p, x);
 }
 
@@ -215,7 +236,7 @@ std::tuple<Tensor, Tensor> silu_mul_hadamard_a4(const Tensor& gate, const Tensor
              ", expected that of gate, ", shape_name(gate));
   check.contiguous(up, "up");
   p.up = up.data_ptr();
-  add_hadamard(check, p, gate, "gate", had_k, block_size);
+  set_hadamard(check, p, {"gate", &gate}, had_k, block_size);
   return quantize(p, gate);
 }
 

@@ -161,25 +161,23 @@ void append_kv4(const Tensor& x, const Tensor& codes, const Tensor& params, int6
   kernels::quantize_kv4(p);
 }
 
-Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
-                       const std::optional<Tensor>& had_k, int64_t block_size,
-                       const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
-                       const Tensor& v_params, int64_t start, double clip,
-                       const std::optional<Tensor>& starts, const std::optional<Tensor>& slots) {
-  Check check("rope_append_kv4");
+RopeAppendKV4Params rope_append_kv4_params(Check& check, int64_t batch, int64_t tokens,
+                                           int64_t width, ScalarType dtype, const Tensor& cos,
+                                           const Tensor& sin, const std::optional<Tensor>& had_k,
+                                           int64_t block_size, const Tensor& k_codes,
+                                           const Tensor& k_params, const Tensor& v_codes,
+                                           const Tensor& v_params, int64_t start, double clip,
+                                           const std::optional<Tensor>& starts,
+                                           const std::optional<Tensor>& slots) {
   RopeAppendKV4Params p{};
-  check.floating(qkv, "qkv");
-  check.that(qkv.dim() == 3, "qkv has shape ", shape_name(qkv),
-             ", expected [batch, tokens, (q_heads + 2 * kv_heads) * head_dim]");
-  check.contiguous(qkv, "qkv");
   check.floating(cos, "cos");
-  check.that(cos.dim() == 3 && (cos.size(0) == qkv.size(0) || cos.size(0) == 1) &&
-                 cos.size(1) == qkv.size(1) && cos.size(2) >= 2 && cos.size(2) % 2 == 0,
-             "cos has shape ", shape_name(cos), ", expected [", qkv.size(0), " or 1, ", qkv.size(1),
+  check.that(cos.dim() == 3 && (cos.size(0) == batch || cos.size(0) == 1) &&
+                 cos.size(1) == tokens && cos.size(2) >= 2 && cos.size(2) % 2 == 0,
+             "cos has shape ", shape_name(cos), ", expected [", batch, " or 1, ", tokens,
              ", head_dim] with an even head_dim");
   check.contiguous(cos, "cos");
-  p.batch = qkv.size(0);
-  p.tokens = qkv.size(1);
+  p.batch = batch;
+  p.tokens = tokens;
   p.head_dim = cos.size(2);
   check.dtype(sin, "sin", {cos.scalar_type()});
   check.shape(sin, "sin", {cos.size(0), p.tokens, p.head_dim}, "the shape of cos");
@@ -187,11 +185,10 @@ Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
   check.that(k_codes.dim() == 4, "k_codes has shape ", shape_name(k_codes),
              ", expected [batch, kv_heads, capacity, head_dim / 2]");
   p.kv_heads = k_codes.size(1);
-  const int64_t heads = qkv.size(2) / p.head_dim;
-  p.q_heads = heads - 2 * p.kv_heads;
-  check.that(qkv.size(2) % p.head_dim == 0 && p.kv_heads >= 1 && p.q_heads >= 1, "qkv has shape ",
-             shape_name(qkv), ", expected a last dimension of (q_heads + 2 * ", p.kv_heads, ") * ",
-             p.head_dim, " with at least one query head");
+  p.q_heads = width / p.head_dim - 2 * p.kv_heads;
+  check.that(width % p.head_dim == 0 && p.kv_heads >= 1 && p.q_heads >= 1, "qkv has shape [", batch,
+             ", ", tokens, ", ", width, "], expected a last dimension of (q_heads + 2 * ",
+             p.kv_heads, ") * ", p.head_dim, " with at least one query head");
   for (auto [codes, codes_name, params, params_name] :
        {std::tuple{&k_codes, "k_codes", &k_params, "k_params"},
         {&v_codes, "v_codes", &v_params, "v_params"}})
@@ -205,49 +202,33 @@ Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
   p.k_params = check.strided(k_params, "k_params");
   p.v_codes = check.strided(v_codes, "v_codes");
   p.v_params = check.strided(v_params, "v_params");
-  check.written({{&k_codes, "k_codes"},
-                 {&k_params, "k_params"},
-                 {&v_codes, "v_codes"},
-                 {&v_params, "v_params"}},
-                {{&qkv, "qkv"}, {&cos, "cos"}, {&sin, "sin"}});
-  p.k = check_hadamard(check, cos, "cos", had_k, block_size);
+  p.k = check_hadamard(check, {"cos", &cos}, p.head_dim, had_k, block_size);
   p.had_k = had_k_data(had_k);
   p.block_size = block_size;
-  Tensor q = empty(qkv, {p.batch, p.q_heads, p.tokens, p.head_dim}, qkv.scalar_type());
-  p.qkv = qkv.data_ptr();
   p.cos = cos.data_ptr();
   p.sin = sin.data_ptr();
   p.rope_batch = cos.size(0) == 1 ? 0 : p.tokens * p.head_dim;
-  p.q = q.data_ptr();
-  p.dtype = qkv.scalar_type();
+  p.dtype = dtype;
   p.rope_dtype = cos.scalar_type();
   p.start = start;
   p.slots = check_slots(check, slots, k_codes, p.batch, p.tokens, start, starts);
   p.starts = check_starts(check, starts, p.batch, "start", start);
   p.clip = static_cast<float>(clip);
-  const OnDeviceOf device(qkv);
-  p.device = device.index;
-  kernels::rope_append_kv4(p);
-  return q;
+  return p;
 }
 
-Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
-                     const Tensor& v_codes, const Tensor& v_params, int64_t length,
-                     const std::optional<Tensor>& mask, bool causal, double scaling,
-                     const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
-                     const std::optional<Tensor>& starts,
-                     const std::optional<Tensor>& block_table) {
-  Check check("attention_kv4");
+AttentionKV4Params attention_kv4_params(
+    Check& check, int64_t batch, int64_t q_heads, int64_t q_tokens, int64_t head_dim,
+    ScalarType dtype, const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
+    const Tensor& v_params, int64_t length, const std::optional<Tensor>& mask, bool causal,
+    double scaling, const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
+    const std::optional<Tensor>& starts, const std::optional<Tensor>& block_table) {
   AttentionKV4Params p{};
-  check.floating(q, "q");
-  p.q = check.strided(q, "q");
-  p.dtype = q.scalar_type();
-  p.batch = q.size(0);
-  p.q_heads = q.size(1);
-  p.q_tokens = q.size(2);
-  p.head_dim = q.size(3);
-  check.that(p.head_dim >= 2 && p.head_dim % 2 == 0, "q has shape ", shape_name(q),
-             ", expected an even head_dim of at least 2");
+  p.dtype = dtype;
+  p.batch = batch;
+  p.q_heads = q_heads;
+  p.q_tokens = q_tokens;
+  p.head_dim = head_dim;
   check.that(k_codes.dim() == 4, "k_codes has shape ", shape_name(k_codes),
              ", expected [batch, kv_heads, capacity, head_dim / 2]");
   p.kv_heads = k_codes.size(1);
@@ -293,14 +274,59 @@ Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_par
     p.v_sink_dtype = v_sink->scalar_type();
     p.sinks = std::min(length, k_sink->size(2));
   }
-  Tensor y = empty(q, {p.batch, p.q_tokens, p.q_heads, p.head_dim}, p.dtype);
-  p.y = y.data_ptr();
   p.length = length;
   p.starts = check_starts(check, starts, p.batch, "length - q_tokens", length - p.q_tokens);
   p.table = check_block_table(check, block_table, k_codes, p.batch, length, p.sinks);
-  if (p.table.at && q.is_cpu()) check_blocks(check, p);
+  if (p.table.at && k_codes.is_cpu()) check_blocks(check, p);
   p.causal = causal;
   p.scaling = static_cast<float>(scaling);
+  return p;
+}
+
+Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+                       const std::optional<Tensor>& had_k, int64_t block_size,
+                       const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
+                       const Tensor& v_params, int64_t start, double clip,
+                       const std::optional<Tensor>& starts, const std::optional<Tensor>& slots) {
+  Check check("rope_append_kv4");
+  check.floating(qkv, "qkv");
+  check.that(qkv.dim() == 3, "qkv has shape ", shape_name(qkv),
+             ", expected [batch, tokens, (q_heads + 2 * kv_heads) * head_dim]");
+  check.contiguous(qkv, "qkv");
+  RopeAppendKV4Params p = rope_append_kv4_params(
+      check, qkv.size(0), qkv.size(1), qkv.size(2), qkv.scalar_type(), cos, sin, had_k, block_size,
+      k_codes, k_params, v_codes, v_params, start, clip, starts, slots);
+  check.written({{&k_codes, "k_codes"},
+                 {&k_params, "k_params"},
+                 {&v_codes, "v_codes"},
+                 {&v_params, "v_params"}},
+                {{&qkv, "qkv"}, {&cos, "cos"}, {&sin, "sin"}});
+  Tensor q = empty(qkv, {p.batch, p.q_heads, p.tokens, p.head_dim}, qkv.scalar_type());
+  p.qkv = qkv.data_ptr();
+  p.q = q.data_ptr();
+  const OnDeviceOf device(qkv);
+  p.device = device.index;
+  kernels::rope_append_kv4(p);
+  return q;
+}
+
+Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
+                     const Tensor& v_codes, const Tensor& v_params, int64_t length,
+                     const std::optional<Tensor>& mask, bool causal, double scaling,
+                     const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
+                     const std::optional<Tensor>& starts,
+                     const std::optional<Tensor>& block_table) {
+  Check check("attention_kv4");
+  check.floating(q, "q");
+  const Strided4 queries = check.strided(q, "q");
+  check.that(q.size(3) >= 2 && q.size(3) % 2 == 0, "q has shape ", shape_name(q),
+             ", expected an even head_dim of at least 2");
+  AttentionKV4Params p = attention_kv4_params(
+      check, q.size(0), q.size(1), q.size(2), q.size(3), q.scalar_type(), k_codes, k_params,
+      v_codes, v_params, length, mask, causal, scaling, k_sink, v_sink, starts, block_table);
+  p.q = queries;
+  Tensor y = empty(q, {p.batch, p.q_tokens, p.q_heads, p.head_dim}, p.dtype);
+  p.y = y.data_ptr();
   const OnDeviceOf device(q);
   std::optional<Tensor> workspace;
   p.device = device.index;

@@ -1,11 +1,12 @@
-// Entry point of decoder_layer: a whole layer of a packed LLaMA, so that a token costs one call
-// from Python a layer instead of a dozen. It calls the entry points of the ops it is made of, which
-// check their own arguments, and adds the residuals.
-#include <cstring>
+// Entry points of decoder_layer and decoder_layers: layers of a packed LLaMA, so that a token costs
+// one call from Python instead of a dozen a layer. They check what the ops that a layer is made of
+// check, once, and call their kernels on memory of their own.
+#include <utility>
 #include <vector>
 
 #include "backend.h"
 #include "checks.h"
+#include "cpu/linear_a4.h"
 #include "ops.h"
 #include "registration.h"
 #include "tensors.h"
@@ -13,46 +14,80 @@
 namespace w2a4 {
 namespace {
 
-using Quantized = std::tuple<Tensor, Tensor>;  // codes and scale of activations
+// Some of a list's tensors.
+struct Tensors {
+  const Tensor* first;
+  size_t count;
+
+  const Tensor* begin() const { return first; }
+  const Tensor* end() const { return first + count; }
+};
 
 // A packed linear, its tensors given as weight, scale, act_clip, then levels (int8, if its weights
 // have 2 or 3 bits) and bias (floating), where it has them.
 struct Linear {
-  Tensor weight, scale, clip;
-  std::optional<Tensor> levels, bias;
-  int64_t group_size, act_group_size;
+  const char* name;
+  const Tensor &clip, *levels = nullptr;
+  int64_t act_group;
+  LinearA4Params p;
 
-  Linear(const Check& check, const char* name, const std::vector<Tensor>& tensors,
-         int64_t group_size, int64_t act_group_size)
-      : group_size(group_size), act_group_size(act_group_size) {
-    check.that(tensors.size() >= 3 && tensors.size() <= 5, name, " has ", tensors.size(),
-               " tensors, expected weight, scale, act_clip and, if there are, levels and bias");
-    weight = tensors[0], scale = tensors[1], clip = tensors[2];
-    for (size_t i = 3; i < tensors.size(); ++i)
-      (tensors[i].scalar_type() == kI8 ? levels : bias) = tensors[i];
+  Linear(const Check& check, const char* name, Tensors tensors, int64_t group_size,
+         int64_t act_group)
+      : name(name), clip(whole(check, name, tensors).first[2]), act_group(act_group) {
+    std::optional<Tensor> bias;
+    for (size_t i = 3; i < tensors.count; ++i)
+      if (tensors.first[i].scalar_type() == kI8)
+        levels = &tensors.first[i];
+      else
+        bias = tensors.first[i];
     if (levels)
       check.that(levels->dim() == 3, name, " has levels of shape ", shape_name(*levels),
                  ", expected [out, groups, levels]");
+    const int bits = !levels ? 4 : levels->size(-1) == 8 ? 3 : 2;
+    Check own(bits == 4 ? "linear_w4a4" : bits == 3 ? "linear_w3a4" : "linear_w2a4");
+    p = linear_a4_params(own, bits, tensors.first[0], levels, tensors.first[1], bias, group_size,
+                         act_group);
   }
 
-  Tensor operator()(const Quantized& a, ScalarType dtype) const {
-    const auto& [codes, a_scale] = a;
-    if (!levels)
-      return linear_w4a4(codes, a_scale, weight, scale, bias, group_size, dtype, std::nullopt);
-    const auto linear = levels->size(-1) == 8 ? linear_w3a4 : linear_w2a4;
-    return linear(codes, a_scale, weight, *levels, scale, bias, group_size, dtype, std::nullopt);
+  void sized(const Check& check, int64_t inputs, int64_t outputs) const {
+    check.that(p.in_features == inputs, name, " has ", p.in_features, " inputs, expected ", inputs);
+    check.that(p.out_features == outputs, name, " has ", p.out_features, " outputs, expected ",
+               outputs, " like x");
+  }
+
+ private:
+  static const Tensors& whole(const Check& check, const char* name, const Tensors& tensors) {
+    check.that(tensors.count >= 3 && tensors.count <= 5, name, " has ", tensors.count,
+               " tensors, expected weight, scale, act_clip and, if there are, levels and bias");
+    return tensors;
   }
 };
 
-// x += y, which is a linear's result, and so contiguous and new.
-void add(const Check& check, const Tensor& x, const Tensor& y, const char* name) {
-  check.that(x.sizes().equals(y.sizes()), name, " has ", x.size(-1), " outputs, expected ",
-             y.size(-1), " like x");
-  kernels::add({y.data_ptr(), x.data_ptr(), x.scalar_type(), x.numel()});
-}
+// What all layers of a call have in common.
+struct Call {
+  const Tensor &x, &cos, &sin;
+  const std::optional<Tensor>& mask;
+  double eps;
+  const std::optional<Tensor>& r3;
+  int64_t r3_block;
+  const std::optional<Tensor>& r4;
+  int64_t r4_block;
+  int64_t start;
+  double kv_clip, scaling;
+  const std::optional<Tensor>&starts, &slots, &block_table;
+};
 
-// A cache, which is written. Each op looks at its own arguments only; a cache lies apart from those
-// of the others too.
+// The tensors of one layer.
+struct Parts {
+  const Tensor& attention_norm;
+  const Tensor& mlp_norm;
+  Tensors qkv_proj, o_proj, gate_up_proj, down_proj;
+  const int64_t *group_sizes, *act_group_sizes;  // of the four
+  const Tensor &k_codes, &k_params, &v_codes, &v_params;
+  std::optional<Tensor> k_sink, v_sink;
+};
+
+// A cache, which is written. It lies apart from what is read.
 struct Written {
   const char* name;
   bool any;
@@ -70,22 +105,182 @@ void apart(const Check& check, const Written (&caches)[4], const Tensor& read, c
                " is written, but shares memory with ", name, "; pass tensors that do not overlap");
 }
 
-// The halves of the last dimension, contiguous: what gate_proj and up_proj give.
-std::pair<Tensor, Tensor> halves(const Check& check, const Tensor& x) {
-  check.that(x.size(-1) % 2 == 0, "gate_up_proj has ", x.size(-1),
-             " outputs, expected as many of gate_proj as of up_proj");
-  const int64_t rows = rows_of(x), half = x.size(-1) / 2;
-  const std::vector<int64_t> shape = with_last(x, half);
-  if (rows == 1) return {view_of(x, shape), view_of(x, shape, half)};
-  const std::pair<Tensor, Tensor> out{empty(x, shape, x.scalar_type()),
-                                      empty(x, shape, x.scalar_type())};
-  const size_t bytes = half * x.element_size();
-  const char* from = static_cast<const char*>(x.data_ptr());
-  for (int64_t row = 0; row < rows; ++row, from += 2 * bytes) {
-    std::memcpy(static_cast<char*>(out.first.data_ptr()) + row * bytes, from, bytes);
-    std::memcpy(static_cast<char*>(out.second.data_ptr()) + row * bytes, from + bytes, bytes);
+void check_apart(const Check& check, const Call& call, const Parts& parts) {
+  check.written({{&parts.k_codes, "k_codes"},
+                 {&parts.k_params, "k_params"},
+                 {&parts.v_codes, "v_codes"},
+                 {&parts.v_params, "v_params"}},
+                {});
+  const Written caches[]{{parts.k_codes, "k_codes"},
+                         {parts.k_params, "k_params"},
+                         {parts.v_codes, "v_codes"},
+                         {parts.v_params, "v_params"}};
+  for (auto [tensor, name] : {std::pair{&call.x, "x"},
+                              {&call.cos, "cos"},
+                              {&call.sin, "sin"},
+                              {&parts.attention_norm, "norms"},
+                              {&parts.mlp_norm, "norms"}})
+    apart(check, caches, *tensor, name);
+  for (auto [tensors, name] : {std::pair{&parts.qkv_proj, "qkv_proj"},
+                               {&parts.o_proj, "o_proj"},
+                               {&parts.gate_up_proj, "gate_up_proj"},
+                               {&parts.down_proj, "down_proj"}})
+    for (const Tensor& tensor : *tensors) apart(check, caches, tensor, name);
+  for (auto [tensor, name] : {std::pair{&call.mask, "mask"},
+                              {&call.r3, "r3"},
+                              {&call.r4, "r4"},
+                              {&call.starts, "starts"},
+                              {&call.slots, "slots"},
+                              {&call.block_table, "block_table"}})
+    if (*tensor) apart(check, caches, **tensor, name);
+  if (parts.k_sink) apart(check, caches, *parts.k_sink, "k_sink");
+  if (parts.v_sink) apart(check, caches, *parts.v_sink, "v_sink");
+}
+
+// Memory for what lies between the kernels of a layer. It is kept from layer to layer.
+class Scratch {
+ public:
+  // Pieces of so many bytes, one behind the other.
+  template <size_t n>
+  void cut(const int64_t (&bytes)[n], void* (&pieces)[n]) {
+    int64_t total = 0;
+    for (int64_t size : bytes) total += aligned_size(size);
+    if (total > size_) memory_ = cpu::aligned<char>(size_ = total);
+    char* next = memory_.get();
+    for (size_t i = 0; i < n; ++i) pieces[i] = next, next += aligned_size(bytes[i]);
   }
-  return out;
+
+ private:
+  static int64_t aligned_size(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+  cpu::Aligned<char> memory_;
+  int64_t size_ = 0;
+};
+
+// The kernels of one layer in their order, with what each of them reads and writes.
+struct Layer {
+  QuantizeA4Params quantize[4];
+  LinearA4Params linear[4];  // qkv_proj, o_proj, gate_up_proj, down_proj
+  RopeAppendKV4Params rope;
+  AttentionKV4Params attention;
+
+  Layer(const Check& check, const Call& call, const Parts& parts, const void* x, void* out,
+        Scratch& scratch) {
+    check_apart(check, call, parts);
+    const Linear qkv(check, "qkv_proj", parts.qkv_proj, parts.group_sizes[0],
+                     parts.act_group_sizes[0]);
+    const Linear o(check, "o_proj", parts.o_proj, parts.group_sizes[1], parts.act_group_sizes[1]);
+    const Linear gate_up(check, "gate_up_proj", parts.gate_up_proj, parts.group_sizes[2],
+                         parts.act_group_sizes[2]);
+    const Linear down(check, "down_proj", parts.down_proj, parts.group_sizes[3],
+                      parts.act_group_sizes[3]);
+    const ScalarType dtype = call.x.scalar_type();
+    const int64_t batch = call.x.size(0), length = call.x.size(1), hidden = call.x.size(2);
+    const int64_t tokens = batch * length, ffn = gate_up.p.out_features / 2;
+
+    // In pages a slot says where a token goes, and `starts` how many are before it.
+    Check rope_check("rope_append_kv4");
+    rope =
+        rope_append_kv4_params(rope_check, batch, length, qkv.p.out_features, dtype, call.cos,
+                               call.sin, call.r3, call.r3_block, parts.k_codes, parts.k_params,
+                               parts.v_codes, parts.v_params, call.slots ? 0 : call.start,
+                               call.kv_clip, call.slots ? std::nullopt : call.starts, call.slots);
+    Check attention_check("attention_kv4");
+    attention = attention_kv4_params(
+        attention_check, batch, rope.q_heads, length, rope.head_dim, dtype, parts.k_codes,
+        parts.k_params, parts.v_codes, parts.v_params, call.start + length, call.mask, !call.mask,
+        call.scaling, parts.k_sink, parts.v_sink, call.starts, call.block_table);
+    check.that(gate_up.p.out_features % 2 == 0, "gate_up_proj has ", gate_up.p.out_features,
+               " outputs, expected as many of gate_proj as of up_proj");
+    const int64_t heads = rope.q_heads * rope.head_dim;
+    qkv.sized(check, hidden, qkv.p.out_features);
+    o.sized(check, heads, hidden);
+    gate_up.sized(check, hidden, 2 * ffn);
+    down.sized(check, ffn, hidden);
+
+    Check norm_check("rmsnorm_a4");
+    quantize[0] = quantize_a4_params(norm_check, {"x", &call.x}, qkv.clip, dtype, tokens, hidden,
+                                     qkv.act_group);
+    set_rmsnorm(norm_check, quantize[0], parts.attention_norm, call.eps);
+    Check quantize_check("quantize_a4");
+    quantize[1] =
+        quantize_a4_params(quantize_check, {"x"}, o.clip, dtype, tokens, heads, o.act_group);
+    quantize[2] = quantize_a4_params(norm_check, {"x"}, gate_up.clip, dtype, tokens, hidden,
+                                     gate_up.act_group);
+    set_rmsnorm(norm_check, quantize[2], parts.mlp_norm, call.eps);
+    Check silu_check("silu_mul_hadamard_a4");
+    quantize[3] =
+        quantize_a4_params(silu_check, {"gate"}, down.clip, dtype, tokens, ffn, down.act_group);
+    set_hadamard(silu_check, quantize[3], {"gate"}, call.r4, call.r4_block);
+    quantize[3].stride = 2 * ffn;
+
+    // Each activation that is rounded takes the place of the one before.
+    const int64_t element = call.x.element_size();
+    int64_t codes = 0, scales = 0;
+    for (const QuantizeA4Params& q : quantize) {
+      codes = std::max(codes, tokens * ceil_div(q.features, 2));
+      scales = std::max<int64_t>(scales, tokens * (q.features / q.group_size) * sizeof(float));
+    }
+    void* pieces[7];
+    scratch.cut({codes, scales, tokens * qkv.p.out_features * element, tokens * heads * element,
+                 tokens * heads * element, tokens * hidden * element, tokens * 2 * ffn * element},
+                pieces);
+    auto [a_codes, a_scale, qkv_out, q, context, y, gate_up_out] = pieces;
+    linear[0] = qkv.p, linear[1] = o.p, linear[2] = gate_up.p, linear[3] = down.p;
+    const void* from[]{x, context, y, gate_up_out};
+    void* to[]{qkv_out, y, gate_up_out, out};
+    for (int i = 0; i < 4; ++i) {
+      quantize[i].x = from[i];
+      linear[i].a_codes = quantize[i].codes = static_cast<uint8_t*>(a_codes);
+      linear[i].a_scale = quantize[i].scale = static_cast<float*>(a_scale);
+      linear[i].y = to[i];
+      linear[i].tokens = tokens;
+      linear[i].out_dtype = dtype;
+    }
+    quantize[3].up = static_cast<char*>(gate_up_out) + ffn * element;
+    linear[1].residual = x;
+    linear[3].residual = y;
+    rope.qkv = qkv_out;
+    rope.q = q;
+    attention.q = {q, rope.q_heads * length * rope.head_dim, length * rope.head_dim, rope.head_dim};
+    attention.y = context;
+  }
+
+  void run() const {
+    kernels::quantize_a4(quantize[0]);
+    kernels::linear_a4(linear[0]);
+    kernels::rope_append_kv4(rope);
+    kernels::attention_kv4(attention);
+    for (int i = 1; i < 4; ++i) {
+      kernels::quantize_a4(quantize[i]);
+      kernels::linear_a4(linear[i]);
+    }
+  }
+};
+
+void check_call(Check& check, const Call& call) {
+  check.dtype(call.x, "x", {kF32, kF16, ScalarType::BFloat16});
+  check.that(call.x.dim() == 3, "x has shape ", shape_name(call.x),
+             ", expected [batch, tokens, hidden]");
+  check.contiguous(call.x, "x");
+  check.that(call.slots.has_value() == call.block_table.has_value(),
+             call.slots ? "block_table" : "slots",
+             " is missing; pass both slots and block_table or neither");
+}
+
+void check_sizes(const Check& check, const std::vector<int64_t>& group_sizes,
+                 const std::vector<int64_t>& act_group_sizes, size_t layers) {
+  for (auto [sizes, name] :
+       {std::pair{&group_sizes, "group_sizes"}, {&act_group_sizes, "act_group_sizes"}})
+    check.that(sizes->size() == 4 * layers, name, " has ", sizes->size(), " numbers, expected ",
+               4 * layers, ": of qkv_proj, o_proj, gate_up_proj and down_proj",
+               layers == 1 ? "" : " of each layer");
+}
+
+// Layer i of a list that has as many tensors of each.
+Tensors part(const std::vector<Tensor>& tensors, size_t layers, size_t i) {
+  const size_t count = tensors.size() / layers;
+  return {tensors.data() + i * count, count};
 }
 
 }  // namespace
@@ -103,64 +298,102 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin,
                      double scaling, const std::optional<Tensor>& starts,
                      const std::optional<Tensor>& slots, const std::optional<Tensor>& block_table) {
   Check check("decoder_layer");
-  check.dtype(x, "x", {kF32, kF16, ScalarType::BFloat16});
-  check.that(x.dim() == 3, "x has shape ", shape_name(x), ", expected [batch, tokens, hidden]");
+  const Call call{x,        cos,   sin,     mask,    eps,    r3,    r3_block,   r4,
+                  r4_block, start, kv_clip, scaling, starts, slots, block_table};
+  check_call(check, call);
   check.that(norms.size() == 2, "norms has ", norms.size(), " tensors, expected 2");
-  for (auto [sizes, name] :
-       {std::pair{&group_sizes, "group_sizes"}, {&act_group_sizes, "act_group_sizes"}})
-    check.that(sizes->size() == 4, name, " has ", sizes->size(),
-               " numbers, expected 4: of qkv_proj, o_proj, gate_up_proj and down_proj");
-  check.that(slots.has_value() == block_table.has_value(), slots ? "block_table" : "slots",
-             " is missing; pass both slots and block_table or neither");
-  const Linear qkv(check, "qkv_proj", qkv_proj, group_sizes[0], act_group_sizes[0]);
-  const Linear o(check, "o_proj", o_proj, group_sizes[1], act_group_sizes[1]);
-  const Linear gate_up(check, "gate_up_proj", gate_up_proj, group_sizes[2], act_group_sizes[2]);
-  const Linear down(check, "down_proj", down_proj, group_sizes[3], act_group_sizes[3]);
-  const ScalarType dtype = x.scalar_type();
-  const Written caches[]{
-      {k_codes, "k_codes"}, {k_params, "k_params"}, {v_codes, "v_codes"}, {v_params, "v_params"}};
-  for (auto [tensor, name] : {std::pair{&x, "x"},
-                              {&cos, "cos"},
-                              {&sin, "sin"},
-                              {&norms[0], "norms"},
-                              {&norms[1], "norms"}})
-    apart(check, caches, *tensor, name);
+  check_sizes(check, group_sizes, act_group_sizes, 1);
+  const Parts parts{norms[0],
+                    norms[1],
+                    part(qkv_proj, 1, 0),
+                    part(o_proj, 1, 0),
+                    part(gate_up_proj, 1, 0),
+                    part(down_proj, 1, 0),
+                    group_sizes.data(),
+                    act_group_sizes.data(),
+                    k_codes,
+                    k_params,
+                    v_codes,
+                    v_params,
+                    k_sink,
+                    v_sink};
+  Tensor out = empty(x, with_last(x, x.size(2)), x.scalar_type());
+  Scratch scratch;
+  const Layer layer(check, call, parts, x.data_ptr(), out.data_ptr(), scratch);
+  cpu::Team::run([&] { layer.run(); });
+  return out;
+}
+
+Tensor decoder_layers(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                      const std::optional<Tensor>& mask, const std::vector<Tensor>& norms,
+                      double eps, const std::vector<Tensor>& qkv_proj,
+                      const std::vector<Tensor>& o_proj, const std::vector<Tensor>& gate_up_proj,
+                      const std::vector<Tensor>& down_proj, const std::vector<int64_t>& group_sizes,
+                      const std::vector<int64_t>& act_group_sizes, const std::optional<Tensor>& r3,
+                      int64_t r3_block, const std::optional<Tensor>& r4, int64_t r4_block,
+                      const std::vector<Tensor>& k_codes, const std::vector<Tensor>& k_params,
+                      const std::vector<Tensor>& v_codes, const std::vector<Tensor>& v_params,
+                      const std::vector<Tensor>& k_sink, const std::vector<Tensor>& v_sink,
+                      int64_t start, double kv_clip, double scaling,
+                      const std::optional<Tensor>& starts) {
+  Check check("decoder_layers");
+  const std::optional<Tensor> none;
+  const Call call{x,        cos,   sin,     mask,    eps,    r3,   r3_block, r4,
+                  r4_block, start, kv_clip, scaling, starts, none, none};
+  check_call(check, call);
+  const size_t layers = k_codes.size();
+  check.that(layers >= 1, "k_codes has no tensor, expected one for each layer");
+  check.that(norms.size() == 2 * layers, "norms has ", norms.size(),
+             " tensors, expected 2 for "
+             "each of ",
+             layers, " layers");
+  check_sizes(check, group_sizes, act_group_sizes, layers);
   for (auto [tensors, name] : {std::pair{&qkv_proj, "qkv_proj"},
                                {&o_proj, "o_proj"},
                                {&gate_up_proj, "gate_up_proj"},
                                {&down_proj, "down_proj"}})
-    for (const Tensor& tensor : *tensors) apart(check, caches, tensor, name);
-  for (auto [tensor, name] : {std::pair{&mask, "mask"},
-                              {&r3, "r3"},
-                              {&r4, "r4"},
-                              {&k_sink, "k_sink"},
-                              {&v_sink, "v_sink"},
-                              {&starts, "starts"},
-                              {&slots, "slots"},
-                              {&block_table, "block_table"}})
-    if (*tensor) apart(check, caches, **tensor, name);
+    check.that(tensors->size() % layers == 0, name, " has ", tensors->size(),
+               " tensors, expected as many for each of ", layers, " layers");
+  for (auto [tensors, name] :
+       {std::pair{&k_params, "k_params"}, {&v_codes, "v_codes"}, {&v_params, "v_params"}})
+    check.that(tensors->size() == layers, name, " has ", tensors->size(), " tensors, expected ",
+               layers, " like k_codes");
+  for (auto [tensors, name] : {std::pair{&k_sink, "k_sink"}, {&v_sink, "v_sink"}})
+    check.that(tensors->empty() || tensors->size() == layers, name, " has ", tensors->size(),
+               " tensors, expected none or ", layers, " like k_codes");
 
-  const Tensor heads = qkv(rmsnorm_a4(x, norms[0], eps, qkv.clip, qkv.act_group_size), dtype);
-  // In pages a slot says where a token goes, and `starts` how many are before it.
-  const Tensor q =
-      rope_append_kv4(heads, cos, sin, r3, r3_block, k_codes, k_params, v_codes, v_params,
-                      slots ? 0 : start, kv_clip, slots ? std::nullopt : starts, slots);
-  const Tensor context = attention_kv4(q, k_codes, k_params, v_codes, v_params, start + x.size(1),
-                                       mask, !mask, scaling, k_sink, v_sink, starts, block_table);
-  const Tensor joined = view_of(context, {x.size(0), x.size(1), q.size(1) * q.size(3)});
-  const Tensor y = o(quantize_a4(joined, o.clip, o.act_group_size), dtype);
-  add(check, y, x, "o_proj");
-
-  const auto [gate, up] = halves(
-      check, gate_up(rmsnorm_a4(y, norms[1], eps, gate_up.clip, gate_up.act_group_size), dtype));
-  const Tensor out =
-      down(silu_mul_hadamard_a4(gate, up, r4, r4_block, down.clip, down.act_group_size), dtype);
-  add(check, out, y, "down_proj");
+  Tensor out = empty(x, with_last(x, x.size(2)), x.scalar_type());
+  Scratch scratch;
+  cpu::Team::run([&] {
+    const auto sink = [](const std::vector<Tensor>& sinks, size_t i) {
+      return sinks.empty() ? std::nullopt : std::optional<Tensor>(sinks[i]);
+    };
+    for (size_t i = 0; i < layers; ++i) {
+      const Parts parts{norms[2 * i],
+                        norms[2 * i + 1],
+                        part(qkv_proj, layers, i),
+                        part(o_proj, layers, i),
+                        part(gate_up_proj, layers, i),
+                        part(down_proj, layers, i),
+                        group_sizes.data() + 4 * i,
+                        act_group_sizes.data() + 4 * i,
+                        k_codes[i],
+                        k_params[i],
+                        v_codes[i],
+                        v_params[i],
+                        sink(k_sink, i),
+                        sink(v_sink, i)};
+      // Behind the first, a layer reads its input before it writes its result over it.
+      const void* from = i == 0 ? x.data_ptr() : out.data_ptr();
+      Layer(check, call, parts, from, out.data_ptr(), scratch).run();
+    }
+  });
   return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(w2a4, W2A4_DEVICE, m) {
   W2A4_IMPL(m, decoder_layer);
+  W2A4_IMPL(m, decoder_layers);
 }
 
 }  // namespace w2a4

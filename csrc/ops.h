@@ -1,49 +1,49 @@
-// Entry points that another one calls. An entry point checks the arguments, allocates the result
-// and launches the kernel.
+// Parameters of kernels out of checked arguments, for the entry point of an op and for that of a
+// decoder layer, which calls several kernels. What is an op's own result or another's result,
+// activations and their shape, stands in the parameters' remaining fields, which the caller sets.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <tuple>
+
+#include "checks.h"
+#include "params.h"
+#include "tensors.h"
 
 namespace w2a4 {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// act_group: inputs of a scale of activations; -1 is all.
+LinearA4Params linear_a4_params(Check& check, int weight_bits, const Tensor& weight,
+                                const Tensor* levels, const Tensor& scale,
+                                const std::optional<Tensor>& bias, int64_t group_size,
+                                int64_t act_group);
 
-std::tuple<Tensor, Tensor> quantize_a4(const Tensor& x, const Tensor& clip, int64_t group_size);
+// Without a stage before the quantisation; the next two add one.
+QuantizeA4Params quantize_a4_params(Check& check, const Activation& x, const Tensor& clip,
+                                    ScalarType dtype, int64_t tokens, int64_t features,
+                                    int64_t group_size);
+void set_rmsnorm(Check& check, QuantizeA4Params& p, const std::optional<Tensor>& weight,
+                 double eps);
+// block_size 1 is no transform: had_k could only change signs then.
+void set_hadamard(Check& check, QuantizeA4Params& p, const Activation& x,
+                  const std::optional<Tensor>& had_k, int64_t block_size);
 
-std::tuple<Tensor, Tensor> rmsnorm_a4(const Tensor& x, const std::optional<Tensor>& weight,
-                                      double eps, const Tensor& clip, int64_t group_size);
+// Of qkv [batch, tokens, width]. That nothing written shares memory is left to the caller.
+RopeAppendKV4Params rope_append_kv4_params(Check& check, int64_t batch, int64_t tokens,
+                                           int64_t width, ScalarType dtype, const Tensor& cos,
+                                           const Tensor& sin, const std::optional<Tensor>& had_k,
+                                           int64_t block_size, const Tensor& k_codes,
+                                           const Tensor& k_params, const Tensor& v_codes,
+                                           const Tensor& v_params, int64_t start, double clip,
+                                           const std::optional<Tensor>& starts,
+                                           const std::optional<Tensor>& slots);
 
-std::tuple<Tensor, Tensor> silu_mul_hadamard_a4(const Tensor& gate, const Tensor& up,
-                                                const std::optional<Tensor>& had_k,
-                                                int64_t block_size, const Tensor& clip,
-                                                int64_t group_size);
-
-Tensor linear_w2a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
-                   const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& bias,
-                   int64_t group_size, ScalarType out_dtype, const std::optional<Tensor>& residual);
-
-Tensor linear_w3a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
-                   const Tensor& levels, const Tensor& scale, const std::optional<Tensor>& bias,
-                   int64_t group_size, ScalarType out_dtype, const std::optional<Tensor>& residual);
-
-Tensor linear_w4a4(const Tensor& a_codes, const Tensor& a_scale, const Tensor& weight,
-                   const Tensor& scale, const std::optional<Tensor>& bias, int64_t group_size,
-                   ScalarType out_dtype, const std::optional<Tensor>& residual);
-
-Tensor rope_append_kv4(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
-                       const std::optional<Tensor>& had_k, int64_t block_size,
-                       const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
-                       const Tensor& v_params, int64_t start, double clip,
-                       const std::optional<Tensor>& starts, const std::optional<Tensor>& slots);
-
-Tensor attention_kv4(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
-                     const Tensor& v_codes, const Tensor& v_params, int64_t length,
-                     const std::optional<Tensor>& mask, bool causal, double scaling,
-                     const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
-                     const std::optional<Tensor>& starts, const std::optional<Tensor>& block_table);
+AttentionKV4Params attention_kv4_params(
+    Check& check, int64_t batch, int64_t q_heads, int64_t q_tokens, int64_t head_dim,
+    ScalarType dtype, const Tensor& k_codes, const Tensor& k_params, const Tensor& v_codes,
+    const Tensor& v_params, int64_t length, const std::optional<Tensor>& mask, bool causal,
+    double scaling, const std::optional<Tensor>& k_sink, const std::optional<Tensor>& v_sink,
+    const std::optional<Tensor>& starts, const std::optional<Tensor>& block_table);
 
 }  // namespace w2a4

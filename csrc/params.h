@@ -33,6 +33,7 @@ struct QuantizeA4Params {
   float* scale;       // [tokens, features / group_size]
   ScalarType dtype;   // float64, float32, float16 or bfloat16
   int64_t tokens, features;
+  int64_t stride;  // between tokens of x and of up, in elements; CUDA kernels know `features` only
   int64_t group_size;
 
   const void* up = nullptr;  // [tokens, features], of dtype: x becomes silu(x) * up; or null

@@ -73,9 +73,19 @@ inline void check_bias(Check& check, const std::optional<Tensor>& bias, int64_t 
   check.contiguous(*bias, "bias");
 }
 
-// K of had_k, after checks that `block_size` is K times a power of two and divides x's last
-// dimension.
-inline int64_t check_hadamard(Check& check, const Tensor& x, const char* name,
+// An activation that a message speaks of: an argument, or what lies between two kernels.
+struct Activation {
+  const char* name;
+  const Tensor* t = nullptr;
+};
+inline std::ostream& operator<<(std::ostream& out, const Activation& x) {
+  out << "the last dimension of " << x.name;
+  return x.t ? out << ", shape " << shape_name(*x.t) : out;
+}
+
+// K of had_k, after checks that `block_size` is K times a power of two and divides the features of
+// x.
+inline int64_t check_hadamard(Check& check, const Activation& x, int64_t features,
                               const std::optional<Tensor>& had_k, int64_t block_size) {
   int64_t k = 1;
   if (had_k) {
@@ -89,8 +99,8 @@ inline int64_t check_hadamard(Check& check, const Tensor& x, const char* name,
   check.that(block_size >= 1 && block_size % k == 0 && (power & (power - 1)) == 0,
              "block_size=", block_size, ", expected K times a power of two with K=", k,
              " of had_k");
-  check.that(x.size(-1) % block_size == 0, "block_size=", block_size,
-             " does not divide the last dimension of ", name, ", shape ", shape_name(x));
+  check.that(features % block_size == 0, "block_size=", block_size, " does not divide ", x,
+             x.t ? "" : ", " + std::to_string(features));
   return k;
 }
 

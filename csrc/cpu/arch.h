@@ -8,10 +8,9 @@
 // All sets give the same bits: lanes and the order of operations do not depend on Arch.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include <atomic>
 #include <cstdint>
+
+#include "team.h"
 
 #define W2A4_INLINE inline __attribute__((always_inline))
 
@@ -53,25 +52,25 @@ struct Avx512 {
   static constexpr int kLanes = 16, kVectors = 4;
 };
 
-// Runs task(p, begin, end) over [0, count) on torch's threads.
+// Threads of a team are awake: for them a grain may be so many times smaller.
+constexpr int64_t kTeamGrain = 8;
+
+// Runs task(p, begin, end) over [0, count) on torch's threads, `grain` or more of it at a time.
 template <class Params>
 void parallel(int64_t count, int64_t grain, const Params& p,
               void (*task)(const Params&, int64_t, int64_t)) {
   if (count <= 0) return;
-  torch::stable::parallel_for(0, count, grain,
-                              [&](int64_t begin, int64_t end) { task(p, begin, end); });
+  if (Team* team = Team::led()) return team->share(count, 1 + (grain - 1) / kTeamGrain, p, task);
+  if (count <= grain) return task(p, 0, count);
+  Team::run([&] { Team::led()->share(count, grain, p, task); }, 1 + (count - 1) / grain);
 }
 
-// The same for tasks of unequal length: a thread takes the next one when it is done.
+// The same for tasks that are long, and of unequal length.
 template <class Params>
 void parallel_dynamic(int64_t count, const Params& p,
                       void (*task)(const Params&, int64_t, int64_t)) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads < count ? threads : count, 1,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i; (i = next.fetch_add(1)) < count;) task(p, i, i + 1);
-                              });
+  if (count <= 0) return;
+  Team::run([&] { Team::led()->share_singly(count, p, task); }, count);
 }
 
 }  // namespace w2a4::cpu

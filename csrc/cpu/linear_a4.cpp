@@ -81,9 +81,11 @@ void run_panels(const LinearA4Params& p, const LinearA4Kernels& kernels) {
       std::min(p.tokens, std::max(kPanelTokens, kScratch / depth / kPanelTokens * kPanelTokens));
   const auto a = aligned<int8_t>(most * depth);
   const auto bias = aligned<int32_t>(most * blocks);
+  const auto a_scale = aligned<float>(most * blocks);
   for (int64_t first = 0; first < p.tokens; first += most) {
-    const PanelsTask task{&p,          first,   std::min(most, p.tokens - first),
-                          block_units, a.get(), bias.get()};
+    const PanelsTask task{&p,           first,   std::min(most, p.tokens - first),
+                          block_units,  a.get(), bias.get(),
+                          a_scale.get()};
     parallel(task.tokens, 1 + kGrain / 8 / p.in_features, task, kernels.prepare_panels);
     const int64_t items =
         ceil_div(p.out_features, kernels.panel_outs) * ceil_div(task.tokens, kPanelTokens);

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "../params.h"
 
@@ -104,8 +105,9 @@ struct PanelsTask {
   const LinearA4Params* p;
   int64_t first_token, tokens;
   int64_t block_units;
-  int8_t* a;      // [tokens, blocks, block_units, planes, 4]
-  int32_t* bias;  // [tokens, blocks]: minus the bias times the sum of the block's activations
+  int8_t* a;       // [tokens, blocks, block_units, planes, 4]
+  int32_t* bias;   // [tokens, blocks]: minus the bias times the sum of the block's activations
+  float* a_scale;  // [tokens, blocks]
 };
 
 struct BaseTask {

@@ -10,6 +10,164 @@
 //     multiply_add      sums of products of the bytes of a register with four activations
 //     add_partial       adds these to Sums
 
+// Eight rows of a weight, its scales and levels: row r is r strides behind. Readable beyond the
+// last code, scale and level by kColumn bytes.
+struct Eight {
+  const uint8_t *codes, *high;  // high: bits of 3-bit codes
+  int64_t bytes;                // stride of both
+  const uint16_t* scale;
+  const int8_t* levels;
+  int64_t groups;  // stride of scales, and of levels in groups
+};
+
+constexpr int64_t kColumn = 16;  // bytes of codes that are read of each row together
+constexpr int kColumnUnits = 4;
+
+// Copies of rows that end too near to the ends of the tensors.
+struct EightEnds {
+  std::vector<uint8_t> codes;
+  std::vector<uint16_t> scale;
+  std::vector<int8_t> levels;
+};
+
+// The rows from `first` on. What stands in those that are not there is any.
+W2A4_FN Eight rows_at(const LinearA4Params& p, int64_t first, EightEnds& ends) {
+  const int64_t bytes = row_bytes(p), groups = p.in_features / p.group_size;
+  const int64_t count = levels_of_group(p), left = p.out_features - first;
+  Eight rows{p.weight + first * bytes,
+             nullptr,
+             bytes,
+             p.scale + first * groups,
+             p.levels ? p.levels + first * groups * count : nullptr,
+             groups};
+  // Eight groups of scales are read together, and of levels no more.
+  const int64_t beyond = p.weight_bits == 3 ? kColumn / 2 : kColumn;
+  if (left * bytes < 8 * bytes + beyond || left * groups < 8 * groups + 8) {
+    const int64_t there = std::min<int64_t>(8, left);
+    ends.codes.resize(8 * bytes + kColumn);
+    ends.scale.resize(8 * groups + 8);
+    std::copy_n(rows.codes, there * bytes, ends.codes.data());
+    std::copy_n(rows.scale, there * groups, ends.scale.data());
+    rows.codes = ends.codes.data(), rows.scale = ends.scale.data();
+    if (p.levels) {
+      ends.levels.resize((8 * groups + 8) * count);
+      std::copy_n(rows.levels, there * groups * count, ends.levels.data());
+      rows.levels = ends.levels.data();
+    }
+  }
+  rows.high = rows.codes + low_bytes(p);
+  return rows;
+}
+
+W2A4_FN __m128i load_column(const void* from) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(from));
+}
+
+// x[u] = unit u of eight rows; x[r] was four units of row r and, behind them, of row r + 4.
+W2A4_FN void transpose4(__m256i* x) {
+  const __m256i a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpackhi_epi32(x[0], x[1]);
+  const __m256i c = _mm256_unpacklo_epi32(x[2], x[3]), d = _mm256_unpackhi_epi32(x[2], x[3]);
+  x[0] = _mm256_unpacklo_epi64(a, c);
+  x[1] = _mm256_unpackhi_epi64(a, c);
+  x[2] = _mm256_unpacklo_epi64(b, d);
+  x[3] = _mm256_unpackhi_epi64(b, d);
+}
+
+// x[u] = unit u of the column that begins at byte `at`.
+W2A4_FN void load_units(const Eight& rows, int64_t at, __m256i* x) {
+  const uint8_t* from = rows.codes + at;
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r)
+    x[r] = _mm256_set_m128i(load_column(from + (r + 4) * rows.bytes),
+                            load_column(from + r * rows.bytes));
+  transpose4(x);
+}
+
+// 8 bytes of high bits as 16 of a nibble each: byte j has those of the codes 4j .. 4j + 3, as byte
+// j of the low bits.
+W2A4_FN __m128i spread_high_column(const uint8_t* from) {
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  const __m128i nibble = _mm_set1_epi8(15);
+  return _mm_unpacklo_epi8(_mm_and_si128(x, nibble), _mm_and_si128(_mm_srli_epi16(x, 4), nibble));
+}
+
+// The same of the high bits of that column.
+W2A4_FN void load_high_units(const Eight& rows, int64_t at, __m256i* x) {
+  const uint8_t* from = rows.high + at / 2;
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r)
+    x[r] = _mm256_set_m128i(spread_high_column(from + (r + 4) * rows.bytes),
+                            spread_high_column(from + r * rows.bytes));
+  transpose4(x);
+}
+
+// scale[i] = that of group `group` + i of the eight rows, for eight groups.
+W2A4_FN void load_scales(const Eight& rows, int64_t group, __m256* scale) {
+  __m256i x[8];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r)
+    x[r] = _mm256_castps_si256(_mm256_cvtph_ps(load_column(rows.scale + r * rows.groups + group)));
+  transpose8(x);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) scale[i] = _mm256_castsi256_ps(x[i]);
+}
+
+// Biased levels of one group of eight rows. A lane of 16 bytes looks up those of its four rows:
+// four levels of each, or eight of two rows and, in `second`, of the other two.
+struct Levels {
+  __m256i first, second;
+};
+
+// Those of eight groups from `group` on.
+template <int kBits>
+W2A4_FN void load_levels(const Eight& rows, int64_t group, Levels* levels) {
+  if constexpr (kBits == 4) return;
+  constexpr int kCount = kBits == 3 ? 8 : 4, kColumns = kCount / 2, kGroups = 8 / kColumns;
+  const __m256i sign = _mm256_set1_epi8(-128);
+  for (int column = 0; column < kColumns; ++column) {
+    const int8_t* from = rows.levels + group * kCount + column * kColumn;
+    __m256i x[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r)
+      x[r] = _mm256_xor_si256(sign,
+                              _mm256_set_m128i(load_column(from + (r + 4) * rows.groups * kCount),
+                                               load_column(from + r * rows.groups * kCount)));
+    transpose4(x);
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroups; ++i)
+      levels[column * kGroups + i] =
+          kBits == 2 ? Levels{x[i], x[i]}
+                     : Levels{_mm256_unpacklo_epi32(x[2 * i % 4], x[2 * i % 4 + 1]),
+                              _mm256_unpackhi_epi32(x[2 * i % 4], x[2 * i % 4 + 1])};
+  }
+}
+
+// w[plane] = biased weights of a unit of eight rows. high: its high bits, of 3 bits only.
+template <int kBits>
+W2A4_FN void decode_unit(__m256i x, __m256i high, const Levels& levels, __m256i* w) {
+  constexpr int kNone = int(0x80808080);  // looks up 0
+  const __m256i four = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404,
+                                         0x08080808, 0x0c0c0c0c);
+  const __m256i first = _mm256_setr_epi32(0, 0x08080808, kNone, kNone, 0, 0x08080808, kNone, kNone);
+  const __m256i second =
+      _mm256_setr_epi32(kNone, kNone, 0, 0x08080808, kNone, kNone, 0, 0x08080808);
+  if constexpr (kBits == 4) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i biased = _mm256_xor_si256(x, _mm256_set1_epi8(char(0x88)));
+    w[0] = _mm256_and_si256(biased, nibble);
+    w[1] = _mm256_and_si256(_mm256_srli_epi16(biased, 4), nibble);
+    return;
+  }
+#pragma GCC unroll 4
+  for (int plane = 0; plane < kPlanes<kBits>; ++plane) {
+    const __m256i code = code_of_plane<kBits>(x, high, plane);
+    w[plane] = kBits == 2 ? _mm256_shuffle_epi8(levels.first, _mm256_or_si256(code, four))
+                          : _mm256_or_si256(
+                                _mm256_shuffle_epi8(levels.first, _mm256_or_si256(code, first)),
+                                _mm256_shuffle_epi8(levels.second, _mm256_or_si256(code, second)));
+  }
+}
+
 constexpr int64_t kPanelDepth = 1024;  // inputs decoded at a time, about
 
 struct Panel {
@@ -19,6 +177,8 @@ struct Panel {
   int64_t chunk_blocks;  // blocks decoded at a time
   Aligned<uint8_t> w;    // [chunk_blocks, block_units, planes, kPanelOuts, 4]
   Aligned<float> scale;  // [chunk_blocks, kPanelOuts]
+  Eight rows[kPanelOuts / 8];
+  EightEnds ends[kPanelOuts / 8];
 };
 
 W2A4_FN void set_lanes(__m256i& sums, int32_t value) {
@@ -60,99 +220,34 @@ W2A4_FN void decode_codes(const Panel& panel, int64_t start, int64_t n, uint8_t*
   }
 }
 
-// kBytes bytes of each of 8 rows from byte `at` on, read no further than the tensor's end; [8
-// units] of 8 rows. 32 bytes as they are, 16 of high bits spread to a nibble a byte, so that both
-// have a byte for four codes.
-template <int kBytes>
-W2A4_FN void load_units(const Panel& panel, int64_t row, int64_t at, __m256i* x) {
-  const int64_t bytes = row_bytes(panel.p), size = panel.p.out_features * bytes;
-  for (int r = 0; r < 8; ++r) {
-    const int64_t at_row = panel_row(panel, row + r) * bytes + at;
-    const uint8_t* from = panel.p.weight + at_row;
-    alignas(32) uint8_t end[kBytes] = {};
-    if (at_row + kBytes > size) {
-      std::memcpy(end, from, size - at_row);
-      from = end;
-    }
-    x[r] = kBytes == kVectorBytes ? load_bytes(from) : spread_high_bits(from);
-  }
-  transpose8(x);
-}
-
-// Biased levels of one group of 8 rows. A lane of 16 bytes looks up those of its four rows: four
-// levels of each, or eight of two rows and, in `second`, of the other two.
-struct PanelLevels {
-  __m256i first, second;
-};
-
-template <int kBits>
-W2A4_FN PanelLevels load_levels(const Panel& panel, int64_t row, int64_t group) {
-  constexpr int kSize = kBits == 4 ? 4 : kLevels<kBits>;
-  // Rows of eight levels in the order 0, 1, 4, 5, 2, 3, 6, 7.
-  constexpr int kOrder[] = {0, 1, 4, 5, 2, 3, 6, 7};
-  const int64_t groups = panel.p.in_features / panel.p.group_size;
-  alignas(32) int8_t levels[64] = {};
-  for (int r = 0; r < 8; ++r) {
-    const int64_t from = panel_row(panel, row + (kBits == 3 ? kOrder[r] : r)) * groups + group;
-    std::memcpy(levels + kSize * r, panel.p.levels + kSize * from, kSize);
-  }
-  const __m256i sign = _mm256_set1_epi8(-128);
-  return {_mm256_xor_si256(load_bytes(levels), sign),
-          _mm256_xor_si256(load_bytes(levels + 32), sign)};
-}
-
-// One unit of 8 rows into the panel, of which w is the first plane of these rows. high: the unit's
-// high bits, of 3 bits only.
-template <int kBits>
-W2A4_FN void decode_unit(__m256i x, __m256i high, const PanelLevels& levels, uint8_t* w) {
-  constexpr int kNone = int(0x80808080);  // looks up 0
-  const __m256i four = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404,
-                                         0x08080808, 0x0c0c0c0c);
-  const __m256i first = _mm256_setr_epi32(0, 0x08080808, kNone, kNone, 0, 0x08080808, kNone, kNone);
-  const __m256i second =
-      _mm256_setr_epi32(kNone, kNone, 0, 0x08080808, kNone, kNone, 0, 0x08080808);
-#pragma GCC unroll 4
-  for (int plane = 0; plane < kPlanes<kBits>; ++plane) {
-    const __m256i code =
-        kBits == 4 ? _mm256_and_si256(_mm256_srli_epi16(x, plane * 4), _mm256_set1_epi8(15))
-                   : code_of_plane<kBits>(x, high, plane);
-    __m256i biased;
-    if constexpr (kBits == 2) {
-      biased = _mm256_shuffle_epi8(levels.first, _mm256_or_si256(code, four));
-    } else if constexpr (kBits == 3) {
-      biased = _mm256_or_si256(_mm256_shuffle_epi8(levels.first, _mm256_or_si256(code, first)),
-                               _mm256_shuffle_epi8(levels.second, _mm256_or_si256(code, second)));
-    } else {
-      biased = _mm256_xor_si256(code, _mm256_set1_epi8(8));
-    }
-    _mm256_store_si256(reinterpret_cast<__m256i*>(w + plane * kPanelOuts * 4), biased);
-  }
-}
-
 // `units` whole units from input `start` on. A group is made of whole units, or is the whole row.
 template <int kBits>
 W2A4_FN void decode_units(const Panel& panel, int64_t start, int64_t units, uint8_t* w) {
   const LinearA4Params& p = panel.p;
-  const int64_t at = start / kPlanes<kBits>, high_at = low_bytes(p) + start / 8;
+  const int64_t at = start / kPlanes<kBits>;
   const int64_t group_units = ceil_div(p.group_size, kUnitBytes * kPlanes<kBits>);
   for (int64_t row = 0; row < kPanelOuts; row += 8) {
+    const Eight& rows = panel.rows[row / 8];
     uint8_t* to = w + row * 4;
-    PanelLevels levels{};
-    int64_t group = start / p.group_size, left = 0;
-    for (int64_t first = 0; first < units; first += 8) {
-      __m256i x[8], high[8];
-      load_units<kVectorBytes>(panel, row, at + first * kUnitBytes, x);
-      if (kBits == 3)
-        load_units<kVectorBytes / 2>(panel, row, high_at + first * kUnitBytes / 2, high);
-      for (int64_t u = 0; u < std::min<int64_t>(8, units - first); ++u) {
+    Levels levels[8];
+    int64_t groups = 8, left = 0;  // of the eight groups those that are read, and units of the last
+    for (int64_t first = 0; first < units; first += kColumnUnits) {
+      __m256i x[kColumnUnits], high[kColumnUnits];
+      load_units(rows, at + first * kUnitBytes, x);
+      if (kBits == 3) load_high_units(rows, at + first * kUnitBytes, high);
+      for (int64_t u = 0; u < std::min<int64_t>(kColumnUnits, units - first); ++u) {
         if (kBits != 4 && left == 0) {
-          const int64_t begun = (start + (first + u) * kUnitBytes * kPlanes<kBits>) % p.group_size;
-          levels = load_levels<kBits>(panel, row, group++);
-          left = group_units - begun / (kUnitBytes * kPlanes<kBits>);
+          const int64_t k = start + (first + u) * kUnitBytes * kPlanes<kBits>;
+          if (++groups >= 8) load_levels<kBits>(rows, k / p.group_size, levels), groups = 0;
+          left = group_units - k % p.group_size / (kUnitBytes * kPlanes<kBits>);
         }
         --left;
-        decode_unit<kBits>(x[u], high[u], levels, to);
-        to += kPlanes<kBits> * kPanelOuts * 4;
+        __m256i biased[kPlanes<kBits>];
+        decode_unit<kBits>(x[u], high[u], levels[groups % 8], biased);
+        for (const __m256i& plane : biased) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(to), plane);
+          to += kPanelOuts * 4;
+        }
       }
     }
   }
@@ -176,13 +271,15 @@ W2A4_FN void decode_blocks(const Panel& panel, int64_t first, int64_t blocks) {
 }
 
 W2A4_FN void load_panel_scales(const Panel& panel, int64_t first, int64_t blocks) {
-  const LinearA4Params& p = panel.p;
-  const int64_t groups = p.in_features / p.group_size, blocks_in_group = p.group_size / p.block;
-  for (int64_t r = 0; r < kPanelOuts; ++r) {
-    const uint16_t* scale = p.scale + panel_row(panel, r) * groups + first / blocks_in_group;
-    for (int64_t b = 0, used = first % blocks_in_group; b < blocks; ++b) {
-      panel.scale[b * kPanelOuts + r] = _cvtsh_ss(*scale);
-      if (++used == blocks_in_group) ++scale, used = 0;
+  const int64_t blocks_in_group = panel.p.group_size / panel.p.block;
+  for (int64_t row = 0; row < kPanelOuts; row += 8) {
+    const Eight& rows = panel.rows[row / 8];
+    __m256 scale[8];
+    int64_t group = first / blocks_in_group, used = first % blocks_in_group, loaded = 8;
+    for (int64_t b = 0; b < blocks; ++b) {
+      if (loaded == 8) load_scales(rows, group, scale), loaded = 0;
+      _mm256_store_ps(panel.scale.get() + b * kPanelOuts + row, scale[loaded]);
+      if (++used == blocks_in_group) ++group, ++loaded, used = 0;
     }
   }
 }
@@ -229,13 +326,10 @@ W2A4_TARGET void tile_blocks(const PanelsTask& task, const Panel& panel, int64_t
                              int64_t first, int64_t blocks, float* acc) {
   const LinearA4Params& p = panel.p;
   const int64_t quads = panel.block_units * codes_in_byte(p);
-  const int64_t all_blocks = p.in_features / p.block, act_groups = p.in_features / p.act_group;
-  const int64_t blocks_in_act = p.act_group / p.block, depth = all_blocks * quads * 4;
+  const int64_t all_blocks = p.in_features / p.block, depth = all_blocks * quads * 4;
   const int8_t* a = task.a + token * depth + first * quads * 4;
   const int32_t* bias = task.bias + token * all_blocks + first;
-  const float* a_scale =
-      p.a_scale + (task.first_token + token) * act_groups + first / blocks_in_act;
-  int64_t used = first % blocks_in_act;
+  const float* a_scale = task.a_scale + token * all_blocks + first;
   for (int64_t b = 0; b < blocks; ++b) {
     Sums sums[kTokens][kTileVectors];
     for (int t = 0; t < kTokens; ++t)
@@ -245,9 +339,8 @@ W2A4_TARGET void tile_blocks(const PanelsTask& task, const Panel& panel, int64_t
     const float* scale = panel.scale.get() + b * kPanelOuts;
     for (int t = 0; t < kTokens; ++t)
       for (int v = 0; v < kTileVectors; ++v)
-        add_scaled(sums[t][v], scale + v * kLanes, a_scale[t * act_groups],
+        add_scaled(sums[t][v], scale + v * kLanes, a_scale[t * all_blocks + b],
                    acc + t * kPanelOuts + v * kLanes);
-    if (++used == blocks_in_act) ++a_scale, used = 0;
   }
 }
 
@@ -290,13 +383,17 @@ W2A4_TARGET void linear_panels(const PanelsTask& task, int64_t begin, int64_t en
               task.block_units,
               chunk,
               aligned<uint8_t>(chunk * task.block_units * unit),
-              aligned<float>(chunk * kPanelOuts)};
+              aligned<float>(chunk * kPanelOuts),
+              {},
+              {}};
   const auto acc = aligned<float>(std::min(kPanelTokens, task.tokens) * kPanelOuts);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t token = i / panels * kPanelTokens;
     const int64_t tokens = std::min(kPanelTokens, task.tokens - token);
     panel.first = i % panels * kPanelOuts;
     panel.outs = std::min<int64_t>(kPanelOuts, p.out_features - panel.first);
+    for (int64_t r = 0; r < kPanelOuts / 8; ++r)  // eights that are not there repeat the first
+      panel.rows[r] = rows_at(p, panel.first + (8 * r < panel.outs ? 8 * r : 0), panel.ends[r]);
     std::fill_n(acc.get(), tokens * kPanelOuts, 0.0f);
     for (int64_t first = 0; first < blocks; first += chunk) {
       const int64_t n = std::min(chunk, blocks - first);
@@ -346,6 +443,9 @@ W2A4_FN void unpack_token(const PanelsTask& task, int64_t token) {
     int32_t sum = 0;
     for (int64_t j = 0; j < size; ++j) sum += a[j];
     task.bias[token * blocks + b] = -kBias<kBits> * sum;
+    task.a_scale[token * blocks + b] =
+        p.a_scale[(task.first_token + token) * (p.in_features / p.act_group) +
+                  b * p.block / p.act_group];
   }
 }
 

@@ -81,9 +81,9 @@ struct Scratch {
 template <class Arch>
 W2A4_INLINE void prepare_token(const QuantizeA4Params& p, int64_t token, Scratch& s) {
   float* x = s.x.data();
-  load(p.x, p.dtype, token * p.features, p.features, x);
+  load(p.x, p.dtype, token * p.stride, p.features, x);
   if (p.up) {
-    load(p.up, p.dtype, token * p.features, p.features, s.up.data());
+    load(p.up, p.dtype, token * p.stride, p.features, s.up.data());
     silu_mul(x, s.up.data(), p.features);
   }
   if (p.rmsnorm) rmsnorm(x, s.norm_weight.data(), p.features, p.eps);

@@ -139,6 +139,68 @@ def test_pages_give_the_bits_of_a_whole_cache(size, sinks, masked):
             assert torch.equal(page[row // size, :, row % size].transpose(0, 1), new)
 
 
+def several(layers: int = 3, **settings: int) -> list:
+    """Arguments of `decoder_layers` for layers of the same shape."""
+    each = [arguments(**settings) for _ in range(layers)]
+    for index, one in enumerate(each):  # that differ
+        one[4] = [norm + 0.1 * index for norm in one[4]]
+        one[6][0] = one[6][0] ^ index
+    first = each[0]
+    lists = [[value for one in each for value in one[place]] for place in (4, 6, 7, 8, 9, 10, 11)]
+    caches = [[one[place] for one in each] for place in range(16, 20)]
+    norms, *linears_and_groups = lists
+    return [*first[:4], norms, first[5], *linears_and_groups, *first[12:16], *caches, [], [], *first[22:]]
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("shape", [{}, {"hidden": 512, "ffn": 2048}])
+def test_layers_give_the_bits_of_one_after_another(shape, threads):
+    args, before = several(**shape), torch.get_num_threads()
+    copies = [[t.clone() for t in each] for each in args[16:20]]
+    torch.set_num_threads(threads)
+    try:
+        got = torch.ops.w2a4.decoder_layers(*args)
+    finally:
+        torch.set_num_threads(before)
+    x = args[0]
+    for i in range(3):
+        one = [each[len(each) // 3 * i :][: len(each) // 3] for each in args[6:12]]
+        caches = [each[i] for each in copies]
+        x = torch.ops.w2a4.decoder_layer(
+            x, *args[1:4], args[4][2 * i :][:2], args[5], *one, *args[12:16], *caches, None, None, *args[22:]
+        )
+    assert torch.equal(got, x)
+    assert all(torch.equal(a, b) for a, b in zip(sum(args[16:20], []), sum(copies, []), strict=True))
+
+
+@compiled
+def test_opcheck_of_several():
+    opcheck("decoder_layers", tuple(several()))
+
+
+def bad_calls_of_several():
+    good = several()
+    yield "decoder_layers", replaced(good, 4, good[4][:5]), "norms has 5 tensors, expected 2 for each of 3"
+    yield "decoder_layers", replaced(good, 7, good[7][:-1]), "o_proj has 11 tensors, expected as many for"
+    yield "decoder_layers", replaced(good, 10, [32] * 4), "group_sizes has 4 numbers, expected 12.*each layer"
+    yield (
+        "decoder_layers",
+        replaced(good, 19, good[19][:2]),
+        "v_params has 2 tensors, expected 3 like k_codes",
+    )
+    yield "decoder_layers", replaced(good, 20, good[19][:1]), "k_sink has 1 tensors, expected none or 3"
+    empty = [[] if 16 <= place < 20 else value for place, value in enumerate(good)]
+    yield "decoder_layers", empty, "k_codes has no tensor, expected one for each layer"
+    wide = [*good[9][:-4], *arguments(64, 64)[9]]
+    yield "decoder_layers", replaced(good, 9, wide), "down_proj has 64 outputs, expected 32 like x"
+
+
+@pytest.mark.parametrize("name,args,message", bad_arguments(bad_calls_of_several()))
+def test_bad_arguments_of_several(name, args, message):
+    assert_refused(name, args, message)
+
+
 def bad_calls():
     good = arguments()
     slots, both = torch.zeros(1, 1, dtype=torch.long), "missing; pass both slots and block_table or neither"

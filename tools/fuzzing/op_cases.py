@@ -36,7 +36,7 @@ class OpCase:
     """A call.
 
     Attributes:
-        args: of `torch.ops.w2a4.<name>`; tensors that it writes are at `written`.
+        args: of `torch.ops.w2a4.<name>`; tensors that it writes, or lists of them, are at `written`.
         agree: compares what the op and what the reference gave, and raises AssertionError.
     """
 
@@ -431,6 +431,32 @@ def _decoder_layer(draw: Draw) -> OpCase:
     return OpCase("decoder_layer", args, exact, (16, 17, 18, 19), oracle=_layer_of_ops)
 
 
+def _decoder_layers(draw: Draw) -> OpCase:
+    """Layers of the same weights, each with caches of its own."""
+    args, layers = _decoder_layer(draw).args, draw.number(1, 3)
+    caches = [[t.clone() for _ in range(layers)] for t in args[16:20]]
+    sinks = [[] if t is None else [t] * layers for t in args[20:22]]
+    lists = [each * layers for each in args[6:12]]
+    args = [*args[:4], args[4] * layers, args[5], *lists, *args[12:16], *caches, *sinks, *args[22:]]
+    return OpCase("decoder_layers", args, exact, (16, 17, 18, 19), oracle=_one_after_another)
+
+
+def _one_after_another(x: Tensor, *args: Any) -> Tensor:
+    """`decoder_layers` by `decoder_layer`."""
+    layers = len(args[15])
+
+    def part(each: Any, i: int) -> Any:
+        size = len(each) // layers
+        return each[size * i : size * (i + 1)]
+
+    for i in range(layers):
+        lists = [part(each, i) for each in args[5:11]]
+        caches, sinks = [each[i] for each in args[15:19]], [each[i] if each else None for each in args[19:21]]
+        one = *args[:3], part(args[3], i), args[4], *lists, *args[11:15], *caches, *sinks, *args[21:]
+        x = torch.ops.w2a4.decoder_layer(x, *one)
+    return x
+
+
 def _paged_decoder_layer(draw: Draw) -> OpCase:
     """As `_decoder_layer`; blocks may be shared by sequences, but no slot by two tokens."""
     case = _decoder_layer(draw)
@@ -477,7 +503,7 @@ CASES = (
     _hadamard, _quantize_a4, _fused_a4, _fused_a4, _linear_a4, _linear_a4, _linear_w8, _quantize_kv4,
     _append_kv4, _paged_append_kv4, _rope_append_kv4, _attention_kv4, _attention_kv4, _paged_attention_kv4,
     _round_columns, _snap, _fake_quant_rows, _snap_backward, _fake_quant_rows_backward, _decoder_layer,
-    _decoder_layer, _paged_decoder_layer,
+    _decoder_layer, _decoder_layers, _decoder_layers, _paged_decoder_layer,
 )  # fmt: skip
 
 #: Numbers that no argument should be taken at its word for.
@@ -496,9 +522,9 @@ def hostile(draw: Draw) -> OpCase:
     value = case.args[index]
     if isinstance(value, Tensor):
         changed, case.hostile = _spoil(draw, value, case, index)
-    elif isinstance(value, list):
+    elif isinstance(value, list) and value:
         changed, case.hostile = _spoil_list(draw, value, case, index)
-    elif isinstance(value, bool) or value is None:
+    elif isinstance(value, (bool, list)) or value is None:
         return case
     elif isinstance(value, int):
         changed = draw.pick(NUMBERS)
@@ -577,13 +603,13 @@ def run(case: OpCase) -> str:
             raise AssertionError(f"a sound call was refused: {first}") from error
         assert case.name in first or "w2a4" in first or "out of memory" in first, f"unclear: {first}"
         return f"refused: {first}"
-    got = [*_list(got), *(case.args[i] for i in case.written)]
+    got = [*_list(got), *(t for i in case.written for t in _list(case.args[i]))]
     try:
         want = case.reference(plain)
     except (RuntimeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         if "can't allocate memory" in str(error):  # a dense matrix that the op does without
             return "right"
         raise AssertionError(f"served what the reference refuses: {error}") from error
-    want = [*_list(want), *(plain[i] for i in case.written)]
+    want = [*_list(want), *(t for i in case.written for t in _list(plain[i]))]
     case.agree(got, want)
     return "right"

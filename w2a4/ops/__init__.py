@@ -395,6 +395,32 @@ def decoder_layer(
     )  # fmt: skip
 
 
+def decoder_layers(
+    x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, norms: list[Tensor], eps: float,
+    qkv_proj: list[Tensor], o_proj: list[Tensor], gate_up_proj: list[Tensor], down_proj: list[Tensor],
+    group_sizes: list[int], act_group_sizes: list[int],
+    r3: tuple[Tensor | None, int], r4: tuple[Tensor | None, int],
+    k_codes: list[Tensor], k_params: list[Tensor], v_codes: list[Tensor], v_params: list[Tensor],
+    k_sink: list[Tensor], v_sink: list[Tensor], start: int, kv_clip: float, scaling: float,
+    starts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Decoder layers one behind the other, to the bit what `decoder_layer` gives, in one call.
+
+    Args:
+        norms: two of each layer, the first layer's first; so it is with all the lists, which have as many
+            tensors of each layer.
+        group_sizes, act_group_sizes: four of each layer.
+        k_sink, v_sink: of each layer, or none.
+
+    The rest is that of `decoder_layer`.
+    """
+    return _ops.decoder_layers.default(
+        x.contiguous(), cos.contiguous(), sin.contiguous(), mask, norms, eps,
+        qkv_proj, o_proj, gate_up_proj, down_proj, group_sizes, act_group_sizes, *r3, *r4,
+        k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, kv_clip, scaling, starts,
+    )  # fmt: skip
+
+
 # What training passes through. `quantizers` has the same in PyTorch for where these have no kernels.
 
 

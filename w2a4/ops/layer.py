@@ -1,4 +1,4 @@
-"""A decoder layer of a packed LLaMA in one op."""
+"""Decoder layers of a packed LLaMA in one op."""
 
 from __future__ import annotations
 
@@ -70,5 +70,48 @@ def _(
     x, cos, sin, mask, norms, eps, qkv_proj, o_proj, gate_up_proj, down_proj, group_sizes, act_group_sizes,
     r3, r3_block, r4, r4_block, k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, kv_clip,
     scaling, starts=None, slots=None, block_table=None,
+):  # fmt: skip
+    return torch.empty_like(x)
+
+
+@op(
+    "(Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor[] norms, float eps, Tensor[] qkv_proj, "
+    "Tensor[] o_proj, Tensor[] gate_up_proj, Tensor[] down_proj, int[] group_sizes, int[] act_group_sizes, "
+    "Tensor? r3, int r3_block, Tensor? r4, int r4_block, Tensor(a!)[] k_codes, Tensor(b!)[] k_params, "
+    "Tensor(c!)[] v_codes, Tensor(d!)[] v_params, Tensor[] k_sink, Tensor[] v_sink, SymInt start, "
+    "float kv_clip, float scaling, Tensor? starts=None) -> Tensor",
+    kernels="cpu",
+)
+def decoder_layers(
+    x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, norms: list[Tensor], eps: float,
+    qkv_proj: list[Tensor], o_proj: list[Tensor], gate_up_proj: list[Tensor], down_proj: list[Tensor],
+    group_sizes: list[int], act_group_sizes: list[int], r3: Tensor | None, r3_block: int,
+    r4: Tensor | None, r4_block: int, k_codes: list[Tensor], k_params: list[Tensor], v_codes: list[Tensor],
+    v_params: list[Tensor], k_sink: list[Tensor], v_sink: list[Tensor], start: int, kv_clip: float,
+    scaling: float, starts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`decoder_layer` of one layer after another. Args: see `ops.decoder_layers`."""
+    layers = len(k_codes)
+
+    def part(each: list, i: int) -> list:
+        count = len(each) // layers
+        return each[count * i : count * (i + 1)]
+
+    for i in range(layers):
+        linears = (part(each, i) for each in (qkv_proj, o_proj, gate_up_proj, down_proj))
+        sinks = (part(each, i)[0] if each else None for each in (k_sink, v_sink))
+        x = decoder_layer(
+            x, cos, sin, mask, part(norms, i), eps, *linears, part(group_sizes, i), part(act_group_sizes, i),
+            r3, r3_block, r4, r4_block, k_codes[i], k_params[i], v_codes[i], v_params[i], *sinks, start,
+            kv_clip, scaling, starts,
+        )  # fmt: skip
+    return x
+
+
+@fake_of(decoder_layers)
+def _(
+    x, cos, sin, mask, norms, eps, qkv_proj, o_proj, gate_up_proj, down_proj, group_sizes, act_group_sizes,
+    r3, r3_block, r4, r4_block, k_codes, k_params, v_codes, v_params, k_sink, v_sink, start, kv_clip,
+    scaling, starts=None,
 ):  # fmt: skip
     return torch.empty_like(x)

@@ -217,6 +217,11 @@ class _Arguments:
             None, None, 0, 0.95, _HEAD**-0.5,
         )  # fmt: skip
 
+    def decoder_layers(self) -> tuple:
+        before, caches, after = (each := self.decoder_layer())[:16], each[16:20], each[22:]
+        lists = [value * 2 if isinstance(value, list) else value for value in before]
+        return *lists, *([t, t.clone()] for t in caches), [], [], *after
+
     # Training.
 
     def groups(self) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,19 +32,13 @@ from .heads import rope, rotary_of, split_heads
 from .joint import can_join, join, refuse_part, rows_of, split, views
 from .kv_cache import KV4Cache, KV4Layer
 from .kv_store import as_bool
-from .prefix import with_prefix
+from .step import layer_op
 
 #: Activations of these are computed in float32 by the fused ops.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-#: `(hidden states, cos and sin, boolean mask or None) -> hidden states`.
-LayerOp = Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None], Tensor]
-
 #: Names of activation functions that `silu_mul_hadamard_a4` computes.
 SILU = ("silu", "swish")
-
-#: Tensors of a linear in the order of `ops.decoder_layer`.
-TENSOR_ORDER = ("weight", "scale", "act_clip", "levels", "bias")
 
 
 class _Block(Derived):
@@ -213,6 +206,13 @@ class PackedDecoderLayer(Derived):
         if any([m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in watched]):
             return not any(map(_is_touched, watched))
         return True
+
+    def has_op(self) -> bool:
+        """Whether `ops.decoder_layer` computes this layer; asked anew when a module of it was replaced."""
+        modules, kept = self._watched(), self.__dict__.get("_has_op")
+        if kept is None or kept[0] != modules:
+            self.__dict__["_has_op"] = kept = modules, _is_whole(self) and _fits_layer_op(self)
+        return kept[1]
 
     def _watched(self) -> tuple[nn.Module, ...]:
         own = self._modules
@@ -394,49 +394,6 @@ def _attended_by_others(
     return out.flatten(-2), weights
 
 
-def layer_op(layer: Any, cache: KV4Layer, hidden_states: Tensor) -> LayerOp | None:
-    """`ops.decoder_layer` for an untouched layer and its part of a cache, where it computes such a layer.
-
-    It can be called again as long as parameters stay where they are and the cache has room.
-    """
-    if not ops.has_layer_kernel(hidden_states) or not _has_layer_op(layer):
-        return None
-    attn, mlp, own, store = layer.self_attn, layer.mlp, layer._modules, cache.store
-    linears = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
-    r4 = OnlineRotation.for_ops(mlp.down_proj.rotation, hidden_states.device)
-    kv_heads = attn.qkv_proj.out_features // attn.head_dim // (attn.num_key_value_groups + 2)
-    r3 = None if r4 is None else store.reserve(hidden_states, kv_heads, attn.head_dim)
-    if r3 is None:
-        return None
-    norms, keys, values = [own[name] for name in layer.family.norms], store.keys, store.values
-    fixed = (
-        [norm._parameters["weight"] for norm in norms], norms[0].variance_epsilon,
-        *map(_tensors, linears), [linear.group_size for linear in linears],
-        [linear.act_group_size for linear in linears], r3, r4, keys.codes, keys.params, values.codes,
-        values.params, keys.sink, values.sink,
-    )  # fmt: skip
-    settings, uses_rope = (store.settings.kv_clip, attn.scaling), architecture.uses_rope(attn)
-
-    def call(hidden_states: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        rotary = rotary if uses_rope else rotary_of(attn, rotary)
-        start = store.bound
-        stop = start + hidden_states.shape[1]
-        mask = None if mask is None else with_prefix(mask, store.prefix)[..., :stop]
-        out = ops.decoder_layer(hidden_states, *rotary, mask, *fixed, start, *settings, store.lengths)
-        store.fill(stop)
-        return out
-
-    return call
-
-
-def _has_layer_op(layer: Any) -> bool:
-    """Whether `ops.decoder_layer` computes this layer; asked anew when a module of it was replaced."""
-    modules, kept = layer._watched(), layer.__dict__.get("_layer_op")
-    if kept is None or kept[0] != modules:
-        layer.__dict__["_layer_op"] = kept = modules, _is_whole(layer) and _fits_layer_op(layer)
-    return kept[1]
-
-
 def _fits_layer_op(layer: Any) -> bool:
     """Packed and joint linears, plain norms, SiLU, RoPE of whole heads or none."""
     attn, mlp = layer.self_attn._modules, layer.mlp._modules
@@ -449,12 +406,6 @@ def _fits_layer_op(layer: Any) -> bool:
         and all(_is_plain_norm(layer._modules[name]) for name in layer.family.norms)
         and architecture.rotary_share(layer.self_attn.config) == 1
     )
-
-
-def _tensors(linear: _PackedLinear) -> list[Tensor]:
-    """Those of a linear in the order of `ops.decoder_layer`."""
-    own = linear._parameters
-    return [own[name] for name in TENSOR_ORDER if own.get(name) is not None]
 
 
 def _is_whole(layer: Any) -> bool:

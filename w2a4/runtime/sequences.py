@@ -11,7 +11,8 @@ from transformers.cache_utils import StaticCache, StaticLayer
 from .arguments import CACHE, cache_name
 from .graphs import Captures, PromptGraphs, StepGraphs
 from .kv_cache import KV4Cache
-from .layer import LayerOp, layer_op, packed_layers
+from .layer import packed_layers
+from .step import LayerOp, step_op
 
 #: Tokens of a prompt that go through the layers at a time, so that memory does not grow with its length; and
 #: of all prompts together on a GPU, to which Python cannot tell what to do fast enough in smaller pieces.
@@ -46,7 +47,7 @@ class PackedSequences:
         self.prefix = self.cache.stores[0].prefix
         self.lengths = torch.zeros(len(rows), dtype=torch.long, device=rows[0].device)
         self.rotary: tuple[Tensor, Tensor] | None = None
-        self.calls: list[LayerOp] | None = None
+        self.call: LayerOp | None = None
         self.graphs: StepGraphs | None = None
         self.prompts: PromptGraphs | None = None
         captures, graphs = Captures(), graphs and not self._dynamic_rope()
@@ -97,14 +98,11 @@ class PackedSequences:
         self.cache.fill(bound - 1)
         hidden = self.decoder.embed_tokens(tokens[:, None])
         rotary = self._rotary(hidden, self.lengths[:, None])
-        if self.calls is None:
+        if self.call is None:
             # Every step from here on has the same arguments, but for its token and its position.
-            pairs = zip(self.layers, self.cache.layers, strict=True)
-            calls = [layer_op(layer, cache, hidden) for layer, cache in pairs]
-            self.calls = calls if all(calls) else None
-        if self.calls is not None:
-            for call in self.calls:
-                hidden = call(hidden, rotary, None)
+            self.call = step_op(self.layers, self.cache.layers, hidden)
+        if self.call is not None:
+            hidden = self.call(hidden, rotary, None)
         else:
             for layer in self.layers:
                 hidden = layer.forward(hidden, position_embeddings=rotary, **{CACHE: self.cache})
