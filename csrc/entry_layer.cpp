@@ -137,7 +137,7 @@ void check_apart(const Check& check, const Call& call, const Parts& parts) {
   if (parts.v_sink) apart(check, caches, *parts.v_sink, "v_sink");
 }
 
-// Memory for what lies between the kernels of a layer. It is kept from layer to layer.
+// Memory for what lies between the kernels of a layer, the same for all layers if it is enough.
 class Scratch {
  public:
   // Pieces of so many bytes, one behind the other.
@@ -145,15 +145,16 @@ class Scratch {
   void cut(const int64_t (&bytes)[n], void* (&pieces)[n]) {
     int64_t total = 0;
     for (int64_t size : bytes) total += aligned_size(size);
-    if (total > size_) memory_ = cpu::aligned<char>(size_ = total);
-    char* next = memory_.get();
+    if (blocks_.empty() || total > size_)
+      blocks_.push_back(cpu::aligned<char>(size_ = total));  // earlier layers keep theirs
+    char* next = blocks_.back().get();
     for (size_t i = 0; i < n; ++i) pieces[i] = next, next += aligned_size(bytes[i]);
   }
 
  private:
   static int64_t aligned_size(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
-  cpu::Aligned<char> memory_;
+  std::vector<cpu::Aligned<char>> blocks_;
   int64_t size_ = 0;
 };
 
@@ -364,29 +365,32 @@ Tensor decoder_layers(const Tensor& x, const Tensor& cos, const Tensor& sin,
 
   Tensor out = empty(x, with_last(x, x.size(2)), x.scalar_type());
   Scratch scratch;
+  const auto sink = [](const std::vector<Tensor>& sinks, size_t i) {
+    return sinks.empty() ? std::nullopt : std::optional<Tensor>(sinks[i]);
+  };
+  std::vector<Layer> plan;  // all is checked before anything is written
+  plan.reserve(layers);
+  for (size_t i = 0; i < layers; ++i) {
+    const Parts parts{norms[2 * i],
+                      norms[2 * i + 1],
+                      part(qkv_proj, layers, i),
+                      part(o_proj, layers, i),
+                      part(gate_up_proj, layers, i),
+                      part(down_proj, layers, i),
+                      group_sizes.data() + 4 * i,
+                      act_group_sizes.data() + 4 * i,
+                      k_codes[i],
+                      k_params[i],
+                      v_codes[i],
+                      v_params[i],
+                      sink(k_sink, i),
+                      sink(v_sink, i)};
+    // Behind the first, a layer reads its input before it writes its result over it.
+    const void* from = i == 0 ? x.data_ptr() : out.data_ptr();
+    plan.emplace_back(check, call, parts, from, out.data_ptr(), scratch);
+  }
   cpu::Team::run([&] {
-    const auto sink = [](const std::vector<Tensor>& sinks, size_t i) {
-      return sinks.empty() ? std::nullopt : std::optional<Tensor>(sinks[i]);
-    };
-    for (size_t i = 0; i < layers; ++i) {
-      const Parts parts{norms[2 * i],
-                        norms[2 * i + 1],
-                        part(qkv_proj, layers, i),
-                        part(o_proj, layers, i),
-                        part(gate_up_proj, layers, i),
-                        part(down_proj, layers, i),
-                        group_sizes.data() + 4 * i,
-                        act_group_sizes.data() + 4 * i,
-                        k_codes[i],
-                        k_params[i],
-                        v_codes[i],
-                        v_params[i],
-                        sink(k_sink, i),
-                        sink(v_sink, i)};
-      // Behind the first, a layer reads its input before it writes its result over it.
-      const void* from = i == 0 ? x.data_ptr() : out.data_ptr();
-      Layer(check, call, parts, from, out.data_ptr(), scratch).run();
-    }
+    for (const Layer& layer : plan) layer.run();
   });
   return out;
 }

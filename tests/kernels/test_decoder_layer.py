@@ -5,6 +5,7 @@ import torch
 
 import w2a4
 from support.kv4 import packed, paged
+from support.layer_arguments import arguments, several
 from support.op_arguments import FLOATS, assert_refused, bad_arguments, opcheck, replaced
 from support.packed import packed_model
 from w2a4 import ops
@@ -80,31 +81,6 @@ def test_rotations_that_it_does_not_compute(r4, monkeypatch):
     assert torch.isfinite(out).all()
 
 
-def arguments(hidden: int = 32, ffn: int = 64, group: int = 32) -> list:
-    """Of one token into an empty cache of four: one head of 32, weights of 2 bits."""
-    generator = torch.Generator().manual_seed(2)
-
-    def linear(inputs: int, outputs: int) -> list[torch.Tensor]:
-        groups = inputs // group
-        return [
-            torch.randint(0, 256, (outputs, inputs // 4), generator=generator).to(torch.uint8),
-            torch.full((outputs, groups), 0.01, dtype=torch.float16),
-            torch.tensor([0.9]),
-            torch.tensor([-100, -30, 30, 100], dtype=torch.int8).repeat(outputs, groups, 1),
-        ]
-
-    def side() -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(1, 1, 4, 16, dtype=torch.uint8), torch.zeros(1, 1, 4, 2, dtype=torch.float16)
-
-    x = torch.randn(1, 1, hidden, generator=generator)
-    cos, sin = torch.ones(1, 1, 32), torch.zeros(1, 1, 32)
-    return [
-        x, cos, sin, None, [torch.ones(hidden), torch.ones(hidden)], 1e-5,
-        linear(hidden, 3 * 32), linear(32, hidden), linear(hidden, 2 * ffn), linear(ffn, hidden),
-        [group] * 4, [-1] * 4, None, 32, None, ffn, *side(), *side(), None, None, 0, 0.95, 32**-0.5,
-    ]  # fmt: skip
-
-
 @compiled
 def test_opcheck():
     opcheck("decoder_layer", tuple(arguments()))
@@ -137,19 +113,6 @@ def test_pages_give_the_bits_of_a_whole_cache(size, sinks, masked):
         for b, row in enumerate(slots):
             new = cache[b, :, int(starts[b]) :][:, :tokens]
             assert torch.equal(page[row // size, :, row % size].transpose(0, 1), new)
-
-
-def several(layers: int = 3, **settings: int) -> list:
-    """Arguments of `decoder_layers` for layers of the same shape."""
-    each = [arguments(**settings) for _ in range(layers)]
-    for index, one in enumerate(each):  # that differ
-        one[4] = [norm + 0.1 * index for norm in one[4]]
-        one[6][0] = one[6][0] ^ index
-    first = each[0]
-    lists = [[value for one in each for value in one[place]] for place in (4, 6, 7, 8, 9, 10, 11)]
-    caches = [[one[place] for one in each] for place in range(16, 20)]
-    norms, *linears_and_groups = lists
-    return [*first[:4], norms, first[5], *linears_and_groups, *first[12:16], *caches, [], [], *first[22:]]
 
 
 @compiled
@@ -199,6 +162,15 @@ def bad_calls_of_several():
 @pytest.mark.parametrize("name,args,message", bad_arguments(bad_calls_of_several()))
 def test_bad_arguments_of_several(name, args, message):
     assert_refused(name, args, message)
+
+
+@compiled
+def test_nothing_is_written_if_a_later_layer_is_refused():
+    args = several()
+    args[9] = [*args[9][:-4], *arguments(64, 64)[9]]
+    with pytest.raises(RuntimeError, match="down_proj has 64 outputs"):
+        torch.ops.w2a4.decoder_layers(*args)
+    assert not any(t.any() for each in args[16:20] for t in each)
 
 
 def bad_calls():

@@ -44,6 +44,54 @@ def test_tokens_are_those_of_transformers(recipe):
     assert_same(Engine(model).generate([PROMPTS[0], PROMPTS[3]], 12), [want[0], want[3]])
 
 
+MANY = [prompt(tokens=1 + 7 * n % 29, seed=n)[0] for n in range(37)]
+
+QUEUES = {
+    "packed": {},
+    "prefix": {"prefix_tokens": 2},
+    "no r3, r4": {"rotation.r3": "none", "rotation.r4": "none"},
+    "sinks": {"sink_tokens": 2},  # and the next: 16 after 16
+    "16-bit cache": {"kv_bits": 16},
+}
+
+
+@pytest.mark.parametrize("recipe", QUEUES.values(), ids=QUEUES)
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_more_prompts_than_go_side_by_side(recipe, count):
+    """Each gives what it gives alone, whenever it begins, whoever ended before it and whoever is left."""
+    model = packed_model(**recipe)
+    alone = Engine(model)
+    whole = [alone.generate([ids], count)[0] for ids in MANY]
+    stops = [int(whole[0][-1]), int(whole[5][0])]  # some end before `count`, one of them at once
+    want = [alone.generate([ids], count, stop_tokens=stops)[0] for ids in MANY]
+    seen = [[] for _ in MANY]
+    got = Engine(model).generate(
+        MANY, count, stop_tokens=stops, on_token=lambda i, token: seen[i].append(token)
+    )
+    assert_same(got, want)
+    assert seen == [tokens.tolist() for tokens in want]
+    assert count == 1 or len({len(tokens) for tokens in want}) > 1
+
+
+def test_sequences_that_have_ended_are_not_computed(monkeypatch):
+    model, steps = packed_model(), []
+    advance = sequences.PackedSequences.advance
+    monkeypatch.setattr(
+        sequences.PackedSequences, "advance", lambda self, t: steps.append(len(t)) or advance(self, t)
+    )
+    whole = Engine(model).generate(MANY[:20], 8)
+    assert steps == [16] * 7 + [4] * 7 and all(len(tokens) == 8 for tokens in whole)
+
+
+def test_rules_follow_a_sequence_to_its_place():
+    model = packed_model()
+    model.generation_config.repetition_penalty, model.generation_config.min_new_tokens = 1.3, 3
+    stops = [int(tokens[0]) for tokens in Engine(model).generate(MANY[:3], 1)]
+    want = [Engine(model).generate([ids], 6, stop_tokens=stops)[0] for ids in MANY]
+    assert_same(Engine(model).generate(MANY, 6, stop_tokens=stops), want)
+    assert all(len(tokens) >= 3 for tokens in want)
+
+
 def test_sinks_of_sequences_of_different_lengths():
     model, prompts = packed_model(sink_tokens=2), [PROMPTS[0], PROMPTS[2]]
     assert_same(Engine(model).generate(prompts, 12), [by_transformers(model, ids) for ids in prompts])
@@ -272,8 +320,7 @@ def test_sampled_text_repeats_with_its_seed():
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([], {}, "0 prompts: give 1 to 16"),
-        ([[1]] * 17, {}, "17 prompts: give 1 to 16"),
+        ([], {}, "0 prompts: give one or more"),
         ([[1], []], {}, r"prompt 1 has shape \[0\]"),
         ([[1, 131]], {}, r"prompt 0 has tokens from 1 to 131, not all in 0\.\.130"),
         (

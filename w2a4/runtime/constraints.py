@@ -80,6 +80,16 @@ class Constraints:
         if self:
             self.ids = [torch.cat([ids, token]) for ids, token in zip(self.ids, tokens.split(1), strict=True)]
 
+    def put(self, place: int, other: Constraints) -> None:
+        """The rules of another sequence, the only one of `other`, in place of those of one."""
+        (self.ids[place],), (self.rules[place],) = other.ids, other.rules
+
+    def drop(self, place: int) -> None:
+        """Forget a sequence; the last one takes its place."""
+        for each in (self.ids, self.rules):
+            each[place] = each[-1]
+            each.pop()
+
 
 def check(model: Any, sampled: bool) -> None:
     """Raise W2A4Error for what the generation config asks and the engine does not do.

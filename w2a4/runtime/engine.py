@@ -26,8 +26,10 @@ from .. import arch, ops
 from ..errors import W2A4Error, shown
 from . import constraints
 from .layer import packed_layers
+from .queue import Pick, continued
 from .sequences import PackedSequences, PlainSequences, StaticSequences, overflowing_layer, sink_tokens_of
 
+#: Sequences that are continued side by side.
 MAX_BATCH = 16
 
 #: Tokens among which the likeliest are looked for first: to sort a vocabulary takes a CPU as long as a small
@@ -134,10 +136,11 @@ class Engine:
         stop_tokens: Collection[int] | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
-        """Continue prompts, 1 to 16 of them, of any lengths.
+        """Continue prompts of any number and lengths, at most 16 side by side.
 
-        A prompt's greedy continuation does not depend on the others. Rules on the next token that the model's
-        generation config has are followed, see `constraints`.
+        Where a packed model's sequence ends on a CPU, the next prompt takes its place at once; elsewhere 16
+        prompts follow 16. A prompt's greedy continuation does not depend on the others. Rules on the next
+        token that the model's generation config has are followed, see `constraints`.
 
         Args:
             prompts: token ids of each.
@@ -159,37 +162,56 @@ class Engine:
         if not isinstance(sampling, Sampling):
             raise W2A4Error(f"sampling={shown(sampling)}: give a Sampling, or None for greedy")
         stops = set(end_tokens(self.model)) if stop_tokens is None else _tokens(stop_tokens)
+        new: list[list[int]] = [[] for _ in rows]
         with inference(self.model):
-            lengths = {len(row) for row in rows}
-            if len(lengths) > 1 and min(lengths) < sink_tokens_of(self.model):
-                # Some would go on filling the first entries, which are kept apart, while others do not.
-                batches = [[i] for i in range(len(rows))]
-            else:
-                batches = [[*range(len(rows))]]
-            new: list[list[int]] = [[] for _ in rows]
-            for indices in batches:
-                batch = [rows[i] for i in indices]
-                for step in self._steps(batch, max_new_tokens, sampling, stops):
-                    for i, token in zip(indices, step, strict=True):
-                        if token is not None:
-                            new[i].append(token)
-                            if on_token is not None:
-                                on_token(i, token)
+            for index, token in self._tokens(rows, max_new_tokens, sampling, stops):
+                new[index].append(token)
+                if on_token is not None:
+                    on_token(index, token)
         return [torch.tensor(tokens) for tokens in new]
 
-    def _steps(
+    def _tokens(
         self, rows: list[Tensor], count: int, sampling: Sampling, stops: set[int]
+    ) -> Iterator[tuple[int, int]]:
+        """Tokens of all prompts as they come: (prompt index, token)."""
+        generator = sampling.generator(self.model.device)
+
+        def pick(logits: Tensor, rules: constraints.Constraints) -> Tensor:
+            tokens = sampling.pick(rules.apply(logits), generator)
+            rules.append(tokens)
+            return tokens
+
+        def pick_finite(logits: Tensor, rules: constraints.Constraints) -> Tensor:
+            _check_finite(logits, sequences)
+            return pick(logits, rules)
+
+        side_by_side = rows[:MAX_BATCH]
+        captured = self.cuda_graphs and ops.has_cuda_kernels(self.model.device)
+        packed = packed_layers(self.model, self.max_length)
+        if packed and not captured and PackedSequences.renews(self.model):
+            room = max(map(len, rows)) - max(map(len, side_by_side)) + count
+            sequences = self.sequences(side_by_side, room)
+            yield from continued(self.model, sequences, rows, count, stops, pick_finite)
+            return
+        size, lengths = MAX_BATCH, {len(row) for row in rows}
+        if len(lengths) > 1 and min(lengths) < sink_tokens_of(self.model):
+            # Some would go on filling the first entries, which are kept apart, while others do not.
+            size = 1
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            for step in self._steps(batch, count, pick, stops):
+                yield from ((start + i, token) for i, token in enumerate(step) if token is not None)
+
+    def _steps(
+        self, rows: list[Tensor], count: int, choose: Pick, stops: set[int]
     ) -> Iterator[list[int | None]]:
         """Tokens of one step after another, None for a row that has ended."""
         sequences, rules = self.sequences(rows, count), constraints.Constraints(self.model, rows, stops)
-        generator = sampling.generator(self.model.device)
         # A GPU works on the next step while this one's tokens are looked at; that step may be in vain.
         ahead = self.model.device.type == "cuda"
 
         def pick() -> Tensor:
-            tokens = sampling.pick(rules.apply(sequences.logits), generator)
-            rules.append(tokens)
-            return tokens
+            return choose(sequences.logits, rules)
 
         def following(tokens: Tensor) -> Tensor:
             sequences.advance(tokens)
@@ -239,8 +261,8 @@ class Engine:
             raise W2A4Error(f"max_new_tokens={max_new_tokens!r}: give an integer >= 1")
         if not isinstance(prompts, (Sequence, Tensor)):
             raise W2A4Error(f"prompts={shown(prompts)}: give a list of prompts, each the ids of tokens")
-        if not 1 <= len(prompts) <= MAX_BATCH:
-            raise W2A4Error(f"{len(prompts)} prompts: give 1 to {MAX_BATCH} at a time")
+        if not len(prompts):
+            raise W2A4Error("0 prompts: give one or more")
         rows = [_ids(i, prompt) for i, prompt in enumerate(prompts)]
         vocabulary = self.model.config.vocab_size
         for i, row in enumerate(rows):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -177,6 +177,11 @@ class KV4Cache(Cache):
         """See `KVStore.join`."""
         for store, *parts in zip(self.stores, *(slot.stores for slot in slots), strict=True):
             store.join(parts)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """See `KVStore.map`."""
+        for store in self.stores:
+            store.map(fn)
 
     def share(self, lengths: Tensor, bound: int) -> None:
         """See `KVStore.share`."""

@@ -32,6 +32,7 @@ class PackedSequences:
         prefix: tokens that stand in the cache before every sequence.
         lengths: int64 `[batch]` on the device, tokens of each sequence in the cache, the prefix's among them.
         longest: the most of them, on the host.
+        ends: the same of each sequence, on the host.
         logits: float `[batch, vocabulary]`, of the token that comes next.
     """
 
@@ -68,7 +69,8 @@ class PackedSequences:
         """Read prompts, in place of what was there before."""
         self.cache.clear()
         lengths = [len(row) for row in rows]
-        self.longest = self.prefix + max(lengths)
+        self.ends = [self.prefix + length for length in lengths]
+        self.longest = max(self.ends)
         if len(set(lengths)) == 1:
             ids = torch.stack(rows)
             logits = None if self.prompts is None else self.prompts.run(ids)
@@ -87,11 +89,46 @@ class PackedSequences:
 
     def advance(self, tokens: Tensor) -> None:
         """Append a token `[batch]` to each sequence."""
-        self.longest += 1
+        self.longest, self.ends = self.longest + 1, [end + 1 for end in self.ends]
         if self.graphs is not None:
             self.logits = self.graphs.run(tokens, self.longest)
         else:
             self.logits = self._step(tokens, self.longest)
+
+    @staticmethod
+    def renews(model: Any) -> bool:
+        """Whether sequences of a packed model can be renewed and dropped.
+
+        On a GPU steps are captured; and a text's first tokens may be kept in 16 bits beside the cache.
+        """
+        return model.device.type == "cpu" and not sink_tokens_of(model)
+
+    def renew(self, place: int, row: Tensor) -> Tensor:
+        """Read a prompt `[n]` in place of a sequence. Returns logits `[1, vocabulary]`."""
+        logits = self._prefill(row[None], self.cache.slot(place))
+        self.ends[place] = self.prefix + len(row)
+        self.lengths[place], self.longest = self.ends[place], max(self.ends)
+        self.cache.share(self.lengths, self.longest)
+        return logits
+
+    def drop(self, place: int) -> None:
+        """Forget a sequence; the last one takes its place."""
+        last = self.batch = self.batch - 1
+
+        def without(t: Tensor) -> Tensor:
+            if place != last and t.stride(0):  # not of what is the same for all
+                t[place].copy_(t[last])
+            return t[:last]
+
+        self.ends[place] = self.ends[last]
+        self.ends.pop()
+        if not last:
+            return
+        self.longest = max(self.ends)
+        self.cache.map(without)
+        self.lengths = without(self.lengths)
+        self.cache.share(self.lengths, self.longest)
+        self.call = None
 
     def _step(self, tokens: Tensor, bound: int) -> Tensor:
         """Logits after another token `[batch]` of each sequence, none of which is then longer than bound."""

@@ -30,7 +30,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from ... import ops
 from ...errors import CheckpointError
 from ...format.online import OnlineRotation
-from ...runtime.layer import TENSOR_ORDER
+from ...runtime.step import TENSOR_ORDER
 from .attention import KV4Attention, KV4Metadata, PlacedRun
 from .linear import HADAMARD_A4, PackedLinearMethod
 
