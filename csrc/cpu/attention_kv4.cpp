@@ -33,6 +33,7 @@ struct Task {
   int64_t first_head, heads;  // of batch * kv_heads cache heads, those done now
   int64_t key_tiles;          // tiles of kKeys in the cache
   float* shared;              // [heads, key_tiles, tile_floats()], or null: every task dequantises
+  uint8_t* finite;            // [heads, key_tiles]: whether all values of a shared tile are
 
   // A tile: keys transposed [head_dim, kKeys], then values [kKeys, padded_dim].
   int64_t tile_floats() const { return (p->head_dim + padded_dim) * kKeys; }
@@ -81,24 +82,41 @@ W2A4_INLINE void transpose_codes(const AttentionKV4Params& p, int64_t batch, int
   transpose_bytes(gathered, width, count, width, bytes);
 }
 
+// Scales and zero-points of keys (or values) first .. first + count, 0 where one lies in no cache.
+struct ParamsTile {
+  alignas(64) float scale[kKeys], zero[kKeys];
+  bool finite;
+};
+
+W2A4_INLINE void load_params(const AttentionKV4Params& p, const Strided4& params, int64_t batch,
+                             int64_t head, int64_t first, int64_t count, ParamsTile& to) {
+  F16 pairs[2 * kKeys] = {};
+  for (int64_t key = outside(p, first, count); key < count; ++key)
+    std::memcpy(pairs + 2 * key, key_at<const F16>(p, params, batch, head, first + key),
+                2 * sizeof(F16));
+  int most = 0;
+  for (const F16& each : pairs) most = std::max(most, each.bits & 0x7fff);
+  to.finite = most < 0x7c00;
+  for (int key = 0; key < kKeys; ++key) {
+    to.scale[key] = to_float(pairs[2 * key]);
+    to.zero[key] = to_float(pairs[2 * key + 1]);
+  }
+}
+
 // keys [head_dim, kKeys]: keys first .. first + count, transposed; columns from count on are 0.
 // `bytes` has room for two tiles of codes.
 W2A4_INLINE void load_keys(const AttentionKV4Params& p, int64_t batch, int64_t head, int64_t first,
                            int64_t count, uint8_t* bytes, float* keys) {
   const int64_t width = p.head_dim / 2;
-  alignas(64) float scale[kKeys] = {}, zero[kKeys] = {};
-  for (int64_t key = outside(p, first, count); key < count; ++key) {
-    const F16* params = key_at<const F16>(p, p.k_params, batch, head, first + key);
-    scale[key] = to_float(params[0]);
-    zero[key] = to_float(params[1]);
-  }
+  ParamsTile params;
+  load_params(p, p.k_params, batch, head, first, count, params);
   transpose_codes(p, batch, head, first, count, bytes + width * kKeys, bytes);
   for (int64_t j = 0; j < width; ++j) {
     const uint8_t* codes = bytes + j * kKeys;
     float *even = keys + 2 * j * kKeys, *odd = even + kKeys;
     for (int key = 0; key < kKeys; ++key) {
-      even[key] = static_cast<float>(codes[key] & 15) * scale[key] + zero[key];
-      odd[key] = static_cast<float>(codes[key] >> 4) * scale[key] + zero[key];
+      even[key] = static_cast<float>(codes[key] & 15) * params.scale[key] + params.zero[key];
+      odd[key] = static_cast<float>(codes[key] >> 4) * params.scale[key] + params.zero[key];
     }
   }
   for (int64_t key = first; key < std::min(p.sinks, first + count); ++key)
@@ -108,10 +126,22 @@ W2A4_INLINE void load_keys(const AttentionKV4Params& p, int64_t batch, int64_t h
            keys + d * kKeys + key - first);
 }
 
+W2A4_INLINE bool all_finite(const float* x, int64_t n) {
+  int32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t magnitude = bits<int32_t>(x[i]) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+  }
+  return most < 0x7f800000;
+}
+
 // values [kKeys, padded_dim]: the values of the same keys; what is beyond head_dim or count is 0.
-W2A4_INLINE void load_values(const AttentionKV4Params& p, int64_t batch, int64_t head,
+// Returns whether all are finite.
+W2A4_INLINE bool load_values(const AttentionKV4Params& p, int64_t batch, int64_t head,
                              int64_t first, int64_t count, int64_t padded_dim, float* values) {
   std::memset(values, 0, kKeys * padded_dim * sizeof(float));
+  ParamsTile params;
+  load_params(p, p.v_params, batch, head, first, count, params);
   for (int64_t key = 0; key < count; ++key) {
     float* row = values + key * padded_dim;
     if (first + key < p.sinks) {
@@ -121,13 +151,14 @@ W2A4_INLINE void load_values(const AttentionKV4Params& p, int64_t batch, int64_t
       continue;
     }
     const uint8_t* codes = key_at<const uint8_t>(p, p.v_codes, batch, head, first + key);
-    const F16* params = key_at<const F16>(p, p.v_params, batch, head, first + key);
-    const float scale = to_float(params[0]), zero = to_float(params[1]);
+    const float scale = params.scale[key], zero = params.zero[key];
     for (int64_t j = 0; j < p.head_dim / 2; ++j) {
       row[2 * j] = static_cast<float>(codes[j] & 15) * scale + zero;
       row[2 * j + 1] = static_cast<float>(codes[j] >> 4) * scale + zero;
     }
   }
+  // Finite numbers of 16 bits give values that are.
+  return first < p.sinks || !params.finite ? all_finite(values, count * padded_dim) : true;
 }
 
 template <class Arch>
@@ -141,7 +172,8 @@ W2A4_INLINE void load_shared_tiles(const Task& task, int64_t begin, int64_t end)
     const int64_t count = std::clamp<int64_t>(keys_of(p, batch) - first, 0, kKeys);
     float* tile = task.shared + i * task.tile_floats();
     load_keys(p, batch, head, first, count, bytes.data(), tile);
-    load_values(p, batch, head, first, count, task.padded_dim, tile + p.head_dim * kKeys);
+    task.finite[i] =
+        load_values(p, batch, head, first, count, task.padded_dim, tile + p.head_dim * kKeys);
   }
 }
 W2A4_DISPATCH(load_shared_tiles, Task)
@@ -165,26 +197,18 @@ W2A4_INLINE float softmax_row(const AttentionKV4Params& p, const bool* mask, int
   return total;
 }
 
-W2A4_INLINE bool all_finite(const float* x, int64_t n) {
-  int32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t magnitude = bits<int32_t>(x[i]) & 0x7fffffff;
-    most = magnitude > most ? magnitude : most;
-  }
-  return most < 0x7f800000;
-}
-
-// out [kRows, padded_dim] += weights [kRows, ldw] x values [count, padded_dim].
+// out [rows, padded_dim] += weights [rows, ldw] x values [count, padded_dim], of a tile of rows.
 template <class Arch>
-W2A4_INLINE void add_values(const float* weights, int64_t ldw, const float* values, int64_t count,
-                            int64_t padded_dim, bool finite, float* out) {
+W2A4_INLINE void add_values(int64_t rows, const float* weights, int64_t ldw, const float* values,
+                            int64_t count, int64_t padded_dim, bool finite, float* out) {
   if (finite) {
     for (int64_t d = 0; d < padded_dim; d += kColumns)
-      multiply_tile<Arch, false>(weights, ldw, values + d, padded_dim, count, out + d, padded_dim);
+      multiply_rows<Arch, false>(rows, weights, ldw, values + d, padded_dim, count, out + d,
+                                 padded_dim);
     return;
   }
   // 0 * NaN is not 0: a value that is not a number must not reach rows that do not see it.
-  for (int64_t r = 0; r < kRows; ++r)
+  for (int64_t r = 0; r < std::min<int64_t>(rows, kRows); ++r)
     for (int64_t key = 0; key < count; ++key) {
       const float weight = weights[r * ldw + key];
       if (weight == 0.0f) continue;
@@ -193,7 +217,7 @@ W2A4_INLINE void add_values(const float* weights, int64_t ldw, const float* valu
     }
 }
 
-// Buffers of one task. A row is one query token and head; rows are padded to a multiple of kRows.
+// Buffers of one task. A row is one query token and head.
 struct Scratch {
   std::vector<float> q;       // [rows, head_dim]
   std::vector<float> scores;  // [rows, limit rounded up to kKeys]
@@ -209,7 +233,7 @@ struct QueryTile {
   int64_t batch, head, pair;
   int64_t first_token, tokens;
   int64_t repeat;      // query heads of this cache head
-  int64_t rows;        // tokens * repeat, padded to kRows
+  int64_t rows;        // tokens * repeat, padded as tiles need it
   int64_t limit;       // keys seen by any of its rows
   int64_t row_stride;  // of scores
 
@@ -223,7 +247,7 @@ struct QueryTile {
     first_token = (tiles - 1 - index % tiles) * task.tokens;
     tokens = std::min(task.tokens, p.q_tokens - first_token);
     repeat = p.q_heads / p.kv_heads;
-    rows = ceil_div(tokens * repeat, kRows) * kRows;
+    rows = padded_rows(tokens * repeat);
     limit = seen_end(tokens - 1);
     row_stride = ceil_div(limit, kKeys) * kKeys;
   }
@@ -246,19 +270,30 @@ W2A4_INLINE void load_queries(const QueryTile& t, Scratch& s) {
          p.head_dim, s.q.data() + row * p.head_dim);
 }
 
-// The tile of keys (or of values) from key `first` on.
-W2A4_INLINE const float* cache_tile(const QueryTile& t, int64_t first, int64_t count, bool values,
-                                    Scratch& s) {
+// Number of a shared tile.
+W2A4_INLINE int64_t shared_tile(const QueryTile& t, int64_t first) {
+  return (t.pair - t.task.first_head) * t.task.key_tiles + first / kKeys;
+}
+
+// The tile of keys from key `first` on.
+W2A4_INLINE const float* key_tile(const QueryTile& t, int64_t first, int64_t count, Scratch& s) {
+  const Task& task = t.task;
+  if (task.shared) return task.shared + shared_tile(t, first) * task.tile_floats();
+  load_keys(*task.p, t.batch, t.head, first, count, s.bytes.data(), s.tile.data());
+  return s.tile.data();
+}
+
+// That of values, and whether all of them are finite.
+W2A4_INLINE const float* value_tile(const QueryTile& t, int64_t first, int64_t count, Scratch& s,
+                                    bool& finite) {
   const Task& task = t.task;
   const AttentionKV4Params& p = *task.p;
-  if (task.shared)
-    return task.shared +
-           ((t.pair - task.first_head) * task.key_tiles + first / kKeys) * task.tile_floats() +
-           (values ? p.head_dim * kKeys : 0);
-  if (values)
-    load_values(p, t.batch, t.head, first, count, task.padded_dim, s.tile.data());
-  else
-    load_keys(p, t.batch, t.head, first, count, s.bytes.data(), s.tile.data());
+  if (task.shared) {
+    const int64_t i = shared_tile(t, first);
+    finite = task.finite[i];
+    return task.shared + i * task.tile_floats() + p.head_dim * kKeys;
+  }
+  finite = load_values(p, t.batch, t.head, first, count, task.padded_dim, s.tile.data());
   return s.tile.data();
 }
 
@@ -267,10 +302,11 @@ W2A4_INLINE void score(const QueryTile& t, Scratch& s) {
   const int64_t head_dim = t.task.p->head_dim;
   s.scores.resize(t.rows * t.row_stride);
   for (int64_t first = 0; first < t.limit; first += kKeys) {
-    const float* keys = cache_tile(t, first, std::min<int64_t>(kKeys, t.limit - first), false, s);
+    const float* keys = key_tile(t, first, std::min<int64_t>(kKeys, t.limit - first), s);
     for (int64_t row = 0; row < t.rows; row += kRows)
-      multiply_tile<Arch, true>(s.q.data() + row * head_dim, head_dim, keys, kKeys, head_dim,
-                                s.scores.data() + row * t.row_stride + first, t.row_stride);
+      multiply_rows<Arch, true>(t.rows - row, s.q.data() + row * head_dim, head_dim, keys, kKeys,
+                                head_dim, s.scores.data() + row * t.row_stride + first,
+                                t.row_stride);
   }
 }
 
@@ -293,11 +329,11 @@ W2A4_INLINE void weigh_values(const QueryTile& t, Scratch& s) {
   s.out.assign(t.rows * padded_dim, 0.0f);
   for (int64_t first = 0; first < t.limit; first += kKeys) {
     const int64_t count = std::min<int64_t>(kKeys, t.limit - first);
-    const float* values = cache_tile(t, first, count, true, s);
-    const bool finite = all_finite(values, count * padded_dim);
+    bool finite;
+    const float* values = value_tile(t, first, count, s, finite);
     for (int64_t row = 0; row < t.rows; row += kRows)
-      add_values<Arch>(s.scores.data() + row * t.row_stride + first, t.row_stride, values, count,
-                       padded_dim, finite, s.out.data() + row * padded_dim);
+      add_values<Arch>(t.rows - row, s.scores.data() + row * t.row_stride + first, t.row_stride,
+                       values, count, padded_dim, finite, s.out.data() + row * padded_dim);
   }
 }
 
@@ -337,18 +373,22 @@ W2A4_DISPATCH(attend, Task)
 void attention_kv4(const AttentionKV4Params& p) {
   const int64_t pairs = p.batch * p.kv_heads, repeat = p.q_heads / p.kv_heads;
   if (pairs * p.q_tokens * repeat == 0) return;
-  Task task{
-      &p,     ceil_div(p.head_dim, kColumns) * kColumns, 0, 0, pairs, ceil_div(p.length, kKeys),
-      nullptr};
+  Task task{&p,      ceil_div(p.head_dim, kColumns) * kColumns,
+            0,       0,
+            pairs,   ceil_div(p.length, kKeys),
+            nullptr, nullptr};
   const int64_t fitting = kScores / std::max<int64_t>(1, p.length) / repeat;
   task.tokens = std::max<int64_t>(1, std::min({fitting, kMostTokens, p.q_tokens}));
   const int64_t query_tiles = ceil_div(p.q_tokens, task.tokens);
   std::vector<float> shared;
+  std::vector<uint8_t> finite;
   if (p.q_tokens >= kSharedTokens && p.length > 0) {
     const int64_t head_floats = task.key_tiles * task.tile_floats();
     task.heads = std::clamp<int64_t>(kSharedFloats / head_floats, 1, pairs);
     shared.resize(task.heads * head_floats);
+    finite.resize(task.heads * task.key_tiles);
     task.shared = shared.data();
+    task.finite = finite.data();
   }
   for (const int64_t step = task.heads; task.first_head < pairs; task.first_head += step) {
     task.heads = std::min(step, pairs - task.first_head);

@@ -1,46 +1,72 @@
-// The inner loop of the matrix kernels: six rows times a panel of 64 columns, in float.
+// The inner loop of attention: up to six rows times a panel of 64 columns, in float.
 #pragma once
 
 #include "numbers.h"
 
 namespace w2a4::cpu {
 
-constexpr int kRows = 6;      // rows of a tile
+constexpr int kRows = 6;      // rows of a tile, at most
 constexpr int kColumns = 64;  // columns of a panel
 
-// acc[r][c] (+)= sum over k, in order, of a[r][k] * b[k][c], for r < kRows, c < kColumns.
+// acc[r][c] (+)= sum over k, in order, of a[r][k] * b[k][c], for r < kTileRows, c < kColumns.
 // A product is rounded before it is added, so that every instruction set gives the same bits.
-//   a [kRows, lda], b [depth, ldb], acc [kRows, ldacc]; kFresh: acc is overwritten, from zero.
-template <class Arch, bool kFresh>
+//   a [kTileRows, lda], b [depth, ldb], acc [kTileRows, ldacc]; kFresh: acc is overwritten, from 0.
+template <class Arch, bool kFresh, int kTileRows>
 W2A4_INLINE void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb,
                                int64_t depth, float* acc, int64_t ldacc) {
-  constexpr int kLanes = Arch::kLanes, kVectors = Arch::kVectors;
+  constexpr int kLanes = Arch::kLanes;
+  // Few rows take more columns at a time, so that as many sums are under way.
+  constexpr int kWanted = kTileRows == 1 ? 8 : kTileRows <= 3 ? 4 : Arch::kVectors;
+  constexpr int kVectors = kWanted < kColumns / kLanes ? kWanted : kColumns / kLanes;
   typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
   for (int column = 0; column < kColumns; column += kLanes * kVectors) {
-    Vec sums[kRows][kVectors];
+    Vec sums[kTileRows][kVectors];
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
         sums[r][v] =
             kFresh ? Vec{} : *reinterpret_cast<Vec*>(acc + r * ldacc + column + v * kLanes);
     for (int64_t k = 0; k < depth; ++k) {
       Vec row[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
         row[v] = *reinterpret_cast<const Vec*>(b + k * ldb + column + v * kLanes);
 #pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kTileRows; ++r) {
         const float left = a[r * lda + k];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sums[r][v] += left * row[v];
       }
     }
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
         *reinterpret_cast<Vec*>(acc + r * ldacc + column + v * kLanes) = sums[r][v];
+  }
+}
+
+// Rows of tiles that `rows` are cut into: kRows each, the last of 1, 2, 3, 4 or kRows.
+inline int64_t padded_rows(int64_t rows) {
+  return rows % kRows == 5 ? rows + 1 : rows;
+}
+
+// The tile of so many rows, as `padded_rows` leaves them; more are the first kRows.
+template <class Arch, bool kFresh>
+W2A4_INLINE void multiply_rows(int64_t rows, const float* a, int64_t lda, const float* b,
+                               int64_t ldb, int64_t depth, float* acc, int64_t ldacc) {
+  switch (rows) {
+    case 1:
+      return multiply_tile<Arch, kFresh, 1>(a, lda, b, ldb, depth, acc, ldacc);
+    case 2:
+      return multiply_tile<Arch, kFresh, 2>(a, lda, b, ldb, depth, acc, ldacc);
+    case 3:
+      return multiply_tile<Arch, kFresh, 3>(a, lda, b, ldb, depth, acc, ldacc);
+    case 4:
+      return multiply_tile<Arch, kFresh, 4>(a, lda, b, ldb, depth, acc, ldacc);
+    default:
+      return multiply_tile<Arch, kFresh, kRows>(a, lda, b, ldb, depth, acc, ldacc);
   }
 }
 
