@@ -11,8 +11,7 @@
 namespace w2a4 {
 LinearA4Params linear_a4_params(Check& check, int weight_bits, const Tensor& weight,
                                 const Tensor* levels, const Tensor& scale,
-                                const std::optional<Tensor>& bias, int64_t group_size,
-                                int64_t act_group) {
+                                const std::optional<Tensor>& bias, int64_t group_size) {
   check.dtype(weight, "weight", {kU8});
   check.dtype(scale, "scale", {kF16});
   check.that(group_size >= 1, "group_size=", group_size, ", expected at least 1");
@@ -43,10 +42,6 @@ LinearA4Params linear_a4_params(Check& check, int weight_bits, const Tensor& wei
   check_bias(check, bias, out_features);
   check.contiguous(weight, "weight");
   check.contiguous(scale, "scale");
-  if (act_group == -1) act_group = in_features;
-  check.that(act_group >= 1 && (group_size % act_group == 0 || act_group % group_size == 0),
-             "group_size=", group_size, " and the activation group ", act_group,
-             " of a_scale: one must divide the other");
   LinearA4Params p{};
   p.weight = static_cast<const uint8_t*>(weight.data_ptr());
   p.levels = levels ? static_cast<const int8_t*>(levels->data_ptr()) : nullptr;
@@ -56,10 +51,17 @@ LinearA4Params linear_a4_params(Check& check, int weight_bits, const Tensor& wei
   p.out_features = out_features;
   p.in_features = in_features;
   p.group_size = group_size;
-  p.act_group = act_group;
-  p.block = std::min(group_size, act_group);
   p.weight_bits = weight_bits;
   return p;
+}
+
+void set_act_group(const Check& check, LinearA4Params& p, int64_t act_group) {
+  p.act_group = act_group == -1 ? p.in_features : act_group;
+  check.that(
+      p.act_group >= 1 && (p.group_size % p.act_group == 0 || p.act_group % p.group_size == 0),
+      "group_size=", p.group_size, " and the activation group ", p.act_group,
+      " of a_scale: one must divide the other");
+  p.block = std::min(p.group_size, p.act_group);
 }
 
 QuantizeA4Params quantize_a4_params(Check& check, const Activation& x, const Tensor& clip,
@@ -112,11 +114,11 @@ Tensor linear_a4(Check& check, int weight_bits, const Tensor& a_codes, const Ten
   check.at_least_1d(a_codes, "a_codes");
   check.at_least_1d(a_scale, "a_scale");
   const int64_t act_groups = a_scale.size(-1), tokens = rows_of(a_codes);
-  const int64_t inputs = scale.dim() == 2 ? scale.size(1) * group_size : 0;
-  check.that(act_groups >= 1 && inputs % act_groups == 0, "a_scale has shape ", shape_name(a_scale),
-             ", its last dimension does not divide in_features=", inputs);
-  LinearA4Params p = linear_a4_params(check, weight_bits, weight, levels, scale, bias, group_size,
-                                      inputs == 0 ? -1 : inputs / act_groups);
+  LinearA4Params p = linear_a4_params(check, weight_bits, weight, levels, scale, bias, group_size);
+  check.that(act_groups >= 1 && p.in_features % act_groups == 0, "a_scale has shape ",
+             shape_name(a_scale),
+             ", its last dimension does not divide in_features=", p.in_features);
+  set_act_group(check, p, p.in_features / act_groups);
   check.that(a_codes.size(-1) == ceil_div(p.in_features, 2), "a_codes has shape ",
              shape_name(a_codes), ", expected [..., ", ceil_div(p.in_features, 2),
              "] for in_features=", p.in_features);

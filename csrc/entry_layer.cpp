@@ -45,8 +45,8 @@ struct Linear {
                  ", expected [out, groups, levels]");
     const int bits = !levels ? 4 : levels->size(-1) == 8 ? 3 : 2;
     Check own(bits == 4 ? "linear_w4a4" : bits == 3 ? "linear_w3a4" : "linear_w2a4");
-    p = linear_a4_params(own, bits, tensors.first[0], levels, tensors.first[1], bias, group_size,
-                         act_group);
+    p = linear_a4_params(own, bits, tensors.first[0], levels, tensors.first[1], bias, group_size);
+    set_act_group(own, p, act_group);
   }
 
   void sized(const Check& check, int64_t inputs, int64_t outputs) const {

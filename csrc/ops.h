@@ -13,11 +13,11 @@
 
 namespace w2a4 {
 
-// act_group: inputs of a scale of activations; -1 is all.
 LinearA4Params linear_a4_params(Check& check, int weight_bits, const Tensor& weight,
                                 const Tensor* levels, const Tensor& scale,
-                                const std::optional<Tensor>& bias, int64_t group_size,
-                                int64_t act_group);
+                                const std::optional<Tensor>& bias, int64_t group_size);
+// act_group: inputs of a scale of activations; -1 is all.
+void set_act_group(const Check& check, LinearA4Params& p, int64_t act_group);
 
 // Without a stage before the quantisation; the next two add one.
 QuantizeA4Params quantize_a4_params(Check& check, const Activation& x, const Tensor& clip,
