@@ -41,8 +41,7 @@ W2A4_FN Eight rows_at(const LinearA4Params& p, int64_t first, EightEnds& ends) {
              p.levels ? p.levels + first * groups * count : nullptr,
              groups};
   // Eight groups of scales are read together, and of levels no more.
-  const int64_t beyond = p.weight_bits == 3 ? kColumn / 2 : kColumn;
-  if (left * bytes < 8 * bytes + beyond || left * groups < 8 * groups + 8) {
+  if (left * bytes < 8 * bytes + kColumn || left * groups < 8 * groups + 8) {
     const int64_t there = std::min<int64_t>(8, left);
     ends.codes.resize(8 * bytes + kColumn);
     ends.scale.resize(8 * groups + 8);

@@ -191,9 +191,8 @@ class Team {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
   }
 
-  // In nanoseconds.
-  static constexpr int64_t kPatience =
-      500'000;  // a thread that is longer about a piece was put aside
+  // In nanoseconds. A thread that is longer about a piece than kPatience was put aside.
+  static constexpr int64_t kPatience = 500'000;
   static constexpr int64_t kPause = 20'000'000, kLongestPause = 2'000'000'000;
 
   static inline thread_local Team* led_ = nullptr;

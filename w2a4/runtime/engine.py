@@ -164,13 +164,13 @@ class Engine:
         stops = set(end_tokens(self.model)) if stop_tokens is None else _tokens(stop_tokens)
         new: list[list[int]] = [[] for _ in rows]
         with inference(self.model):
-            for index, token in self._tokens(rows, max_new_tokens, sampling, stops):
+            for index, token in self._continued(rows, max_new_tokens, sampling, stops):
                 new[index].append(token)
                 if on_token is not None:
                     on_token(index, token)
         return [torch.tensor(tokens) for tokens in new]
 
-    def _tokens(
+    def _continued(
         self, rows: list[Tensor], count: int, sampling: Sampling, stops: set[int]
     ) -> Iterator[tuple[int, int]]:
         """Tokens of all prompts as they come: (prompt index, token)."""
@@ -336,7 +336,7 @@ def _is_numpy(logits: Tensor) -> bool:
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    return torch.from_numpy(logits.numpy().argmax(-1)) if _is_numpy(logits) else logits.argmax(-1)
+    return torch.from_numpy(logits.detach().numpy().argmax(-1)) if _is_numpy(logits) else logits.argmax(-1)
 
 
 def _check_finite(logits: Tensor, sequences: Any) -> None:
